@@ -1,0 +1,1 @@
+"""Model cards for ProCLIP checkpoints: what the Hub shows beside the weights."""

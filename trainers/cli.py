@@ -1,0 +1,87 @@
+"""The `proclip` command.
+
+A sub-command is a function of this file decorated with `@app.command()`. It imports what it needs inside its body, because
+`proclip --help` must answer in a moment and `import torch` alone takes several seconds.
+
+Unknown commands and options are refused with exit code 2. Input that the library refuses ends in one line `error: ...` on standard
+error and exit code 1; `--traceback` shows where it came from. Control-C ends in one line and exit code 130.
+"""
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+
+# What the library raises for input that it refuses: a wrong value, a missing file or model, an extra that is not installed.
+INPUT_ERRORS = (ValueError, OSError, ImportError)
+
+
+def describe_versions() -> str:
+    """The line that `proclip --version` prints: this package and what its results depend on, as a bug report needs them."""
+    parts = []
+    for package in ("proclip-transformers", "torch", "transformers"):
+        try:
+            parts.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            parts.append(f"{package} (not installed)")
+    return ", ".join([*parts, f"Python {platform.python_version()}"])
+
+
+class OneLineErrors(TyperGroup):
+    """A command group that reports refused input and Control-C in one line each, not as a traceback."""
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        """Run the sub-command that `ctx` names and return what it returns.
+
+        Raises:
+            typer.Exit: With code 1 for one of `INPUT_ERRORS`, unless `--traceback` is given, and with code 130 for Control-C.
+        """
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as interrupt:
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(130) from interrupt
+        except BrokenPipeError:
+            raise  # `proclip ... | head`: typer ends quietly
+        except INPUT_ERRORS as error:
+            if ctx.params["traceback"]:
+                raise
+            typer.echo(f"error: {str(error) or type(error).__name__}", err=True)
+            raise typer.Exit(1) from error
+
+
+app = typer.Typer(
+    cls=OneLineErrors,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(describe_versions())
+        raise typer.Exit()
+
+
+@app.callback()
+def main(
+    traceback: Annotated[
+        bool, typer.Option("--traceback", envvar="PROCLIP_TRACEBACK", help="Show the whole traceback of an error.")
+    ] = False,
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the versions and exit.")
+    ] = False,
+) -> None:
+    """Align a language model's text embeddings with the vision tower of a CLIP (ProCLIP, arXiv 2510.18795).
+
+    `proclip COMMAND --help` tells what a command reads, writes and costs.
+    """
+
+
+if __name__ == "__main__":
+    app()
