@@ -1,0 +1,20 @@
+"""ProCLIP for Transformers: importing this package registers its classes with the Auto classes."""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForZeroShotImageClassification,
+    AutoProcessor,
+)
+
+from .configuration_proclip import ProCLIPConfig
+from .modeling_proclip import ProCLIPModel, ProCLIPOutput
+from .processing_proclip import ProCLIPProcessor
+
+
+AutoConfig.register("proclip", ProCLIPConfig)
+AutoModel.register(ProCLIPConfig, ProCLIPModel)
+AutoModelForZeroShotImageClassification.register(ProCLIPConfig, ProCLIPModel)
+AutoProcessor.register(ProCLIPConfig, ProCLIPProcessor)
+
+__all__ = ["ProCLIPConfig", "ProCLIPModel", "ProCLIPOutput", "ProCLIPProcessor"]

@@ -1,0 +1,125 @@
+"""ProCLIP model configuration."""
+
+import difflib
+from dataclasses import fields
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+
+# Keys that the library itself passes beside the fields of a configuration (from config.json or from its own loading code).
+_LIBRARY_KEYS = {
+    "model_type",
+    "auto_map",
+    "name_or_path",
+    "_name_or_path",
+    "_commit_hash",
+    "torch_dtype",
+    "attn_implementation",
+    "_attn_implementation_internal",
+    "experts_implementation",
+    "_experts_implementation_internal",
+    "output_attentions",
+    "num_labels",
+    "quantization_config",
+}
+
+
+@strict
+class ProCLIPConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`ProCLIPModel`]: a CLIP-style vision tower beside a decoder LLM that reads in both directions and a text adapter
+    that takes its embeddings into CLIP's space (ProCLIP, arXiv 2510.18795; LLM2CLIP, arXiv 2411.04997).
+
+    Args:
+        vision_config (`dict` or `PreTrainedConfig`):
+            Any vision tower of Transformers with a `pooler_output`, such as `CLIPVisionConfig` (default) or `SiglipVisionConfig`.
+        text_config (`dict` or `PreTrainedConfig`):
+            Any decoder LLM of Transformers (Llama by default). `is_causal = False` is set on it: that is what makes it bidirectional.
+        projection_dim (`int`, defaults to 512): Size p of the shared embedding space: the projection size of the CLIP that is taught.
+        vision_projection (`bool`, defaults to `True`):
+            Whether a bias-free linear layer projects the pooled image (CLIP). SigLIP has none: its pooled image is the embedding.
+        adapter_num_layers (`int`, defaults to 4):
+            Number n of residual MLP blocks of the text adapter. 4 in the ProCLIP paper and LLM2CLIP, 1 in the published ProCLIP code.
+        adapter_expansion (`float`, defaults to 2): Hidden size of a block over the LLM's size. 2 in LLM2CLIP, 8 in the published ProCLIP code.
+        adapter_input_norm (`"l2"`, `"none"` or `"standardize"`, defaults to `"l2"`):
+            What the adapter does to an LLM embedding first. "l2" divides by its length (published, OpenAI and EVA02 towers), "none" nothing
+            (published, SigLIP2 tower), "standardize" first centres and scales every dimension by the statistics of a text store, kept as
+            buffers of the model, then divides by the length: for an LLM without caption-contrastive tuning, whose embeddings are anisotropic.
+        adapter_output_bias (`bool`, defaults to `True`): Whether the adapter's last linear layer has a bias.
+        adapter_layer_norm_eps (`float`, defaults to 1e-5): Epsilon of the adapter's layer norms.
+        text_pooling (`"mean"`, `"weighted_mean"`, `"last_token"`, `"eos_token"` or `"bos_token"`, defaults to `"mean"`):
+            How the LLM's token states become one embedding; see [`pool_tokens`].
+        logit_scale_init_value (`float`, defaults to ln(1 / 0.07)): Start of the logit scale, as its logarithm (CLIP, arXiv 2103.00020).
+        text_model_name_or_path (`str`, *optional*): Where the LLM came from. A lean checkpoint loads it from there.
+        text_model_revision (`str`, *optional*): Commit of that repository.
+        text_model_sha256 (`str`, *optional*): Content hash of the LLM's weights; see [`weights_sha256`]. A lean checkpoint refuses any other.
+        lean (`bool`, defaults to `False`):
+            Whether the checkpoint leaves the LLM's weights out, as `save_pretrained(..., lean=True)` does.
+
+    Unknown keys and impossible combinations raise an error that names the key and the remedy.
+
+    Example:
+
+    ```python
+    >>> from modeling_proclip import ProCLIPConfig, ProCLIPModel
+
+    >>> model = ProCLIPModel(ProCLIPConfig(text_config={"model_type": "qwen3", "num_hidden_layers": 2}))  # random weights
+    ```"""
+
+    model_type = "proclip"
+    sub_configs_defaults = {
+        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
+    }
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    projection_dim: int = 512
+    vision_projection: bool = True
+    adapter_num_layers: int = 4
+    adapter_expansion: int | float = 2
+    adapter_input_norm: Literal["l2", "none", "standardize"] = "l2"
+    adapter_output_bias: bool = True
+    adapter_layer_norm_eps: float = 1e-5
+    text_pooling: Literal["mean", "weighted_mean", "last_token", "eos_token", "bos_token"] = "mean"
+    logit_scale_init_value: int | float = 2.6592600769815985
+    text_model_name_or_path: str | None = None
+    text_model_revision: str | None = None
+    text_model_sha256: str | None = None
+    lean: bool = False
+
+    def __post_init__(self, **kwargs):
+        known = {field.name for field in fields(self)}
+        for key in kwargs:
+            if key not in _LIBRARY_KEYS:
+                close = difflib.get_close_matches(key, known, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(sorted(known))}."
+                raise ValueError(f"ProCLIPConfig has no key {key!r}; {hint}")
+        super().__post_init__(**kwargs)
+        self.text_config.is_causal = False
+
+    def validate_architecture(self):
+        """Part of the `@strict` validation: refuses combinations that no model can be built from."""
+        for name in ("projection_dim", "adapter_expansion"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"ProCLIPConfig.{name} must be positive, got {getattr(self, name)}.")
+        if self.adapter_num_layers < 0:
+            raise ValueError(f"ProCLIPConfig.adapter_num_layers must not be negative, got {self.adapter_num_layers}.")
+        for name in ("vision_config", "text_config"):
+            sub_config = getattr(self, name)
+            if not isinstance(getattr(sub_config, "hidden_size", None), int):
+                raise ValueError(
+                    f"ProCLIPConfig.{name} of type {sub_config.model_type!r} has no hidden_size: pass the configuration of one tower "
+                    f"(for a whole CLIP or a multimodal LLM, its own {name})."
+                )
+        if not self.vision_projection and self.projection_dim != self.vision_config.hidden_size:
+            raise ValueError(
+                f"ProCLIPConfig.vision_projection is False, so projection_dim must be the vision tower's hidden_size "
+                f"({self.vision_config.hidden_size}), got {self.projection_dim}."
+            )
+
+
+__all__ = ["ProCLIPConfig"]

@@ -1,0 +1,446 @@
+"""ProCLIP model: a CLIP-style image encoder beside a frozen, bidirectional LLM with a trainable text adapter."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModel, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput, cached_file
+
+from .configuration_proclip import ProCLIPConfig
+from .pretrained_towers import check_tower_keys, load_text, load_vision, of_tower
+from .text_adapter import TextAdapter
+from .text_tower import check_bidirectional, check_same_weights, pool_tokens, weights_sha256
+
+
+@dataclass
+class ProCLIPOutput(ModelOutput):
+    r"""
+    Args:
+        loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `return_loss=True`): Symmetric InfoNCE loss of the batch.
+        logits_per_image (`torch.FloatTensor` of shape `(num_images, num_texts)`, *optional*):
+            Cosine similarities times `logit_scale.exp()`.
+        logits_per_text (`torch.FloatTensor` of shape `(num_texts, num_images)`, *optional*): Its transpose.
+        text_embeds (`torch.FloatTensor` of shape `(num_texts, projection_dim)`, *optional*): Text embeddings of unit length.
+        image_embeds (`torch.FloatTensor` of shape `(num_images, projection_dim)`, *optional*): Image embeddings of unit length.
+        text_model_output (`BaseModelOutputWithPooling`, *optional*): Of [`ProCLIPModel.get_text_features`].
+        vision_model_output (`BaseModelOutputWithPooling`, *optional*): Of [`ProCLIPModel.get_image_features`].
+
+    What belongs to a modality that was not given is `None`.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits_per_image: torch.FloatTensor | None = None
+    logits_per_text: torch.FloatTensor | None = None
+    text_embeds: torch.FloatTensor | None = None
+    image_embeds: torch.FloatTensor | None = None
+    text_model_output: BaseModelOutputWithPooling | None = None
+    vision_model_output: BaseModelOutputWithPooling | None = None
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        return tuple(v.to_tuple() if isinstance(v, ModelOutput) else v for v in super().to_tuple())
+
+
+class ProCLIPModel(PreTrainedModel):
+    r"""
+    Image encoder E_I, frozen LLM embedder G and text adapter A of ProCLIP (arXiv 2510.18795). Image embedding v = unit(E_I(image)), text
+    embedding t = unit(A(G(text))), score exp(logit_scale) * v . t.
+
+    Args:
+        config ([`ProCLIPConfig`]): Configuration.
+        vision_model, text_model (`PreTrainedModel`, *optional*): Towers to take in place of randomly initialised ones.
+        load_text_model (`bool`, defaults to `True`):
+            `False` leaves the LLM out: images and `llm_embeds` only. Also an argument of `from_pretrained`.
+    """
+
+    config_class = ProCLIPConfig
+    base_model_prefix = "proclip"
+    input_modalities = ("image", "text")
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    # A logarithm whose exponential multiplies every logit: half precision would round the scale by up to 4 %.
+    _keep_in_fp32_modules_strict = ["logit_scale"]
+    _no_split_modules = ["TextAdapterBlock"]
+
+    def __init__(
+        self,
+        config: ProCLIPConfig,
+        *,
+        vision_model: PreTrainedModel | None = None,
+        text_model: PreTrainedModel | None = None,
+        load_text_model: bool = True,
+    ):
+        super().__init__(config)
+        self.vision_model = vision_model if vision_model is not None else AutoModel.from_config(config.vision_config)
+        if config.vision_projection:
+            self.visual_projection = nn.Linear(config.vision_config.hidden_size, config.projection_dim, bias=False)
+        else:
+            self.visual_projection = nn.Identity()
+        if text_model is None and load_text_model and not config.lean:
+            text_model = AutoModel.from_config(config.text_config)
+        self.text_model = text_model
+        if text_model is None:
+            self._keys_to_ignore_on_load_unexpected = [r"^text_model\."]
+        self.text_adapter = TextAdapter(config)
+        self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        if isinstance(module, TextAdapter):
+            # PyTorch's own initialisation, which the published code uses; `init` skips what a checkpoint has filled.
+            linears = [m for m in module.modules() if isinstance(m, nn.Linear)]
+            for linear in linears:
+                bound = linear.in_features**-0.5
+                init.uniform_(linear.weight, -bound, bound)
+                if linear.bias is not None:
+                    init.uniform_(linear.bias, -bound, bound)
+            if module.input_norm == "standardize":
+                init.zeros_(module.input_mean)
+                init.ones_(module.input_std)
+        elif isinstance(module, ProCLIPModel):
+            if self.config.vision_projection:
+                init.normal_(module.visual_projection.weight, std=self.config.vision_config.hidden_size**-0.5)
+            init.constant_(module.logit_scale, float(self.config.logit_scale_init_value))
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return (self.vision_model if self.text_model is None else self.text_model).get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        (self.vision_model if self.text_model is None else self.text_model).set_input_embeddings(value)
+
+    def get_image_features(self, pixel_values: torch.FloatTensor, **kwargs: Any) -> tuple | BaseModelOutputWithPooling:
+        r"""
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`): From [`ProCLIPProcessor`].
+
+        Returns:
+            `BaseModelOutputWithPooling`; `pooler_output` `(batch_size, projection_dim)` is the embedding, not normalised.
+        """
+        return_dict = kwargs.pop("return_dict", True)
+        outputs = self.vision_model(pixel_values=pixel_values, return_dict=True, **kwargs)
+        outputs.pooler_output = self.visual_projection(outputs.pooler_output)
+        return outputs if return_dict else outputs.to_tuple()
+
+    def get_llm_embeds(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.LongTensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        **kwargs: Any,
+    ) -> torch.FloatTensor:
+        r"""
+        The frozen LLM's pooled embedding G(text), which a text store keeps and `get_text_features(llm_embeds=...)` takes.
+
+        Args:
+            input_ids, attention_mask, token_type_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
+                From [`ProCLIPProcessor`]; see [`pool_tokens`].
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch_size, text_config.hidden_size)`.
+        """
+        return self._run_text_model(input_ids, attention_mask, token_type_ids, **kwargs).pooler_output
+
+    def _run_text_model(self, input_ids, attention_mask, token_type_ids, **kwargs) -> BaseModelOutputWithPooling:
+        if self.text_model is None:
+            raise ValueError(
+                "This model was loaded without its LLM (load_text_model=False): pass llm_embeds in place of input_ids, or load the whole model."
+            )
+        outputs = self.text_model(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, return_dict=True, **kwargs
+        )
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        return BaseModelOutputWithPooling(
+            last_hidden_state=outputs.last_hidden_state,
+            pooler_output=pool_tokens(outputs.last_hidden_state, mask, token_type_ids, self.config.text_pooling),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def get_text_features(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.LongTensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        llm_embeds: torch.FloatTensor | None = None,
+        **kwargs: Any,
+    ) -> tuple | BaseModelOutputWithPooling:
+        r"""
+        Args:
+            input_ids, attention_mask, token_type_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
+                From [`ProCLIPProcessor`].
+            llm_embeds (`torch.FloatTensor` of shape `(batch_size, text_config.hidden_size)`, *optional*):
+                Stored embeddings of the LLM, in place of tokens.
+
+        Returns:
+            `BaseModelOutputWithPooling`; `pooler_output` `(batch_size, projection_dim)` is the embedding, not normalised.
+
+        Raises:
+            ValueError: Unless exactly one of `input_ids` and `llm_embeds` is given.
+        """
+        return_dict = kwargs.pop("return_dict", True)
+        if (input_ids is None) == (llm_embeds is None):
+            raise ValueError("Give either input_ids or llm_embeds.")
+        if llm_embeds is not None:
+            outputs = BaseModelOutputWithPooling(pooler_output=self.text_adapter(llm_embeds))
+        else:
+            outputs = self._run_text_model(input_ids, attention_mask, token_type_ids, **kwargs)
+            outputs.pooler_output = self.text_adapter(outputs.pooler_output)
+        return outputs if return_dict else outputs.to_tuple()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.LongTensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        llm_embeds: torch.FloatTensor | None = None,
+        return_loss: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> tuple | ProCLIPOutput:
+        r"""
+        Images, texts, or both. See [`~ProCLIPModel.get_image_features`] and [`~ProCLIPModel.get_text_features`] for the inputs.
+
+        Args:
+            return_loss (`bool`, *optional*): Return the symmetric InfoNCE loss; the i-th image and the i-th text are a pair.
+
+        Example:
+
+        ```python
+        >>> from transformers import AutoModel, AutoProcessor
+        >>> import modeling_proclip  # registers the classes
+
+        >>> model = AutoModel.from_pretrained("quickstart-output/proclip")
+        >>> processor = AutoProcessor.from_pretrained("quickstart-output/proclip")
+        >>> inputs = processor(text=["a red apple", "a ghost"], images=picture, return_tensors="pt")
+        >>> probs = model(**inputs).logits_per_image.softmax(dim=1)
+        ```"""
+        has_text, has_image = input_ids is not None or llm_embeds is not None, pixel_values is not None
+        if not (has_text or has_image):
+            raise ValueError("Give pixel_values, or input_ids or llm_embeds, or both sides.")
+        vision_outputs = text_outputs = image_embeds = text_embeds = logits_per_text = logits_per_image = loss = None
+        if has_image:
+            vision_outputs = self.get_image_features(pixel_values, **kwargs)
+            image_embeds = F.normalize(vision_outputs.pooler_output, dim=-1)
+        if has_text:
+            text_outputs = self.get_text_features(input_ids, attention_mask, token_type_ids, llm_embeds)
+            text_embeds = F.normalize(text_outputs.pooler_output, dim=-1)
+        if has_text and has_image:
+            scale = self.logit_scale.exp().to(device=text_embeds.device)
+            logits_per_text = scale * (text_embeds @ image_embeds.to(text_embeds).T)
+            logits_per_image = logits_per_text.T
+        if return_loss:
+            if logits_per_text is None or logits_per_text.shape[0] != logits_per_text.shape[1]:
+                raise ValueError(
+                    "return_loss needs as many texts as images, the i-th text belonging to the i-th image."
+                )
+            pairs = torch.arange(len(logits_per_text), device=logits_per_text.device)
+            logits = logits_per_text.float()
+            loss = (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2
+        outputs = ProCLIPOutput(
+            loss, logits_per_image, logits_per_text, text_embeds, image_embeds, text_outputs, vision_outputs
+        )
+        return outputs if return_dict or return_dict is None else outputs.to_tuple()
+
+    @classmethod
+    def from_vision_text_pretrained(
+        cls,
+        vision: str | os.PathLike | PreTrainedModel,
+        text: str | os.PathLike | PreTrainedModel,
+        *,
+        vision_revision: str = "main",
+        text_revision: str = "main",
+        dtype: str | torch.dtype | dict | None = None,
+        attn_implementation: str | dict | None = None,
+        **config_kwargs: Any,
+    ) -> "ProCLIPModel":
+        r"""
+        Pair a pretrained image encoder with a pretrained LLM. The adapter is fresh: train it (stage 1, then stage 2).
+
+        Args:
+            vision (`str`, `os.PathLike` or `PreTrainedModel`):
+                Name, path or loaded model of a CLIP or SigLIP, whose image encoder, projection and logit scale are taken, or of an image
+                encoder alone.
+            text (`str`, `os.PathLike` or `PreTrainedModel`): Name, path or loaded base model of a decoder LLM.
+            vision_revision, text_revision (`str`, defaults to `"main"`): Revisions on the Hub. The LLM's commit is kept in the config.
+            dtype, attn_implementation (*optional*): For both towers, or a dict with the keys `vision_config` and `text_config`.
+            config_kwargs: Fields of [`ProCLIPConfig`].
+
+        Raises:
+            ValueError: If the LLM stays causal, or a config key is unknown.
+        """
+        for argument in (dtype, attn_implementation):
+            check_tower_keys(argument)
+        vision_model, projection, logit_scale = load_vision(
+            vision, vision_revision, of_tower(dtype, "vision_config"), of_tower(attn_implementation, "vision_config")
+        )
+        if isinstance(text, PreTrainedModel):
+            text_model, name_or_path, commit = text, text.name_or_path or None, None
+            text_model.config.is_causal = False
+        else:
+            name_or_path = str(Path(text).resolve()) if os.path.isdir(text) else str(text)
+            commit = None
+            if not os.path.isdir(text):
+                commit = Path(cached_file(name_or_path, "config.json", revision=text_revision)).parent.name
+            text_model = load_text(
+                name_or_path, commit, of_tower(dtype, "text_config"), of_tower(attn_implementation, "text_config")
+            )
+        defaults = {
+            "projection_dim": vision_model.config.hidden_size if projection is None else projection.out_features,
+            "vision_projection": projection is not None,
+            "text_model_name_or_path": name_or_path,
+            "text_model_revision": commit,
+        }
+        if logit_scale is not None:
+            defaults["logit_scale_init_value"] = logit_scale.item()
+        config = ProCLIPConfig(
+            vision_config=vision_model.config, text_config=text_model.config, **{**defaults, **config_kwargs}
+        )
+        model = cls(config, vision_model=vision_model, text_model=text_model)
+        if projection is not None:
+            if config.projection_dim != projection.out_features:
+                raise ValueError(
+                    f"projection_dim={config.projection_dim}, but {vision} projects to {projection.out_features} dimensions: leave it out."
+                )
+            model.visual_projection.load_state_dict(projection.state_dict())
+            model.visual_projection.to(projection.weight.dtype)
+        check_bidirectional(model.text_model)
+        return model.eval()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *model_args: Any,
+        text_model: str | os.PathLike | PreTrainedModel | None = None,
+        load_text_model: bool = True,
+        **kwargs: Any,
+    ) -> "ProCLIPModel":
+        r"""
+        As [`~transformers.PreTrainedModel.from_pretrained`]. A lean checkpoint brings its LLM back from where the config says.
+
+        Args:
+            text_model (`str`, `os.PathLike` or `PreTrainedModel`, *optional*):
+                Where the LLM of a lean checkpoint lies now, or the LLM itself, which is taken as it is.
+            load_text_model (`bool`, defaults to `True`): `False` loads the vision side and the adapter only.
+
+        Raises:
+            ValueError: If the LLM found is not the one that the checkpoint was made with, or stays causal.
+        """
+        check_tower_keys(kwargs.get("attn_implementation"))
+        loaded = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, load_text_model=load_text_model, **kwargs
+        )
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info
+        if load_text_model and model.config.lean:
+            model._attach_text_model(text_model, str(pretrained_model_name_or_path), kwargs)
+        elif text_model is not None:
+            raise ValueError("text_model is for a lean checkpoint; this one has its LLM inside.")
+        if model.text_model is not None:
+            check_bidirectional(model.text_model)
+        return loaded
+
+    def _attach_text_model(self, text_model, checkpoint: str, kwargs: dict[str, Any]) -> None:
+        config = self.config
+        if not isinstance(text_model, PreTrainedModel):
+            source = config.text_model_name_or_path if text_model is None else os.fspath(text_model)
+            revision = config.text_model_revision if text_model is None else None
+            if source is None:
+                raise ValueError(
+                    f"{checkpoint} is a lean checkpoint and does not say which LLM it belongs to: pass text_model=..., or "
+                    "load_text_model=False for the vision side only."
+                )
+            download_kwargs = {key: kwargs[key] for key in ("cache_dir", "token", "local_files_only") if key in kwargs}
+            try:
+                found = weights_sha256(source, revision, **download_kwargs)
+            except OSError as error:
+                raise OSError(
+                    f"{checkpoint} is a lean checkpoint, and its LLM {source!r} cannot be read: {error}\nPass text_model=... with its new "
+                    "place, or load_text_model=False for the vision side only."
+                ) from error
+            if config.text_model_sha256 is not None and found != config.text_model_sha256:
+                raise ValueError(
+                    f"{checkpoint} was made with an LLM whose weights have SHA-256 {config.text_model_sha256}, but {source!r} has {found}. "
+                    "Pass text_model=... with the right one."
+                )
+            device_map = kwargs.get("device_map")
+            if isinstance(device_map, dict):
+                prefix = "text_model."
+                device_map = {
+                    k.removeprefix(prefix): v
+                    for k, v in device_map.items()
+                    if k in ("", "text_model") or k.startswith(prefix)
+                }
+                device_map = {("" if k == "text_model" else k): v for k, v in device_map.items()}
+            text_model = load_text(
+                source,
+                revision,
+                of_tower(kwargs.get("dtype"), "text_config"),
+                config.text_config._attn_implementation,
+                device_map=device_map,
+                **download_kwargs,
+            )
+        text_model.config.is_causal = False
+        self.text_model = text_model
+        config.text_config = text_model.config
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        *args: Any,
+        lean: bool | None = None,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        r"""
+        As [`~transformers.PreTrainedModel.save_pretrained`].
+
+        Args:
+            lean (`bool`, *optional*):
+                Leave the frozen LLM out and record its name, revision and content hash instead; `from_pretrained` brings it back. Without
+                this argument a model is saved as it was loaded.
+
+        Raises:
+            ValueError: If a full checkpoint is asked of a model without its LLM, or a lean one of a model whose LLM was changed since it
+                was loaded or has no name.
+        """
+        lean = (self.config.lean or self.text_model is None) if lean is None else lean
+        was_lean, self.config.lean = self.config.lean, lean
+        try:
+            if lean:
+                self._record_text_model()
+                state_dict = self.state_dict() if state_dict is None else state_dict
+                state_dict = {key: value for key, value in state_dict.items() if not key.startswith("text_model.")}
+            elif self.text_model is None:
+                raise ValueError("This model was loaded without its LLM: it can only be saved with lean=True.")
+            super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+        finally:
+            self.config.lean = was_lean
+
+    def _record_text_model(self) -> None:
+        config = self.config
+        if self.text_model is None:
+            return  # nothing to compare with: what the config says of the LLM stays
+        if config.text_model_name_or_path is None:
+            raise ValueError(
+                "A lean checkpoint names its LLM: set model.config.text_model_name_or_path to its folder or Hub name, or save with lean=False."
+            )
+        check_same_weights(self.text_model, config.text_model_name_or_path, config.text_model_revision)
+        config.text_model_sha256 = weights_sha256(config.text_model_name_or_path, config.text_model_revision)
+
+
+__all__ = ["ProCLIPModel", "ProCLIPOutput"]

@@ -1,0 +1,76 @@
+"""The trainable text adapter of ProCLIP."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .configuration_proclip import ProCLIPConfig
+
+
+class TextAdapterBlock(nn.Module):
+    """x + Linear(GELU(Linear(LayerNorm(x)))), the residual block of LLM2CLIP's adapter (arXiv 2411.04997)."""
+
+    def __init__(self, size: int, hidden_size: int, layer_norm_eps: float):
+        super().__init__()
+        self.layer_norm = nn.LayerNorm(size, eps=layer_norm_eps)
+        self.fc1 = nn.Linear(size, hidden_size)
+        self.fc2 = nn.Linear(hidden_size, size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states + self.fc2(F.gelu(self.fc1(self.layer_norm(hidden_states))))
+
+
+class TextAdapter(nn.Module):
+    """
+    From the LLM's embedding space to CLIP's: input norm, residual blocks, layer norm, linear projection.
+
+    ProCLIP trains it first by distillation from CLIP's text encoder (stage 1), then together with the image encoder (stage 2).
+    """
+
+    def __init__(self, config: ProCLIPConfig):
+        super().__init__()
+        size, eps = config.text_config.hidden_size, config.adapter_layer_norm_eps
+        self.input_norm = config.adapter_input_norm
+        hidden_size = round(size * config.adapter_expansion)
+        self.blocks = nn.ModuleList(TextAdapterBlock(size, hidden_size, eps) for _ in range(config.adapter_num_layers))
+        self.layer_norm = nn.LayerNorm(size, eps=eps)
+        self.projection = nn.Linear(size, config.projection_dim, bias=config.adapter_output_bias)
+        if self.input_norm == "standardize":
+            self.register_buffer("input_mean", torch.zeros(size))
+            self.register_buffer("input_std", torch.ones(size))
+
+    def set_input_statistics(self, mean: torch.Tensor, std: torch.Tensor) -> None:
+        """
+        Set what `adapter_input_norm="standardize"` subtracts and divides by; see `TextEmbeddingStore.statistics`.
+
+        Args:
+            mean, std (`torch.Tensor` of shape `(hidden_size,)`): Per dimension, over many LLM embeddings.
+
+        Raises:
+            ValueError: If the adapter does not standardise, on wrong shapes, or where a standard deviation is not positive.
+        """
+        if self.input_norm != "standardize":
+            raise ValueError(
+                f'Input statistics need adapter_input_norm="standardize"; this model has {self.input_norm!r}.'
+            )
+        if mean.shape != self.input_mean.shape or std.shape != self.input_std.shape:
+            raise ValueError(
+                f"mean and std must have shape {tuple(self.input_mean.shape)}, got {tuple(mean.shape)} and {tuple(std.shape)}."
+            )
+        if not (torch.isfinite(mean).all() and torch.isfinite(std).all() and (std > 0).all()):
+            raise ValueError(
+                "mean and std must be finite and every std positive: is some dimension of the text store constant?"
+            )
+        self.input_mean.copy_(mean)
+        self.input_std.copy_(std)
+
+    def forward(self, llm_embeds: torch.Tensor) -> torch.Tensor:
+        """`(batch_size, hidden_size)` to `(batch_size, projection_dim)`, not normalised."""
+        hidden_states = llm_embeds.to(device=self.projection.weight.device, dtype=self.projection.weight.dtype)
+        if self.input_norm == "standardize":
+            hidden_states = (hidden_states - self.input_mean) / self.input_std
+        if self.input_norm != "none":
+            hidden_states = F.normalize(hidden_states, dim=-1)
+        for block in self.blocks:
+            hidden_states = block(hidden_states)
+        return self.projection(self.layer_norm(hidden_states))
