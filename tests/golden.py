@@ -1,7 +1,8 @@
 """Reads the recorded reference cases in `tests/golden/`, and compares tensors with them to their recorded tolerance.
 
-A case is `<case>.json` (how it was made, its config and a tolerance for each tensor) with `<case>.safetensors` (the tensors). Names carry a
-prefix: `in.` inputs, `param.` parameters under the reference's own keys, `out.` outputs, `grad.` gradients.
+A case is `<case>.json` (how it was made, its config and a tolerance for each tensor) with `<case>.safetensors` (the
+tensors). Names carry a prefix: `in.` inputs, `param.` parameters under the reference's own keys, `out.` outputs,
+`grad.` gradients.
 """
 
 import json
@@ -11,7 +12,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-
 
 GOLDEN_DIR = Path(__file__).parent / "golden"
 
@@ -42,8 +42,8 @@ class Golden:
     def assert_close(self, name: str, actual: torch.Tensor | float) -> None:
         """Compares `actual` with the recorded tensor `name` ("out.y", "grad.in.x": prefix included).
 
-        Shape and the json's atol and rtol decide; integers and booleans are exact. Raises AssertionError, or KeyError for a name that is
-        no output or gradient of the case.
+        Shape and the json's atol and rtol decide; integers and booleans are exact. Raises AssertionError, or KeyError
+        for a name that is no output or gradient of the case.
         """
         prefix, _, key = name.partition(".")
         expected = {"out": self.outputs, "grad": self.grads}[prefix][key]
@@ -59,7 +59,7 @@ class Golden:
         self.checked.add(name)
 
     def unchecked(self) -> set[str]:
-        """Full names of the outputs and gradients that were not compared: a test that claims the whole case asserts this is empty."""
+        """Full names of outputs and gradients not compared yet: a test of the whole case asserts that it is empty."""
         names = {f"out.{key}" for key in self.outputs} | {f"grad.{key}" for key in self.grads}
         return names - self.checked
 

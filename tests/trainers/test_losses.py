@@ -1,0 +1,306 @@
+"""The losses against the reference's recorded values and gradients, against naive forms, and on degenerate batches."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.golden import Golden, load
+from trainers import losses
+from trainers.losses import info_nce_loss, instance_alignment_loss, structure_alignment_loss
+
+
+def unit(rows: int, dim: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(rows, dim, generator=generator, dtype=torch.float64), dim=-1).to(dtype)
+
+
+def naive_structure_loss(student: torch.Tensor, teacher: torch.Tensor, reduction: str, distance: str) -> torch.Tensor:
+    terms = []
+    for i in range(len(student)):
+        for j in range(i + 1, len(student)):
+            difference = (student[i] - student[j]).norm() - (teacher[i] - teacher[j]).norm()
+            absolute = difference.abs()
+            smooth = torch.where(absolute < 1, absolute**2 / 2, absolute - 0.5)
+            terms.append(difference**2 if distance == "squared" else smooth)
+    return torch.stack(terms).mean() if reduction == "mean" else torch.stack(terms).sum()
+
+
+# The reference's recorded cases
+
+
+def normalized_leaves(golden: Golden, prefix: str, names: list[str]) -> tuple[dict, dict]:
+    """The inputs as leaves, and unit-length versions of them that keep their gradients."""
+    leaves = {name: golden.inputs[prefix + name].clone().requires_grad_() for name in names}
+    normalized = {name: F.normalize(leaf, dim=-1) for name, leaf in leaves.items()}
+    for tensor in normalized.values():
+        tensor.retain_grad()
+    return leaves, normalized
+
+
+def check_gradients(golden: Golden, prefix: str, leaves: dict, normalized: dict, setting: str = "") -> None:
+    for name, leaf in leaves.items():
+        golden.assert_close(f"grad.{prefix}{setting}in.{name}", leaf.grad)
+        golden.assert_close(f"grad.{prefix}{setting}{name}_normalized", normalized[name].grad)
+
+
+def check_stage1(golden: Golden, prefix: str = "") -> None:
+    leaves, student = normalized_leaves(golden, prefix, ["student_short", "student_noise"])
+    teacher_short = F.normalize(golden.inputs[prefix + "teacher_short"], dim=-1)
+    teacher_noise = F.normalize(golden.inputs[prefix + "teacher_noise"], dim=-1)
+    instance = instance_alignment_loss(student["student_short"], teacher_short, "sum")
+    instance = instance + instance_alignment_loss(student["student_noise"], teacher_noise, "sum")
+    structure = structure_alignment_loss(student["student_short"], teacher_short, "sum", "smooth_l1")
+    (instance + structure).backward()
+
+    golden.assert_close(f"out.{prefix}mse_sum_short_plus_noise", instance)
+    golden.assert_close(f"out.{prefix}relation_loss_short", structure)
+    golden.assert_close(f"out.{prefix}total_loss", instance + structure)
+    upper = torch.ones(len(teacher_short), len(teacher_short)).triu(1).bool()
+    for name, embeds in (("student", student["student_short"]), ("teacher", teacher_short)):
+        golden.assert_close(f"out.{prefix}pdist_{name}_short", losses._pairwise_distances(embeds, embeds)[upper])
+    check_gradients(golden, prefix, leaves, student)
+    # The reference's `mse_loss` is the same object as its total, so logging it shows the wrong number. Ours are apart.
+    assert golden.outputs[f"{prefix}ref_mse_var_aliases_total"]
+    golden.checked.add(f"out.{prefix}ref_mse_var_aliases_total")
+
+
+def check_stage2(golden: Golden, prefix: str = "", setting: str = "", weight: float | None = None) -> None:
+    weight = golden.config["distill_loss_weight"] if weight is None else weight
+    leaves, student = normalized_leaves(golden, prefix, ["student_image", "student_text"])
+    teacher = F.normalize(golden.inputs[prefix + "teacher_image"], dim=-1)
+    logit_scale = golden.inputs[prefix + "logit_scale"].clone().requires_grad_()
+    # The recorded parameter is the logarithm; the loss takes the multiplier.
+    info_nce = info_nce_loss(student["student_image"], student["student_text"], logit_scale.exp())
+    instance = instance_alignment_loss(student["student_image"], teacher, "sum")
+    structure = structure_alignment_loss(student["student_image"], teacher, "sum", "smooth_l1")
+    distill = weight * (instance + structure)
+    (info_nce + distill).backward()
+
+    golden.assert_close(f"out.{prefix}{setting}total_loss", info_nce + distill)
+    if not setting:
+        golden.assert_close(f"out.{prefix}clip_loss", info_nce)
+        golden.assert_close(f"out.{prefix}mse_sum_image", instance)
+        golden.assert_close(f"out.{prefix}relation_loss_image", structure)
+        golden.assert_close(f"out.{prefix}weighted_distill_loss", distill)
+    check_gradients(golden, prefix, leaves, student, setting)
+    golden.assert_close(f"grad.{prefix}{setting}in.logit_scale", logit_scale.grad)
+    logits = student["student_image"] @ student["student_text"].T
+    labels = torch.arange(len(logits))
+    for name, scores in (("i2t_acc", logits), ("t2i_acc", logits.T)):
+        golden.assert_close(f"out.{prefix}{setting}{name}", (scores.argmax(-1) == labels).float().mean())
+
+
+@pytest.mark.parametrize("batch_size", [2, 5, 8])
+def test_stage1_case(batch_size: int):
+    golden = load(f"g3_stage1_b{batch_size}")
+    check_stage1(golden)
+    assert golden.unchecked() == set()
+
+
+@pytest.mark.parametrize("batch_size", [2, 5, 8])
+def test_stage2_case(batch_size: int):
+    golden = load(f"g3_stage2_b{batch_size}")
+    check_stage2(golden)
+    check_stage2(golden, setting="no_distill.", weight=0.0)
+    assert golden.unchecked() == set()
+
+
+def test_degenerate_batches_case():
+    golden = load("g3_edge_cases")
+    for name in ("batch1", "duplicates", "beyond_beta", "equal"):
+        check_stage1(golden, f"s1_{name}.")
+    for name in ("batch1", "duplicates"):
+        check_stage2(golden, f"s2_{name}.")
+    assert golden.unchecked() == set()
+
+
+def test_cliploss_of_one_process_case():
+    golden = load("g4_cliploss_world1")
+    image = golden.inputs["image_features"].clone().requires_grad_()
+    text = golden.inputs["text_features"].clone().requires_grad_()
+    logit_scale = golden.inputs["logit_scale"].clone().requires_grad_()
+    loss = info_nce_loss(image, text, logit_scale.exp())
+    loss.backward()
+    golden.assert_close("out.smoothing_0.0.loss", loss)
+    golden.assert_close("grad.smoothing_0.0.in.image_features", image.grad)
+    golden.assert_close("grad.smoothing_0.0.in.text_features", text.grad)
+    golden.assert_close("grad.smoothing_0.0.in.logit_scale", logit_scale.grad)
+    labels = torch.arange(len(image))
+    golden.assert_close("out.i2t_acc", ((image @ text.T).argmax(-1) == labels).float().mean())
+    golden.assert_close("out.t2i_acc", ((text @ image.T).argmax(-1) == labels).float().mean())
+    # Label smoothing is read from the command line by the reference and never used; there is none here.
+    assert all("smoothing_0.1" in name for name in golden.unchecked())
+
+
+# Against naive forms
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("distance", ["squared", "smooth_l1"])
+def test_structure_loss_equals_the_double_loop(reduction: str, distance: str):
+    teacher = unit(7, 12, seed=1, dtype=torch.float64)
+    student = unit(7, 12, seed=2, dtype=torch.float64)
+    # A collapsed student puts differences of more than 1 in, where the two distances part.
+    student[:4] = F.normalize(student[:1] + 0.01 * student[:4], dim=-1)
+    teacher[1] = -teacher[0]
+    ours, naive = student.clone().requires_grad_(), student.clone().requires_grad_()
+    loss = structure_alignment_loss(ours, teacher, reduction, distance)
+    expected = naive_structure_loss(naive, teacher, reduction, distance)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=0)
+    torch.testing.assert_close(ours.grad, naive.grad, rtol=1e-7, atol=1e-9)
+
+
+def test_info_nce_loss_equals_its_formula():
+    image, text = unit(6, 8, 1), unit(6, 8, 2)
+    scores = (14.0 * image @ text.T).double()
+    expected = 0.0
+    for i in range(6):
+        expected += (scores[i].exp().sum() / scores[i, i].exp()).log() / 12
+        expected += (scores[:, i].exp().sum() / scores[i, i].exp()).log() / 12
+    torch.testing.assert_close(info_nce_loss(image, text, 14.0).double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("loss", [instance_alignment_loss, structure_alignment_loss])
+def test_gradients_of_alignment_losses(loss, reduction: str):
+    student = unit(5, 4, 1, torch.float64).requires_grad_()
+    teacher = unit(5, 4, 2, torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda s, t: loss(s, t, reduction), (student, teacher))
+
+
+def test_gradients_of_info_nce_loss():
+    image, text = unit(5, 4, 1, torch.float64).requires_grad_(), unit(5, 4, 2, torch.float64).requires_grad_()
+    logit_scale = torch.tensor(9.0, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(info_nce_loss, (image, text, logit_scale))
+
+
+# Precision
+
+
+def test_near_pairs_keep_their_distance():
+    # By float32 matmul the distance of 1e-4 is lost altogether.
+    base = unit(16, 768, 1, torch.float64)
+    near = F.normalize(base + 1e-4 * unit(16, 768, 2, torch.float64), dim=-1)
+    student, teacher = torch.cat([base, near]).float(), unit(32, 768, 3)
+    leaf, naive = student.clone().requires_grad_(), student.double().requires_grad_()
+    structure_alignment_loss(leaf, teacher, "sum").backward()
+    naive_structure_loss(naive, teacher.double(), "sum", "squared").backward()
+    torch.testing.assert_close(leaf.grad.double(), naive.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_coinciding_rows_have_distance_zero_at_any_width():
+    for dim in (16, 768, 4096):
+        rows = unit(64, dim, 1).repeat(2, 1)
+        distances = losses._pairwise_distances(rows, rows)
+        assert (distances.diagonal() == 0).all()
+        assert (distances.diagonal(64) == 0).all()
+        assert int((distances == 0).sum()) == 4 * 64
+
+
+def test_distances_avoid_float64_only_where_there_is_none():
+    assert losses._distance_dtype(torch.device("mps")) == torch.float32
+    assert losses._distance_dtype(torch.device("cpu")) == losses._distance_dtype(torch.device("cuda")) == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_inputs_are_computed_in_float32(dtype: torch.dtype):
+    a, b = unit(9, 64, 1, dtype), unit(9, 64, 2, dtype)
+    for loss in (instance_alignment_loss, structure_alignment_loss, lambda x, y: info_nce_loss(x, y, 30.0)):
+        half, full = a.clone().requires_grad_(), a.float().requires_grad_()
+        result, expected = loss(half, b), loss(full, b.float())
+        result.backward()
+        expected.backward()
+        assert result.dtype == torch.float32
+        assert torch.equal(result, expected)
+        assert torch.equal(half.grad, full.grad.to(dtype))
+
+
+def test_autocast_does_not_lower_the_precision():
+    a, b = unit(9, 64, 1), unit(9, 64, 2)
+    for loss in (instance_alignment_loss, structure_alignment_loss, lambda x, y: info_nce_loss(x, y, 30.0)):
+        expected = loss(a, b)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(loss(a, b), expected)
+
+
+# Meaning of the reductions
+
+
+def test_mean_of_the_pairs_does_not_depend_on_the_batch_size():
+    # Of the structure loss, every pair of a large batch is in as many of its 6-row subsets as any other: the mean over
+    # all subsets is the loss of the whole for "mean", and for "sum" it falls with the number of pairs, 15 / 28.
+    student, teacher = unit(8, 8, 1, torch.float64), unit(8, 8, 2, torch.float64)
+    subsets = list(torch.combinations(torch.arange(8), 6))
+    for loss, sum_ratio in ((instance_alignment_loss, 6 / 8), (structure_alignment_loss, 15 / 28)):
+        for reduction, ratio in (("mean", 1.0), ("sum", sum_ratio)):
+            of_subsets = torch.stack([loss(student[rows], teacher[rows], reduction) for rows in subsets]).mean()
+            torch.testing.assert_close(of_subsets, ratio * loss(student, teacher, reduction))
+
+
+def test_smooth_l1_is_half_the_square_for_small_differences():
+    student, teacher = unit(8, 64, 1), unit(8, 64, 2)
+    halved = structure_alignment_loss(student, teacher) / 2
+    torch.testing.assert_close(structure_alignment_loss(student, teacher, distance="smooth_l1"), halved)
+
+
+def test_losses_do_not_depend_on_the_order_of_the_rows():
+    a, b = unit(8, 16, 1), unit(8, 16, 2)
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
+    for loss in (instance_alignment_loss, structure_alignment_loss, lambda x, y: info_nce_loss(x, y, 20.0)):
+        torch.testing.assert_close(loss(a[order], b[order]), loss(a, b))
+
+
+def test_structure_loss_ignores_a_rotation_and_instance_loss_does_not():
+    teacher = unit(8, 16, 1)
+    rotation = torch.linalg.qr(torch.randn(16, 16, generator=torch.Generator().manual_seed(0)))[0]
+    assert structure_alignment_loss(teacher @ rotation, teacher) < 1e-12
+    assert instance_alignment_loss(teacher @ rotation, teacher) > 0.1
+
+
+# Degenerate and bad input
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_structure_loss_of_one_row_is_zero_and_differentiable(reduction: str):
+    student = unit(1, 8).requires_grad_()
+    loss = structure_alignment_loss(student, unit(1, 8, 1), reduction)
+    loss.backward()
+    assert loss == 0
+    assert torch.equal(student.grad, torch.zeros(1, 8))
+
+
+@pytest.mark.parametrize("distance", ["squared", "smooth_l1"])
+def test_collapsed_student_has_finite_gradients(distance: str):
+    student = unit(1, 8).repeat(5, 1).requires_grad_()
+    loss = structure_alignment_loss(student, unit(5, 8, 1), distance=distance)
+    loss.backward()
+    assert loss > 0
+    assert torch.equal(student.grad, torch.zeros(5, 8))
+
+
+@pytest.mark.parametrize("loss", [instance_alignment_loss, structure_alignment_loss])
+def test_bad_input_of_alignment_losses(loss):
+    with pytest.raises(ValueError, match=r"student and teacher .*\(3, 8\) and \(4, 8\)"):
+        loss(unit(3, 8), unit(4, 8))
+    with pytest.raises(ValueError, match=r"\(3, 8\) and \(3, 9\)"):
+        loss(unit(3, 8), unit(3, 9))
+    with pytest.raises(ValueError, match="at least one row"):
+        loss(torch.zeros(0, 8), torch.zeros(0, 8))
+    with pytest.raises(ValueError, match=r"shape \(batch_size, dim\)"):
+        loss(torch.zeros(8), torch.zeros(8))
+    with pytest.raises(ValueError, match="reduction must be one of 'mean', 'sum', but is 'batchmean'"):
+        loss(unit(3, 8), unit(3, 8), "batchmean")
+
+
+def test_unknown_distance():
+    with pytest.raises(ValueError, match="distance must be one of 'squared', 'smooth_l1', but is 'l2'"):
+        structure_alignment_loss(unit(3, 8), unit(3, 8), distance="l2")
+
+
+def test_bad_input_of_info_nce_loss():
+    with pytest.raises(ValueError, match=r"image_embeds and text_embeds .*\(3, 8\) and \(4, 8\)"):
+        info_nce_loss(unit(3, 8), unit(4, 8), 1.0)
+    with pytest.raises(ValueError, match=r"logit_scale must be one number, but has shape \(2,\)"):
+        info_nce_loss(unit(3, 8), unit(3, 8), torch.ones(2))
