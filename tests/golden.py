@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+
 GOLDEN_DIR = Path(__file__).parent / "golden"
 
 
