@@ -33,8 +33,8 @@ def describe_versions() -> str:
 class OneLineErrors(TyperGroup):
     """A command group that reports refused input and Control-C in one line each, not as a traceback."""
 
-    def invoke(self, ctx: typer.Context) -> Any:
-        """Run the sub-command that `ctx` names and return what it returns.
+    def invoke(self, ctx: Any) -> Any:
+        """Run the sub-command that the `typer.Context` `ctx` names and return what it returns.
 
         Raises:
             typer.Exit: With code 1 for one of `INPUT_ERRORS`, unless `--traceback` is given, and with code 130 for Control-C.

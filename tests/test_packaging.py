@@ -1,0 +1,107 @@
+"""The wheel as users get it: what is in it, and that it works where there is no checkout. Takes about 20 s, without a network."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+
+REPOSITORY = Path(__file__).parents[1]
+PACKAGES = ("modeling_proclip", "trainers", "hub_cards")
+
+
+def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    """Run `command` in `cwd` with `environment` added; its output is text."""
+    return subprocess.run(command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """The wheel, built from a copy: a `build` folder of the checkout would bring back files that are deleted since."""
+    source = tmp_path_factory.mktemp("source")
+    for path in REPOSITORY.iterdir():
+        if path.is_file():
+            shutil.copy(path, source)
+    for package in (*PACKAGES, "tests"):
+        shutil.copytree(REPOSITORY / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
+    folder = tmp_path_factory.mktemp("wheel")
+    pip = (sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index")
+    built = run(*pip, "--wheel-dir", folder, source, cwd=folder)
+    assert built.returncode == 0, built.stderr
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory) -> Path:
+    """A folder that holds the installed wheel and nothing else."""
+    target = tmp_path_factory.mktemp("site")
+    pip = (sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", target)
+    done = run(*pip, wheel, cwd=target)
+    assert done.returncode == 0, done.stderr
+    return target
+
+
+@pytest.fixture
+def python(installed, tmp_path):
+    """`python(*arguments)` runs Python in an empty folder, with the installed wheel in front of everything else."""
+
+    def call(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+        return run(sys.executable, *arguments, cwd=tmp_path, PYTHONPATH=str(installed), **environment)
+
+    return call
+
+
+def test_wheel_holds_three_packages_and_nothing_else(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    top = {name.split("/")[0] for name in names}
+    (metadata,) = (name for name in top if name.endswith(".dist-info"))
+    assert top == {*PACKAGES, metadata}
+    assert not [name for name in names if "test" in Path(name).name]
+
+
+def test_wheel_holds_every_file_of_the_packages(wheel):
+    # Catches a sub-package without __init__.py, and assets or templates that package_data forgets.
+    files = (path for package in PACKAGES for path in (REPOSITORY / package).rglob("*") if path.is_file())
+    expected = {str(path.relative_to(REPOSITORY)) for path in files if "__pycache__" not in path.parts}
+    assert {f"{package}/py.typed" for package in PACKAGES} <= expected
+    assert expected <= set(zipfile.ZipFile(wheel).namelist())
+
+
+def test_wheel_carries_license_and_notice(wheel):
+    names = {Path(name).name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" in name}
+    assert {"LICENSE", "NOTICE"} <= names
+
+
+def test_packages_import_outside_the_checkout(python, installed):
+    done = python(
+        "-c", "import modeling_proclip, trainers, hub_cards as h; print(modeling_proclip, trainers, h, sep='\\n')"
+    )
+    assert done.returncode == 0, done.stderr
+    for package, line in zip(PACKAGES, done.stdout.splitlines(), strict=True):
+        assert str(installed / package / "__init__.py") in line
+
+
+def test_console_command_is_installed(python, installed, wheel):
+    done = python(str(installed / "bin" / "proclip"), "--version")
+    assert done.returncode == 0, done.stderr
+    _, version, *_ = wheel.name.split("-")
+    assert done.stdout.startswith(f"proclip-transformers {version}, torch ")
+
+
+def test_module_answers_like_the_command(python):
+    done = python("-m", "trainers.cli", "--help")
+    assert done.returncode == 0, done.stderr
+    assert "--version" in done.stdout
+
+
+def test_command_line_starts_without_torch(python):
+    # `proclip --help` has to answer at once; these take seconds to import.
+    code = "import sys, trainers.cli; print([m for m in ('torch', 'transformers', 'datasets', 'matplotlib') if m in sys.modules])"
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,59 @@
+"""How the `proclip` command reports errors, whichever sub-command they come from."""
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from trainers import cli
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """`run(error, *options)` runs a sub-command that raises `error`, in an application made as `proclip` is."""
+    monkeypatch.delenv("PROCLIP_TRACEBACK", raising=False)
+
+    def call(error: BaseException, *options: str, env: dict[str, str] | None = None):
+        app = typer.Typer(cls=cli.OneLineErrors)
+        app.callback()(cli.main)
+
+        @app.command()
+        def fail() -> None:
+            raise error
+
+        return CliRunner().invoke(app, [*options, "fail"], env=env)
+
+    return call
+
+
+@pytest.mark.parametrize("error", [ValueError("captions.txt: line 3 is empty"), FileNotFoundError("no captions.txt")])
+def test_refused_input_is_one_line(run, error):
+    result = run(error)
+    assert (result.exit_code, result.stdout, result.stderr) == (1, "", f"error: {error}\n")
+
+
+def test_error_without_message_names_its_type(run):
+    assert run(ValueError()).stderr == "error: ValueError\n"
+
+
+def test_traceback_option_and_variable_let_the_error_through(run):
+    error = ValueError("captions.txt: line 3 is empty")
+    assert run(error, "--traceback").exception is error
+    assert run(error, env={"PROCLIP_TRACEBACK": "1"}).exception is error
+
+
+def test_defects_keep_their_traceback(run):
+    # An AttributeError is a defect of the program, not refused input: one line would hide where.
+    error = AttributeError("'NoneType' object has no attribute 'shape'")
+    assert run(error).exception is error
+
+
+def test_control_c_is_one_line(run):
+    result = run(KeyboardInterrupt())
+    assert (result.exit_code, result.stderr) == (130, "interrupted\n")
+
+
+@pytest.mark.parametrize("arguments", [["no-such-command"], ["--no-such-option"]])
+def test_unknown_names_are_refused(arguments):
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 2
+    assert arguments[0] in result.stderr
