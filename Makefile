@@ -39,9 +39,7 @@ test: $(VENV)/test/$(STAMP) ## run the tests
 	@$(RUN) $(VENV)/test/bin/python -m pytest --timeout 900 $(ARGS)
 
 lint: $(VENV)/test/.lint-$(STAMP) ## check style and types
-	@$(VENV)/test/bin/ruff check .
-	@$(VENV)/test/bin/ruff format --check .
-	@$(VENV)/test/bin/mypy
+	@bad=0; for check in "ruff check" "ruff format --check" mypy; do $(VENV)/test/bin/$$check || bad=1; done; exit $$bad
 
 clean: ## remove the environments, build leftovers and caches (quickstart-output/ stays)
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
