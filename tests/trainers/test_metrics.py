@@ -6,7 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from modeling_proclip import ProCLIPConfig
+from modeling_proclip.text_adapter import TextAdapter
 from tests.golden import load
+from tests.reference_layout import adapter_map, load_reference
 from trainers.evaluation import metrics, retrieval_recall, zero_shot_accuracy, zero_shot_classifier
 
 
@@ -225,6 +228,9 @@ def test_retrieval_of_five_captions_case():
     for k in (1, 5, 10):
         golden.assert_close(f"out.text_retrieval_recall@{k}", result[f"i2t_r@{k}"])
         golden.assert_close(f"out.image_retrieval_recall@{k}", result[f"t2i_r@{k}"])
+        # Of 200 images and 1,000 texts: the recorded float32 means, to their last digit.
+        assert torch.tensor(result[f"i2t_r@{k}"]) == golden.outputs[f"text_retrieval_recall@{k}"]
+        assert torch.tensor(result[f"t2i_r@{k}"]) == golden.outputs[f"image_retrieval_recall@{k}"]
     assert golden.unchecked() == set()
 
 
@@ -248,6 +254,31 @@ def test_retrieval_of_one_caption_case():
         ranks = torch.tensor([sum(count <= query for count in found) for query in range(len(texts))]).double()
         golden.assert_close(f"out.get_metrics.{name}_mean_rank", ranks.mean() + 1)
         golden.assert_close(f"out.get_metrics.{name}_median_rank", ranks.quantile(0.5).floor() + 1)
+    assert golden.unchecked() == set()
+
+
+def test_zero_shot_classification_case():
+    golden = load("g7_zero_shot_classification")
+    config = golden.config
+    adapter = TextAdapter(
+        ProCLIPConfig(
+            text_config={"hidden_size": config["llm_dim"], "num_attention_heads": 1},
+            projection_dim=config["embed_dim"],
+            adapter_num_layers=config["num_layers_text"],
+            adapter_expansion=config["expansion_factor"],
+        )
+    )
+    load_reference(adapter, golden.params, adapter_map(config["num_layers_text"]))
+    class_index = torch.arange(config["num_classes"]).repeat_interleave(golden.inputs["templates_per_class"])
+    with torch.no_grad():
+        classes = zero_shot_classifier(adapter(golden.inputs["class_text_embeds_llm"]), class_index)
+    images = golden.inputs["image_embeds"]
+    golden.assert_close("out.classifier_weights", classes.T)
+    golden.assert_close("out.logits", config["logit_multiplier"] * F.normalize(images, dim=-1) @ classes.T)
+    result = zero_shot_accuracy(images, classes, golden.inputs["targets"])
+    golden.assert_close("out.top1", result["top1"])
+    golden.assert_close("out.top5", result["top5"])
+    assert result == {key: golden.record["metrics"][key] for key in ("top1", "top5")}
     assert golden.unchecked() == set()
 
 
