@@ -124,6 +124,11 @@ class TextEmbeddingStore:
     def __contains__(self, text: str) -> bool:
         return bool(self._find([text])[0] >= 0)
 
+    @property
+    def num_bytes(self) -> int:
+        """Size of all files on the disk."""
+        return sum(file.stat().st_size for file in self.path.iterdir())
+
     def __repr__(self) -> str:
         return f"TextEmbeddingStore({str(self.path)!r}: {len(self):,} texts, dim {self.dim}, {self.dtype})"
 

@@ -1,0 +1,197 @@
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import datasets
+import pytest
+import torch
+from transformers import CLIPVisionModel
+from typer.testing import CliRunner
+
+from tests.trainers.tiny_encoders import make_texts, tiny_clip, tiny_proclip
+from trainers.cli import app
+from trainers.data import TextEmbeddingStore
+from trainers.data.text_files import read_texts
+
+
+TEXTS = ["a red fox", "two boats, under a house", '"quoted", Übung', "狐狸 🦊", "a red fox"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    for part in tiny_proclip(max_length=20):
+        part.save_pretrained(folder)
+    return folder
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["embed", *map(str, arguments)])
+
+
+def refused(*arguments) -> str:
+    result = run(*arguments)
+    assert result.exit_code == 1 and "Traceback" not in result.output
+    return result.output.strip().splitlines()[-1]
+
+
+def write(folder, name):
+    """`TEXTS` in a file or folder of every kind that can be read, and the arguments that read it."""
+    path = folder / name
+    rows = [{"id": i, "caption": text} for i, text in enumerate(TEXTS)]
+    if name == "a.txt":
+        path.write_text("\ufeff" + "\r\n".join(TEXTS[:3]) + "\n\n" + "\n".join(TEXTS[3:]), encoding="utf-8")
+        return [path]
+    if name == "plain.json":
+        path.write_text(json.dumps(TEXTS))
+        return [path]
+    if name == "a.json":
+        path.write_text(json.dumps(rows))
+    elif name == "a.jsonl":
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    elif name == "a.csv":
+        with open(path, "w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, ["id", "caption"])
+            writer.writeheader()
+            writer.writerows(rows)
+    elif name == "a.parquet":
+        datasets.Dataset.from_list(rows).to_parquet(path)
+    elif name == "lists.jsonl":
+        path.write_text(json.dumps({"caption": TEXTS[:2]}) + "\n" + json.dumps({"caption": TEXTS[2:]}) + "\n")
+    elif name == "arrow":
+        datasets.DatasetDict(valid=datasets.Dataset.from_list(rows)).save_to_disk(path)
+        return [path, "--column", "caption", "--split", "valid"]
+    elif name == "folder":
+        path.mkdir()
+        datasets.Dataset.from_list(rows).to_parquet(path / "train.parquet")
+    return [path, "--column", "caption"]
+
+
+KINDS = ["a.txt", "plain.json", "a.json", "a.jsonl", "a.csv", "a.parquet", "lists.jsonl", "arrow", "folder"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_source_gives_its_texts(tmp_path, kind):
+    path, *options = write(tmp_path, kind)
+    options = dict(zip([option.removeprefix("--") for option in options[::2]], options[1::2], strict=True))
+    source = read_texts(path, **options)
+    assert list(source) == TEXTS
+    assert list(source) == TEXTS, "reading again starts anew"
+
+
+def test_embeds_a_column_and_says_what_it_did(tmp_path, checkpoint):
+    arguments = [*write(tmp_path, "a.csv"), "--model", checkpoint, "--output", tmp_path / "store", "--device", "cpu"]
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    assert "5 texts: 4 embedded, 0 in the store before, 1 repeated, 1 cut to 20 tokens" in result.output
+    assert f"{tmp_path / 'store'}: 4 embeddings of 32 float32" in result.output and "texts/s" in result.output
+    model, processor = tiny_proclip(max_length=20)
+    with torch.no_grad():
+        expected = model.get_llm_embeds(**processor(text=TEXTS, return_tensors="pt"))
+    torch.testing.assert_close(TextEmbeddingStore(tmp_path / "store").lookup(TEXTS), expected, atol=1e-5, rtol=1e-5)
+    result = run(*arguments)
+    assert "5 texts: 0 embedded, 5 in the store before, 0 repeated" in result.output
+
+
+def test_options_reach_the_store(tmp_path):
+    for part in tiny_clip():
+        part.save_pretrained(tmp_path / "clip")
+    (tmp_path / "a.txt").write_text("\n".join(make_texts(10)))
+    options = ["--dtype", "bfloat16", "--shard-size", 4, "--token-budget", 50, "--device", "cpu"]
+    result = run(tmp_path / "a.txt", "--model", tmp_path / "clip", "--output", tmp_path / "store", *options)
+    assert result.exit_code == 0, result.output
+    store = TextEmbeddingStore(tmp_path / "store")
+    assert (len(store), store.dim, store.dtype) == (10, 16, torch.bfloat16)
+    assert len(list((tmp_path / "store").glob("shard-*"))) == 3
+
+
+def test_wrong_sources_are_refused_in_one_line(tmp_path, checkpoint):
+    def message(name: str, content: str | bytes | None, *options):
+        if content is not None:
+            (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        return refused(
+            tmp_path / name, "--model", checkpoint, "--output", tmp_path / "store", "--device", "cpu", *options
+        )
+
+    column = ("--column", "caption")
+    assert message("none.txt", None) == f"error: there is no file {tmp_path / 'none.txt'}"
+    assert message("a.txt", "") == f"error: {tmp_path / 'a.txt'} holds no texts"
+    assert message("a.txt", "fox\n", *column).endswith("a.txt has no columns: leave --column out")
+    assert "a.txt is not encoded as UTF-8" in message("a.txt", b"fox\n\xff\xfe\n")
+    assert "a.docx is of an unknown kind" in message("a.docx", "x")
+    rows = '{"id": 1, "text": "fox"}\n{"id": 2, "text": null}\n'
+    assert "a.jsonl, row 1: there is no column 'caption'; the columns are id, text" in message(
+        "a.jsonl", rows, *column
+    )
+    assert "a.jsonl, row 1: name the column of the texts with --column; the columns are id, text" in message(
+        "a.jsonl", rows
+    )
+    assert "a.jsonl, row 2: expected text, found NoneType None" in message("a.jsonl", rows, "--column", "text")
+    assert "a.jsonl, row 2 is no JSON" in message("a.jsonl", '"fox"\n{"id": \n')
+    assert "a.jsonl, row 1: expected an object with the column 'caption', found str 'fox'" in message(
+        "a.jsonl", '"fox"', *column
+    )
+    assert "a.json holds a dict where a list" in message("a.json", '{"text": ["fox"]}')
+    assert "a.json is no JSON" in message("a.json", "[")
+    assert "a.csv: there is no column 'caption'; the columns are id, text" in message(
+        "a.csv", "id,text\n1,fox\n", *column
+    )
+    assert "a.csv, row 2: expected text, found NoneType" in message("a.csv", "id,text\n1,fox\n2\n", "--column", "text")
+    assert "a.parquet is no Parquet file" in message("a.parquet", "id,text", *column)
+    datasets.Dataset.from_dict({"id": [1], "text": ["fox"]}).to_parquet(tmp_path / "a.parquet")
+    assert "a.parquet: there is no column 'caption'; the columns are id, text" in message("a.parquet", None, *column)
+    write(tmp_path, "arrow")
+    assert "arrow has no split 'train'; it has valid" in message("arrow", None, *column)
+    assert "there is no column 'text'; the columns are id, caption" in message(
+        "arrow", None, "--split", "valid", "--column", "text"
+    )
+    assert not (tmp_path / "store" / "store.json").exists()
+
+
+def test_wrong_models_are_refused_in_one_line(tmp_path, checkpoint):
+    (tmp_path / "a.txt").write_text("fox")
+
+    def message(model):
+        return refused(tmp_path / "a.txt", "--model", model, "--output", tmp_path / "store", "--device", "cpu")
+
+    CLIPVisionModel(tiny_clip()[0].config.vision_config).save_pretrained(tmp_path / "vision")
+    assert message(tmp_path / "vision").startswith("error: CLIPVisionModel has no text side")
+    assert message(tmp_path / "nowhere").startswith("error: ")
+    assert not (tmp_path / "store").exists()
+    assert run(tmp_path / "a.txt", "--model", checkpoint, "--output", tmp_path / "store").exit_code == 0
+    other = tmp_path / "other"
+    for part in tiny_proclip(max_length=20, text_pooling="last_token"):
+        part.save_pretrained(other)
+    assert "was made with pooling = 'mean'" in message(other)
+
+
+def test_a_killed_command_resumes_to_the_same_bytes(tmp_path, checkpoint):
+    (tmp_path / "a.txt").write_text("\n".join(make_texts(300)))
+
+    def arguments(store):
+        return [tmp_path / "a.txt", "--model", checkpoint, "--output", tmp_path / store, "--shard-size", 15]
+
+    killed = subprocess.Popen(
+        [sys.executable, "-m", "trainers.cli", "embed", *map(str, arguments("killed")), "--token-budget", "1"],
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},  # another number adds in another order
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 100
+    while not (tmp_path / "killed" / "shard-00001.safetensors").exists():
+        assert killed.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    left = len(list((tmp_path / "killed").glob("shard-*.safetensors")))
+    assert 2 <= left < 20
+
+    resumed = run(*arguments("killed"), "--token-budget", 1)
+    assert f"{300 - 15 * left} embedded, {15 * left} in the store before" in resumed.output
+    assert run(*arguments("whole"), "--token-budget", 1).exit_code == 0
+    bytes_of = {name: {f.name: f.read_bytes() for f in (tmp_path / name).iterdir()} for name in ("whole", "killed")}
+    assert len(bytes_of["whole"]) == 23 and bytes_of["whole"] == bytes_of["killed"]
