@@ -1,1 +1,6 @@
 """Model cards for ProCLIP checkpoints: what the Hub shows beside the weights."""
+
+from .card import quickstart_card
+
+
+__all__ = ["quickstart_card"]

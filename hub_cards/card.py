@@ -1,0 +1,65 @@
+"""Cards rendered from what a run measured: a card states no number that its results do not hold."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+
+TEMPLATES = Path(__file__).parent / "templates"
+METRICS = {
+    "zero_shot_seen": ("zero-shot-image-classification", "accuracy", "Top-1, concepts with pictures in the alignment"),
+    "zero_shot_unseen": ("zero-shot-image-classification", "accuracy", "Top-1, concepts without pictures in the alignment"),
+    "i2t_r@1": ("image-to-text", "recall", "Image-to-text R@1"),
+    "t2i_r@1": ("image-to-text", "recall", "Text-to-image R@1"),
+}
+
+
+def quickstart_card(results: Mapping[str, Any]) -> ModelCard:
+    """
+    The card of the quickstart's checkpoint.
+
+    Args:
+        results: What `results.json` holds; the numbers of the card are those of its row "proclip" and of the teacher's.
+
+    Returns:
+        `ModelCard` whose metadata the Hub accepts, with the results as `model-index`.
+
+    Raises:
+        ValueError: If the results have no row of ProCLIP or of the teacher.
+    """
+    rows = {row["model"]: row for row in results["rows"]}
+    if missing := {"clip", "proclip"} - set(rows):
+        raise ValueError(f"the results have no row {sorted(missing)[0]!r}")
+    evaluations = [
+        EvalResult(
+            task_type=task,
+            dataset_type="openmoji",
+            dataset_name=f"OpenMoji pictures, {results['num_concepts']} concepts",
+            metric_type=metric,
+            metric_name=title,
+            metric_value=round(rows["proclip"][key], 4),
+        )
+        for key, (task, metric, title) in METRICS.items()
+    ]
+    metadata = ModelCardData(
+        model_name="ProCLIP OpenMoji",
+        library_name="transformers",
+        pipeline_tag="zero-shot-image-classification",
+        license="cc-by-sa-4.0",  # the drawings' licence: the image encoder learned from nothing else
+        language=["en"],
+        base_model=["HuggingFaceTB/SmolLM2-135M-Instruct"],
+        tags=["proclip", "llm2clip", "clip", "openmoji"],
+        eval_results=evaluations,
+    )
+    return ModelCard.from_template(
+        metadata,
+        template_path=str(TEMPLATES / "quickstart_card.md"),
+        rows=results["rows"],
+        num_concepts=results["num_concepts"],
+        num_seen=results["num_seen"],
+        num_language_concepts=results["num_language_concepts"],
+        seed=results["seed"],
+        size=results["size"],
+    )

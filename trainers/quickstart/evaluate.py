@@ -1,0 +1,66 @@
+"""How well a model names and finds the quickstart's test pictures, in every language."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from trainers.evaluation import retrieval_recall, zero_shot_accuracy, zero_shot_classifier
+
+from .emoji_pictures import LANGUAGES
+from .task import Task
+
+
+@torch.inference_mode()
+def embed_pictures(model: torch.nn.Module, pixel_values: torch.Tensor, batch_size: int = 256) -> torch.Tensor:
+    """`(num_images, projection_dim)` image embeddings, not normalised, a batch at a time."""
+    model.eval()
+    return torch.cat([model.get_image_features(pixel_values=batch).pooler_output for batch in pixel_values.split(batch_size)])
+
+
+def score(task: Task, image_embeds: torch.Tensor, embed_texts: Callable[[list[str]], torch.Tensor]) -> dict[str, Any]:
+    """
+    One row of the quickstart's table, all fractions.
+
+    Zero-shot is over all concepts, on pictures of the seen and of the unseen ones; by language it is over `task.language_concepts`.
+
+    Args:
+        task: The task.
+        image_embeds: `(num_test_pictures, projection_dim)`, of the pictures `task.test` in their order.
+        embed_texts: Texts to their embeddings `(num_texts, projection_dim)`.
+    """
+    concepts = torch.tensor([picture.concept for picture in task.test])
+
+    def classifier(language: str, indices: list[int]) -> torch.Tensor:
+        prompts = task.class_prompts(language, indices)
+        classes = [i for i, ensemble in enumerate(prompts) for _ in ensemble]
+        return zero_shot_classifier(embed_texts([prompt for ensemble in prompts for prompt in ensemble]), torch.tensor(classes))
+
+    english = classifier("en", list(range(len(task.concepts))))
+    seen = concepts < task.size.seen
+    row: dict[str, Any] = {
+        f"zero_shot_{name}": zero_shot_accuracy(image_embeds[rows], english, concepts[rows])["top1"]
+        for name, rows in (("seen", seen), ("unseen", ~seen))
+    }
+    retrieval = task.retrieval
+    recall = retrieval_recall(
+        image_embeds[: len(retrieval)], embed_texts([picture.long for picture in retrieval]), torch.arange(len(retrieval))
+    )
+    row |= {key: recall[key] for key in ("i2t_r@1", "t2i_r@1")}
+    indices = task.language_concepts
+    rank = {concept: i for i, concept in enumerate(indices)}
+    rows = torch.tensor([i for i, concept in enumerate(concepts.tolist()) if concept in rank])
+    labels = torch.tensor([rank[concept] for concept in concepts[rows].tolist()])
+    row["zero_shot_by_language"] = {
+        language: zero_shot_accuracy(image_embeds[rows], classifier(language, indices), labels)["top1"] for language in LANGUAGES
+    }
+    return row
+
+
+def rank_pictures(
+    task: Task, image_embeds: torch.Tensor, embed_texts: Callable[[list[str]], torch.Tensor], count: int = 4
+) -> list[list[int]]:
+    """For each of `task.example_queries`, the `count` pictures of `task.retrieval` that its caption finds first."""
+    images = torch.nn.functional.normalize(image_embeds[: len(task.retrieval)], dim=-1)
+    captions = embed_texts([task.retrieval[query].long for query in task.example_queries])
+    return (captions @ images.T).topk(count, dim=1).indices.tolist()

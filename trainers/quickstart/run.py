@@ -1,0 +1,237 @@
+"""`proclip quickstart`: the whole of ProCLIP on real parts, with its baselines, in one run."""
+
+import copy
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from filelock import FileLock, Timeout
+from rich.console import Console
+from transformers import AutoTokenizer, CLIPModel, CLIPProcessor, ProgressCallback, Trainer, set_seed
+
+from hub_cards import quickstart_card
+from modeling_proclip import ProCLIPModel, ProCLIPProcessor
+from trainers.contrastive_tuning_config import ContrastiveTuningConfig
+from trainers.contrastive_tuning_trainer import ContrastiveTuningTrainer
+from trainers.data.text_store import TextEmbeddingStore
+from trainers.inheritance_config import RepresentationInheritanceConfig
+from trainers.inheritance_trainer import RepresentationInheritanceTrainer
+
+from .evaluate import embed_pictures, rank_pictures, score
+from .language_model import native_dtype, unpack_language_model
+from .report import print_table, write_pictures
+from .task import SIZES, PictureDataset, make_task
+
+
+# Two residual blocks of the papers' four: a 135M-parameter LLM and 600 concepts do not need more. This LLM has had no
+# caption-contrastive tuning, so its embeddings are standardised.
+ADAPTER = {"adapter_num_layers": 2, "adapter_expansion": 2, "adapter_input_norm": "standardize"}
+INHERITANCE = {"learning_rate": 1e-3, "per_device_train_batch_size": 256}
+TUNING = {"learning_rate": 1e-4, "per_device_train_batch_size": 128}
+# LLM2CLIP and LiT start from a fresh adapter, which wants larger steps than an inherited one; the image encoder's stay the same.
+FRESH_ADAPTER = {"adapter_learning_rate": 1e-3}
+
+
+def quickstart(output_dir: Path, size: str = "full", seed: int = 0) -> dict[str, Any]:
+    """
+    Align SmolLM2 with a small CLIP by ProCLIP and by its baselines, print the table and write everything to `output_dir`.
+
+    Args:
+        output_dir: Gets `proclip/` (checkpoint and card), `results.json` and three pictures; and what a second run need not do again:
+            `llm/`, `text-store/`, `clip-text-store/`.
+        size: "full" or "small" (a smoke test of the same path).
+        seed: Of pictures, captions, adapters and batches.
+
+    Returns:
+        What `results.json` holds.
+
+    Raises:
+        ValueError: If the size is unknown, or another run is writing to `output_dir`.
+        ImportError: If the packages with the pictures, names or the LLM are missing.
+    """
+    if size not in SIZES:
+        raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
+    output_dir = output_dir.resolve()
+    output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(output_dir / ".lock", timeout=0):
+            return _Quickstart(output_dir, size, seed).run()
+    except Timeout as error:
+        raise ValueError(
+            f"another quickstart is writing to {output_dir}: wait for it, or choose another --output-dir"
+        ) from error
+
+
+class _Bar(ProgressCallback):
+    """The Trainer's progress bar, with the loss beside it in place of a line for every log."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and self.training_bar is not None and "loss" in (logs or {}):
+            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.4f}")
+
+
+class _Quickstart:
+    """One run; `run` reads top to bottom."""
+
+    def __init__(self, output_dir: Path, size: str, seed: int):
+        self.output_dir, self.size_name, self.size, self.seed = output_dir, size, SIZES[size], seed
+        self.console = Console(highlight=False)
+        self.seconds: dict[str, float] = {}
+        self.curves: dict[str, list[tuple[int, float]]] = {}
+        # The library's own lines would bury the few that a newcomer wants to read.
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+    @contextmanager
+    def step(self, key: str, title: str) -> Iterator[None]:
+        self.console.print(f"[bold]{title}[/bold]")
+        start = time.perf_counter()
+        yield
+        self.seconds[key] = round(time.perf_counter() - start, 1)
+        self.console.print(f"  {self.seconds[key]:.0f} s", style="dim")
+
+    def run(self) -> dict[str, Any]:
+        with self.step("pictures", "Drawing the pictures"):
+            self.draw()
+        with self.step("llm", "Unpacking the LLM, SmolLM2-135M-Instruct"):
+            self.pair_with_llm()
+        with self.step("text_store", "Embedding every text once, by the LLM and by CLIP's own text encoder"):
+            self.build_stores()
+
+        rows, rankings = [], {}
+        with self.step("clip", "Scoring CLIP, the teacher"):
+            images = embed_pictures(self.clip, self.test_pixels)
+            rows.append({"model": "clip", "budget": "the teacher", **score(self.task, images, self.teacher_store.lookup)})
+            rankings["CLIP"] = rank_pictures(self.task, images, self.teacher_store.lookup)
+        for name, title in (("lit", "LiT"), ("llm2clip", "LLM2CLIP")):
+            with self.step(name, f"Training the baseline {title}"):
+                model = self.tune(self.untrained(), name, title, self.size.baseline_steps, **FRESH_ADAPTER)
+            rows.append(self.score(name, model, f"{self.size.baseline_steps} steps of 128 pairs"))
+        with self.step("proclip-stage1", "Training ProCLIP, stage 1: inherit from CLIP's text encoder, text only"):
+            model = self.inherit(self.untrained())
+        stage_1 = f"{self.size.inheritance_steps} steps of 256 texts"
+        rows.append(self.score("proclip-stage1", model, stage_1))
+        with self.step("proclip", "Training ProCLIP, stage 2: contrastive tuning with self-distillation"):
+            model = self.tune(model, "proclip", "ProCLIP, stage 2", self.size.tuning_steps)
+        rows.append(self.score("proclip", model, f"stage 1 + {self.size.tuning_steps} steps of 128 pairs"))
+        rankings["ProCLIP"] = rank_pictures(
+            self.task, embed_pictures(model, self.test_pixels), lambda texts: self.embed_texts(model, texts)
+        )
+
+        results = {
+            "rows": rows,
+            "seconds": self.seconds,
+            "seed": self.seed,
+            "size": self.size_name,
+            "num_concepts": self.size.concepts,
+            "num_seen": self.size.seen,
+            "num_language_concepts": self.size.language_concepts,
+            "num_retrieval_pictures": len(self.task.retrieval),
+        }
+        with self.step("writing", "Writing checkpoint, card and pictures"):
+            self.write(model, results, rankings)
+        print_table(self.console, results)
+        self.console.print(
+            f"Checkpoint and card: {self.output_dir / 'proclip'}\nPictures: loss_curves.png, languages.png, retrieval.png in {self.output_dir}"
+        )
+        return results
+
+    def draw(self) -> None:
+        self.task = make_task(self.size, self.seed)
+        assets = files("trainers.quickstart") / "assets" / "emoji-clip"
+        # Eager attention: the fused kernel's backward is twice as slow on sequences as short as 50 patches.
+        self.clip = CLIPModel.from_pretrained(str(assets), dtype=torch.float32, attn_implementation="eager").eval()
+        self.clip_processor = CLIPProcessor.from_pretrained(str(assets))
+        self.alignment = PictureDataset(self.task, self.task.alignment, self.clip_processor.image_processor)
+        self.test_pixels = PictureDataset(self.task, self.task.test, self.clip_processor.image_processor).pixel_values
+
+    def pair_with_llm(self) -> None:
+        unpack_language_model(self.output_dir / "llm", native_dtype())
+        set_seed(self.seed)
+        self.pair = ProCLIPModel.from_vision_text_pretrained(
+            copy.deepcopy(self.clip), self.output_dir / "llm", attn_implementation="eager", **ADAPTER
+        )
+        tokenizer = AutoTokenizer.from_pretrained(self.output_dir / "llm")
+        self.processor = ProCLIPProcessor(self.clip_processor.image_processor, tokenizer, max_length=128)
+
+    def build_stores(self) -> None:
+        texts = self.task.all_texts()
+        self.text_store = TextEmbeddingStore.build(texts, self.pair, self.processor, self.output_dir / "text-store")
+        self.teacher_store = TextEmbeddingStore.build(
+            texts, self.clip, self.clip_processor, self.output_dir / "clip-text-store"
+        )
+        # From here on the LLM is not needed: what trains and scores reads its embeddings from the store.
+        self.llm, self.pair.text_model = self.pair.text_model, None
+
+    def untrained(self) -> ProCLIPModel:
+        """CLIP's image encoder beside the same fresh adapter for every run."""
+        return copy.deepcopy(self.pair)
+
+    def training_arguments(self, name: str, steps: int) -> dict[str, Any]:
+        return {
+            "output_dir": str(self.output_dir / "training" / name),
+            "max_steps": steps,
+            "warmup_steps": steps // 20,
+            "logging_steps": max(1, steps // 60),
+            "save_strategy": "no",
+            "report_to": "none",
+            "use_cpu": True,
+            "seed": self.seed,
+        }
+
+    def inherit(self, model: ProCLIPModel) -> ProCLIPModel:
+        arguments = RepresentationInheritanceConfig(
+            **self.training_arguments("stage-1", self.size.inheritance_steps), **INHERITANCE
+        )
+        texts = [{"text": text} for text in self.task.inheritance_texts]
+        trainer = RepresentationInheritanceTrainer(
+            model, arguments, texts, text_store=self.text_store, teacher_store=self.teacher_store
+        )
+        return self.train(trainer, "ProCLIP, stage 1")
+
+    def tune(self, model: ProCLIPModel, method: str, title: str, steps: int, **settings: Any) -> ProCLIPModel:
+        arguments = ContrastiveTuningConfig(
+            **self.training_arguments(method, steps), method=method, **TUNING, **settings
+        )
+        trainer = ContrastiveTuningTrainer(model, arguments, self.alignment, text_store=self.text_store)
+        return self.train(trainer, title)
+
+    def train(self, trainer: Trainer, title: str) -> ProCLIPModel:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(_Bar)
+        trainer.train()
+        self.curves[title] = [(log["step"], float(log["loss"])) for log in trainer.state.log_history if "loss" in log]
+        return trainer.model
+
+    @torch.inference_mode()
+    def embed_texts(self, model: ProCLIPModel, texts: list[str]) -> torch.Tensor:
+        return model.eval().get_text_features(llm_embeds=self.text_store.lookup(texts)).pooler_output
+
+    def score(self, name: str, model: ProCLIPModel, budget: str) -> dict[str, Any]:
+        embed: Callable[[list[str]], torch.Tensor] = lambda texts: self.embed_texts(model, texts)  # noqa: E731
+        return {"model": name, "budget": budget, **score(self.task, embed_pictures(model, self.test_pixels), embed)}
+
+    def write(self, model: ProCLIPModel, results: dict[str, Any], rankings: dict[str, list[list[int]]]) -> None:
+        write_pictures(self.output_dir, self.task, results, self.curves, rankings)
+        checkpoint = self.output_dir / "proclip"
+        staging = self.output_dir / "proclip.partial"
+        shutil.rmtree(staging, ignore_errors=True)
+        model.text_model = self.llm
+        model.save_pretrained(staging)
+        self.processor.save_pretrained(staging)
+        quickstart_card(results).save(staging / "README.md")
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        staging.rename(checkpoint)
+        shutil.rmtree(self.output_dir / "training", ignore_errors=True)
+        partial = self.output_dir / "results.json.partial"
+        partial.write_text(json.dumps(results, indent=2) + "\n")
+        partial.replace(self.output_dir / "results.json")
