@@ -98,6 +98,10 @@ class ProCLIPConfig(PreTrainedConfig):
                 close = difflib.get_close_matches(key, known, n=1)
                 hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(sorted(known))}."
                 raise ValueError(f"ProCLIPConfig has no key {key!r}; {hint}")
+        # The library would set these to None on the configurations of the towers too; an empty dict leaves those as they are. A loaded
+        # LLM whose attention implementation is None attends to padding.
+        for key in ("attn_implementation", "experts_implementation"):
+            kwargs[key] = {} if kwargs.get(key) is None else kwargs[key]
         super().__post_init__(**kwargs)
         self.text_config.is_causal = False
 

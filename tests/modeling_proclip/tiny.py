@@ -13,6 +13,7 @@ from tests.golden import GOLDEN_DIR
 
 LLAMA_DIR = GOLDEN_DIR / "g5_text_pipeline_hf"  # a tiny Llama with Llama 3's special tokens: 32 dimensions, 420 tokens
 
+LLAMA3 = "<|start_header_id|>user<|end_header_id|>\n\n{text}<|eot_id|>"
 TEXT = {
     "vocab_size": 420,
     "hidden_size": 32,
