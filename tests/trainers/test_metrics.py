@@ -134,24 +134,26 @@ def test_recall_equals_the_naive_form_across_blocks(monkeypatch, dtype: torch.dt
         assert result["i2t_r@1000"] == result["t2i_r@1000"] == 1.0
 
 
-def test_scores_that_float32_cannot_tell_apart_are_ranked_right():
-    # Each image has a rival a hair farther from its caption, 1e-9 in the score, so every query is open after the
-    # float32 pass. In float32 the outcome would be rounding.
+@pytest.mark.parametrize("direction", ["t2i", "i2t"])
+def test_scores_that_float32_cannot_tell_apart_are_ranked_right(direction: str):
+    # 40 queries have the right answer and a wrong one 1e-9 below it, which float32 leaves open. 40 more, before them,
+    # point away from their answers and are found by nobody.
     generator = torch.Generator().manual_seed(0)
-    texts = F.normalize(torch.randn(40, 64, generator=generator, dtype=torch.float64), dim=-1)
+    queries = F.normalize(torch.randn(40, 64, generator=generator, dtype=torch.float64), dim=-1)
     sideways = torch.randn(40, 64, generator=generator, dtype=torch.float64)
-    sideways = F.normalize(sideways - (sideways * texts).sum(-1, keepdim=True) * texts, dim=-1)
-    near, far = math.acos(0.9), math.acos(0.9 - 1e-9)
-    own = math.cos(near) * texts + math.sin(near) * sideways
-    rivals = math.cos(far) * texts - math.sin(far) * sideways
-    images = torch.cat([own, rivals])
-    captions = torch.cat([texts, -rivals])
-    assert retrieval_recall(images, captions, torch.arange(80), ks=(1,))["t2i_r@1"] == 0.5
-    # With owner and rival exchanged, none is found first and all are found second.
-    exchanged = torch.cat([torch.arange(40, 80), torch.arange(40)])
-    result = retrieval_recall(images, torch.cat([texts, -own]), exchanged, ks=(1, 2))
-    assert result["t2i_r@1"] == 0.0
-    assert result["t2i_r@2"] == 0.5
+    sideways = F.normalize(sideways - (sideways * queries).sum(-1, keepdim=True) * queries, dim=-1)
+    nearer, farther = math.acos(0.9), math.acos(0.9 - 1e-9)
+    nearest = math.cos(nearer) * queries + math.sin(nearer) * sideways
+    second = math.cos(farther) * queries - math.sin(farther) * sideways
+
+    def recall(right: torch.Tensor, wrong: torch.Tensor) -> list[float]:
+        sides = torch.cat([wrong, right]), torch.cat([-wrong, queries])
+        images, texts = sides if direction == "t2i" else sides[::-1]
+        result = retrieval_recall(images, texts, torch.arange(80), ks=(1, 2))
+        return [result[f"{direction}_r@1"], result[f"{direction}_r@2"]]
+
+    assert recall(right=nearest, wrong=second) == [0.5, 0.5]
+    assert recall(right=second, wrong=nearest) == [0.0, 0.5]
 
 
 def test_recall_does_not_depend_on_order_length_or_autocast():
