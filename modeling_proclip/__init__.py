@@ -7,14 +7,25 @@ from transformers import (
     AutoProcessor,
 )
 
+from .configuration_eva_clip import EvaCLIPVisionConfig
 from .configuration_proclip import ProCLIPConfig
+from .modeling_eva_clip import EvaCLIPVisionModel
 from .modeling_proclip import ProCLIPModel, ProCLIPOutput
 from .processing_proclip import ProCLIPProcessor
 
 
+AutoConfig.register("proclip_eva_vision", EvaCLIPVisionConfig)
+AutoModel.register(EvaCLIPVisionConfig, EvaCLIPVisionModel)
 AutoConfig.register("proclip", ProCLIPConfig)
 AutoModel.register(ProCLIPConfig, ProCLIPModel)
 AutoModelForZeroShotImageClassification.register(ProCLIPConfig, ProCLIPModel)
 AutoProcessor.register(ProCLIPConfig, ProCLIPProcessor)
 
-__all__ = ["ProCLIPConfig", "ProCLIPModel", "ProCLIPOutput", "ProCLIPProcessor"]
+__all__ = [
+    "EvaCLIPVisionConfig",
+    "EvaCLIPVisionModel",
+    "ProCLIPConfig",
+    "ProCLIPModel",
+    "ProCLIPOutput",
+    "ProCLIPProcessor",
+]

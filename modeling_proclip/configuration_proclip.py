@@ -40,7 +40,8 @@ class ProCLIPConfig(PreTrainedConfig):
             Any decoder LLM of Transformers (Llama by default). `is_causal = False` is set on it: that is what makes it bidirectional.
         projection_dim (`int`, defaults to 512): Size p of the shared embedding space: the projection size of the CLIP that is taught.
         vision_projection (`bool`, defaults to `True`):
-            Whether a bias-free linear layer projects the pooled image (CLIP). SigLIP has none: its pooled image is the embedding.
+            Whether a linear layer projects the pooled image (CLIP). SigLIP has none: its pooled image is the embedding.
+        vision_projection_bias (`bool`, defaults to `False`): Whether that layer has a bias, as EVA-CLIP's head has.
         adapter_num_layers (`int`, defaults to 4):
             Number n of residual MLP blocks of the text adapter. 4 in the ProCLIP paper and LLM2CLIP, 1 in the published ProCLIP code.
         adapter_expansion (`float`, defaults to 2): Hidden size of a block over the LLM's size. 2 in LLM2CLIP, 8 in the published ProCLIP code.
@@ -79,6 +80,7 @@ class ProCLIPConfig(PreTrainedConfig):
     text_config: dict | PreTrainedConfig | None = None
     projection_dim: int = 512
     vision_projection: bool = True
+    vision_projection_bias: bool = False
     adapter_num_layers: int = 4
     adapter_expansion: int | float = 2
     adapter_input_norm: Literal["l2", "none", "standardize"] = "l2"

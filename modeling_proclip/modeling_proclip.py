@@ -83,7 +83,9 @@ class ProCLIPModel(PreTrainedModel):
         super().__init__(config)
         self.vision_model = vision_model if vision_model is not None else AutoModel.from_config(config.vision_config)
         if config.vision_projection:
-            self.visual_projection = nn.Linear(config.vision_config.hidden_size, config.projection_dim, bias=False)
+            self.visual_projection = nn.Linear(
+                config.vision_config.hidden_size, config.projection_dim, bias=config.vision_projection_bias
+            )
         else:
             self.visual_projection = nn.Identity()
         if text_model is None and load_text_model and not config.lean:
@@ -111,6 +113,8 @@ class ProCLIPModel(PreTrainedModel):
         elif isinstance(module, ProCLIPModel):
             if self.config.vision_projection:
                 init.normal_(module.visual_projection.weight, std=self.config.vision_config.hidden_size**-0.5)
+                if self.config.vision_projection_bias:
+                    init.zeros_(module.visual_projection.bias)
             init.constant_(module.logit_scale, float(self.config.logit_scale_init_value))
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
