@@ -9,6 +9,7 @@ from transformers import (
 
 from .configuration_eva_clip import EvaCLIPVisionConfig
 from .configuration_proclip import ProCLIPConfig
+from .conversion import ConversionError, convert
 from .modeling_eva_clip import EvaCLIPVisionModel
 from .modeling_proclip import ProCLIPModel, ProCLIPOutput
 from .processing_proclip import ProCLIPProcessor
@@ -22,10 +23,12 @@ AutoModelForZeroShotImageClassification.register(ProCLIPConfig, ProCLIPModel)
 AutoProcessor.register(ProCLIPConfig, ProCLIPProcessor)
 
 __all__ = [
+    "ConversionError",
     "EvaCLIPVisionConfig",
     "EvaCLIPVisionModel",
     "ProCLIPConfig",
     "ProCLIPModel",
     "ProCLIPOutput",
     "ProCLIPProcessor",
+    "convert",
 ]

@@ -1,13 +1,16 @@
 """ProCLIP model configuration."""
 
 import difflib
+import math
 from dataclasses import fields
-from typing import Literal
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+
+TOWERS = ("vision_config", "text_config")
 
 # Keys that the library itself passes beside the fields of a configuration (from config.json or from its own loading code).
 _LIBRARY_KEYS = {
@@ -25,6 +28,12 @@ _LIBRARY_KEYS = {
     "num_labels",
     "quantization_config",
 }
+
+
+def check_tower_keys(value: Any) -> None:
+    """Refuse a key of a per-tower argument that the library would pass over without a word."""
+    if isinstance(value, dict) and (unknown := set(value) - {"", *TOWERS}):
+        raise ValueError(f"Unknown tower {sorted(unknown)[0]!r}: the keys are {', '.join(TOWERS)}.")
 
 
 @strict
@@ -104,27 +113,33 @@ class ProCLIPConfig(PreTrainedConfig):
         # LLM whose attention implementation is None attends to padding.
         for key in ("attn_implementation", "experts_implementation"):
             kwargs[key] = {} if kwargs.get(key) is None else kwargs[key]
+            check_tower_keys(kwargs[key])
         super().__post_init__(**kwargs)
         self.text_config.is_causal = False
 
     def validate_architecture(self):
         """Part of the `@strict` validation: refuses combinations that no model can be built from."""
-        for name in ("projection_dim", "adapter_expansion"):
-            if getattr(self, name) <= 0:
+        for name in ("projection_dim", "adapter_expansion", "adapter_layer_norm_eps"):
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"ProCLIPConfig.{name} must be positive, got {getattr(self, name)}.")
         if self.adapter_num_layers < 0:
             raise ValueError(f"ProCLIPConfig.adapter_num_layers must not be negative, got {self.adapter_num_layers}.")
-        for name in ("vision_config", "text_config"):
+        if not math.isfinite(self.logit_scale_init_value):
+            raise ValueError(
+                f"ProCLIPConfig.logit_scale_init_value is a logarithm and must be finite, got {self.logit_scale_init_value}."
+            )
+        for name in TOWERS:
             sub_config = getattr(self, name)
-            if not isinstance(getattr(sub_config, "hidden_size", None), int):
+            if not isinstance(getattr(sub_config, "hidden_size", None), int) or sub_config.is_encoder_decoder:
+                kind = "has no hidden_size" if not sub_config.is_encoder_decoder else "is an encoder-decoder"
                 raise ValueError(
-                    f"ProCLIPConfig.{name} of type {sub_config.model_type!r} has no hidden_size: pass the configuration of one tower "
-                    f"(for a whole CLIP or a multimodal LLM, its own {name})."
+                    f"ProCLIPConfig.{name} of type {sub_config.model_type!r} {kind}: pass the configuration of one tower (for a whole CLIP or "
+                    f"a multimodal LLM, its own {name})."
                 )
         if not self.vision_projection and self.projection_dim != self.vision_config.hidden_size:
             raise ValueError(
-                f"ProCLIPConfig.vision_projection is False, so projection_dim must be the vision tower's hidden_size "
-                f"({self.vision_config.hidden_size}), got {self.projection_dim}."
+                f"ProCLIPConfig.projection_dim is {self.projection_dim}, but without vision_projection it must be the vision tower's hidden_size "
+                f"({self.vision_config.hidden_size}). Set vision_projection=True for a projection."
             )
 
 

@@ -17,23 +17,30 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_eva_clip import EvaCLIPVisionConfig
 
 
-def rotary_tables(config: EvaCLIPVisionConfig) -> tuple[torch.Tensor, torch.Tensor]:
+def rotary_tables(
+    grid: int, head_size: int, pretrained_grid: int, theta: float = 10000.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Cosines and sines of the patches' rotary angles, in two dimensions (EVA-02, arXiv 2303.11331, section 2).
 
     The first half of a head turns with the patch's row, the second with its column. Each has a frequency for every pair of neighbouring
-    channels. Positions of a grid other than `rope_pretrained_grid` are scaled to it.
+    channels.
+
+    Args:
+        grid (`int`): Patches a side.
+        head_size (`int`): Width of an attention head.
+        pretrained_grid (`int`): Patches a side that the frequencies were made for; positions of another grid are scaled to it.
+        theta (`float`): Base of the frequencies.
 
     Returns:
-        Two `torch.Tensor` of shape `(num_patches, head_size)`, float32, patches row by row.
+        Two `torch.Tensor` of shape `(grid ** 2, head_size)`, float32, patches row by row.
     """
-    grid = config.image_size // config.patch_size
-    size = config.hidden_size // config.num_attention_heads // 2
-    frequencies = config.rope_theta ** -(torch.arange(0, size, 2, dtype=torch.float32) / size)
-    positions = torch.arange(grid, dtype=torch.float32) / grid * config.rope_pretrained_grid
+    size = head_size // 2
+    frequencies = theta ** -(torch.arange(0, size, 2, dtype=torch.float32) / size)
+    positions = torch.arange(grid, dtype=torch.float32) / grid * pretrained_grid
     angles = torch.outer(positions, frequencies).repeat_interleave(2, dim=1)
     angles = torch.cat([angles[:, None].expand(-1, grid, -1), angles[None].expand(grid, -1, -1)], dim=-1)
-    angles = angles.reshape(grid * grid, 2 * size)
+    angles = angles.reshape(grid * grid, head_size)
     return angles.cos(), angles.sin()
 
 
@@ -206,10 +213,15 @@ class EvaCLIPVisionModel(PreTrainedModel):
         self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.gradient_checkpointing = False
         if config.rope_pretrained_grid is not None:
-            cos, sin = rotary_tables(config)
+            cos, sin = self._rotary_tables()
             self.rotary_cos = nn.Buffer(cos, persistent=False)
             self.rotary_sin = nn.Buffer(sin, persistent=False)
         self.post_init()
+
+    def _rotary_tables(self) -> tuple[torch.Tensor, torch.Tensor]:
+        config = self.config
+        grid, head_size = config.image_size // config.patch_size, config.hidden_size // config.num_attention_heads
+        return rotary_tables(grid, head_size, config.rope_pretrained_grid, config.rope_theta)
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -222,7 +234,7 @@ class EvaCLIPVisionModel(PreTrainedModel):
             init.constant_(module.layer_scale2, float(self.config.layer_scale_init_value))
         elif isinstance(module, EvaCLIPVisionModel) and self.config.rope_pretrained_grid is not None:
             # Not in the checkpoint, so memory is uninitialised here after from_pretrained.
-            cos, sin = rotary_tables(self.config)
+            cos, sin = self._rotary_tables()
             init.copy_(module.rotary_cos, cos)
             init.copy_(module.rotary_sin, sin)
 

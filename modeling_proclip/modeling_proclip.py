@@ -8,15 +8,19 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import ModelOutput, cached_file
+from transformers.utils import ModelOutput, cached_file, can_return_tuple, logging
 
-from .configuration_proclip import ProCLIPConfig
-from .pretrained_towers import check_tower_keys, load_text, load_vision, of_tower
+from .configuration_proclip import TOWERS, ProCLIPConfig, check_tower_keys
+from .lean_checkpoint import record_text_model, recorded_text_model
+from .pretrained_towers import load_text, load_vision, of_tower, tower_dtypes
 from .text_adapter import TextAdapter
-from .text_tower import check_bidirectional, check_same_weights, pool_tokens, weights_sha256
+from .text_tower import check_bidirectional, pool_tokens
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -25,10 +29,10 @@ class ProCLIPOutput(ModelOutput):
     Args:
         loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `return_loss=True`): Symmetric InfoNCE loss of the batch.
         logits_per_image (`torch.FloatTensor` of shape `(num_images, num_texts)`, *optional*):
-            Cosine similarities times `logit_scale.exp()`.
+            Cosine similarities times `logit_scale.exp()`, in float32.
         logits_per_text (`torch.FloatTensor` of shape `(num_texts, num_images)`, *optional*): Its transpose.
-        text_embeds (`torch.FloatTensor` of shape `(num_texts, projection_dim)`, *optional*): Text embeddings of unit length.
-        image_embeds (`torch.FloatTensor` of shape `(num_images, projection_dim)`, *optional*): Image embeddings of unit length.
+        text_embeds (`torch.FloatTensor` of shape `(num_texts, projection_dim)`, *optional*): Text embeddings of unit length, in float32.
+        image_embeds (`torch.FloatTensor` of shape `(num_images, projection_dim)`, *optional*): Image embeddings of unit length, in float32.
         text_model_output (`BaseModelOutputWithPooling`, *optional*): Of [`ProCLIPModel.get_text_features`].
         vision_model_output (`BaseModelOutputWithPooling`, *optional*): Of [`ProCLIPModel.get_image_features`].
 
@@ -54,9 +58,10 @@ class ProCLIPModel(PreTrainedModel):
 
     Args:
         config ([`ProCLIPConfig`]): Configuration.
-        vision_model, text_model (`PreTrainedModel`, *optional*): Towers to take in place of randomly initialised ones.
+        vision_model, text_model (`PreTrainedModel`, *optional*): Towers to take, with their weights, in place of randomly initialised ones.
         load_text_model (`bool`, defaults to `True`):
             `False` leaves the LLM out: images and `llm_embeds` only. Also an argument of `from_pretrained`.
+        dtypes (`dict`, *optional*): dtypes of new towers, under `vision_config` and `text_config`. By default those of their configurations.
     """
 
     config_class = ProCLIPConfig
@@ -68,8 +73,9 @@ class ProCLIPModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    # A logarithm whose exponential multiplies every logit: half precision would round the scale by up to 4 %.
-    _keep_in_fp32_modules_strict = ["logit_scale"]
+    # The logit scale is a logarithm whose exponential multiplies every logit: half precision would round the scale by up to 4 %. The
+    # statistics centre embeddings that lie close together: half precision would cancel what tells them apart.
+    _keep_in_fp32_modules_strict = ["logit_scale", "input_mean", "input_std"]
     _no_split_modules = ["TextAdapterBlock"]
 
     def __init__(
@@ -79,9 +85,19 @@ class ProCLIPModel(PreTrainedModel):
         vision_model: PreTrainedModel | None = None,
         text_model: PreTrainedModel | None = None,
         load_text_model: bool = True,
+        dtypes: dict[str, Any] | None = None,
     ):
         super().__init__(config)
-        self.vision_model = vision_model if vision_model is not None else AutoModel.from_config(config.vision_config)
+        config.validate()  # once more: `from_pretrained` sets what it is asked to override after the config's own validation
+        config.text_config.is_causal = False
+        dtypes = dtypes or {tower: getattr(config, tower).dtype for tower in TOWERS}
+        for tower in (vision_model, text_model):
+            if tower is not None:  # `post_init` would initialise modules anew that were not loaded by the library
+                for module in tower.modules():
+                    module._is_hf_initialized = True
+        if vision_model is None:
+            vision_model = AutoModel.from_config(config.vision_config, dtype=dtypes["vision_config"])
+        self.vision_model = vision_model
         if config.vision_projection:
             self.visual_projection = nn.Linear(
                 config.vision_config.hidden_size, config.projection_dim, bias=config.vision_projection_bias
@@ -89,7 +105,7 @@ class ProCLIPModel(PreTrainedModel):
         else:
             self.visual_projection = nn.Identity()
         if text_model is None and load_text_model and not config.lean:
-            text_model = AutoModel.from_config(config.text_config)
+            text_model = AutoModel.from_config(config.text_config, dtype=dtypes["text_config"])
         self.text_model = text_model
         if text_model is None:
             self._keys_to_ignore_on_load_unexpected = [r"^text_model\."]
@@ -101,8 +117,7 @@ class ProCLIPModel(PreTrainedModel):
     def _init_weights(self, module):
         if isinstance(module, TextAdapter):
             # PyTorch's own initialisation, which the published code uses; `init` skips what a checkpoint has filled.
-            linears = [m for m in module.modules() if isinstance(m, nn.Linear)]
-            for linear in linears:
+            for linear in (m for m in module.modules() if isinstance(m, nn.Linear)):
                 bound = linear.in_features**-0.5
                 init.uniform_(linear.weight, -bound, bound)
                 if linear.bias is not None:
@@ -120,24 +135,33 @@ class ProCLIPModel(PreTrainedModel):
             init.ones_(module.weight)
             init.zeros_(module.bias)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """`torch.dtype`: Of what is neither tower: the adapter. The library would take the logit scale's, which is always float32."""
+        return self.text_adapter.projection.weight.dtype
+
     def get_input_embeddings(self) -> nn.Module:
         return (self.vision_model if self.text_model is None else self.text_model).get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         (self.vision_model if self.text_model is None else self.text_model).set_input_embeddings(value)
 
+    @can_return_tuple
     def get_image_features(self, pixel_values: torch.FloatTensor, **kwargs: Any) -> tuple | BaseModelOutputWithPooling:
         r"""
         Args:
             pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`): From [`ProCLIPProcessor`].
+            kwargs: Of the image encoder, such as `interpolate_pos_encoding` or `output_hidden_states`.
 
         Returns:
             `BaseModelOutputWithPooling`; `pooler_output` `(batch_size, projection_dim)` is the embedding, not normalised.
         """
-        return_dict = kwargs.pop("return_dict", True)
         outputs = self.vision_model(pixel_values=pixel_values, return_dict=True, **kwargs)
-        outputs.pooler_output = self.visual_projection(outputs.pooler_output)
-        return outputs if return_dict else outputs.to_tuple()
+        pooled = outputs.pooler_output
+        if self.config.vision_projection:
+            pooled = self.visual_projection(pooled.to(self.visual_projection.weight.dtype))
+        outputs.pooler_output = pooled
+        return outputs
 
     def get_llm_embeds(
         self,
@@ -152,9 +176,13 @@ class ProCLIPModel(PreTrainedModel):
         Args:
             input_ids, attention_mask, token_type_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
                 From [`ProCLIPProcessor`]; see [`pool_tokens`].
+            kwargs: Of the LLM.
 
         Returns:
             `torch.FloatTensor` of shape `(batch_size, text_config.hidden_size)`.
+
+        Raises:
+            ValueError: If the model was loaded without its LLM.
         """
         return self._run_text_model(input_ids, attention_mask, token_type_ids, **kwargs).pooler_output
 
@@ -174,6 +202,7 @@ class ProCLIPModel(PreTrainedModel):
             attentions=outputs.attentions,
         )
 
+    @can_return_tuple
     def get_text_features(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -188,23 +217,24 @@ class ProCLIPModel(PreTrainedModel):
                 From [`ProCLIPProcessor`].
             llm_embeds (`torch.FloatTensor` of shape `(batch_size, text_config.hidden_size)`, *optional*):
                 Stored embeddings of the LLM, in place of tokens.
+            kwargs: Of the LLM, such as `output_hidden_states`.
 
         Returns:
-            `BaseModelOutputWithPooling`; `pooler_output` `(batch_size, projection_dim)` is the embedding, not normalised.
+            `BaseModelOutputWithPooling`; `pooler_output` `(batch_size, projection_dim)` is the embedding, not normalised. With `llm_embeds`
+            it is all there is.
 
         Raises:
             ValueError: Unless exactly one of `input_ids` and `llm_embeds` is given.
         """
-        return_dict = kwargs.pop("return_dict", True)
         if (input_ids is None) == (llm_embeds is None):
             raise ValueError("Give either input_ids or llm_embeds.")
         if llm_embeds is not None:
-            outputs = BaseModelOutputWithPooling(pooler_output=self.text_adapter(llm_embeds))
-        else:
-            outputs = self._run_text_model(input_ids, attention_mask, token_type_ids, **kwargs)
-            outputs.pooler_output = self.text_adapter(outputs.pooler_output)
-        return outputs if return_dict else outputs.to_tuple()
+            return BaseModelOutputWithPooling(pooler_output=self.text_adapter(llm_embeds))
+        outputs = self._run_text_model(input_ids, attention_mask, token_type_ids, **kwargs)
+        outputs.pooler_output = self.text_adapter(outputs.pooler_output)
+        return outputs
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -213,7 +243,8 @@ class ProCLIPModel(PreTrainedModel):
         token_type_ids: torch.LongTensor | None = None,
         llm_embeds: torch.FloatTensor | None = None,
         return_loss: bool | None = None,
-        return_dict: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> tuple | ProCLIPOutput:
         r"""
@@ -221,6 +252,11 @@ class ProCLIPModel(PreTrainedModel):
 
         Args:
             return_loss (`bool`, *optional*): Return the symmetric InfoNCE loss; the i-th image and the i-th text are a pair.
+            output_attentions, output_hidden_states (`bool`, *optional*): Of both towers, in their outputs.
+            kwargs: Of the image encoder, such as `interpolate_pos_encoding`.
+
+        Raises:
+            ValueError: If neither modality is given, or there is no pair for every item of a loss.
 
         Example:
 
@@ -236,16 +272,21 @@ class ProCLIPModel(PreTrainedModel):
         has_text, has_image = input_ids is not None or llm_embeds is not None, pixel_values is not None
         if not (has_text or has_image):
             raise ValueError("Give pixel_values, or input_ids or llm_embeds, or both sides.")
+        both = {
+            "output_attentions": output_attentions,
+            "output_hidden_states": output_hidden_states,
+            "return_dict": True,
+        }
         vision_outputs = text_outputs = image_embeds = text_embeds = logits_per_text = logits_per_image = loss = None
         if has_image:
-            vision_outputs = self.get_image_features(pixel_values, **kwargs)
-            image_embeds = F.normalize(vision_outputs.pooler_output, dim=-1)
+            vision_outputs = self.get_image_features(pixel_values, **both, **kwargs)
+            image_embeds = F.normalize(vision_outputs.pooler_output.float(), dim=-1)
         if has_text:
-            text_outputs = self.get_text_features(input_ids, attention_mask, token_type_ids, llm_embeds)
-            text_embeds = F.normalize(text_outputs.pooler_output, dim=-1)
+            text_outputs = self.get_text_features(input_ids, attention_mask, token_type_ids, llm_embeds, **both)
+            text_embeds = F.normalize(text_outputs.pooler_output.float(), dim=-1)
         if has_text and has_image:
-            scale = self.logit_scale.exp().to(device=text_embeds.device)
-            logits_per_text = scale * (text_embeds @ image_embeds.to(text_embeds).T)
+            scale = self.logit_scale.exp().to(text_embeds.device)
+            logits_per_text = scale * (text_embeds @ image_embeds.to(text_embeds.device).T)
             logits_per_image = logits_per_text.T
         if return_loss:
             if logits_per_text is None or logits_per_text.shape[0] != logits_per_text.shape[1]:
@@ -253,12 +294,10 @@ class ProCLIPModel(PreTrainedModel):
                     "return_loss needs as many texts as images, the i-th text belonging to the i-th image."
                 )
             pairs = torch.arange(len(logits_per_text), device=logits_per_text.device)
-            logits = logits_per_text.float()
-            loss = (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2
-        outputs = ProCLIPOutput(
+            loss = (F.cross_entropy(logits_per_image, pairs) + F.cross_entropy(logits_per_text, pairs)) / 2
+        return ProCLIPOutput(
             loss, logits_per_image, logits_per_text, text_embeds, image_embeds, text_outputs, vision_outputs
         )
-        return outputs if return_dict or return_dict is None else outputs.to_tuple()
 
     @classmethod
     def from_vision_text_pretrained(
@@ -278,31 +317,34 @@ class ProCLIPModel(PreTrainedModel):
         Args:
             vision (`str`, `os.PathLike` or `PreTrainedModel`):
                 Name, path or loaded model of a CLIP or SigLIP, whose image encoder, projection and logit scale are taken, or of an image
-                encoder alone.
-            text (`str`, `os.PathLike` or `PreTrainedModel`): Name, path or loaded base model of a decoder LLM.
+                encoder alone. Of a loaded model the parts themselves are taken, not copies.
+            text (`str`, `os.PathLike` or `PreTrainedModel`): Name, path or loaded model of a decoder LLM; a language-modelling head is dropped.
             vision_revision, text_revision (`str`, defaults to `"main"`): Revisions on the Hub. The LLM's commit is kept in the config.
             dtype, attn_implementation (*optional*): For both towers, or a dict with the keys `vision_config` and `text_config`.
             config_kwargs: Fields of [`ProCLIPConfig`].
 
         Raises:
-            ValueError: If the LLM stays causal, or a config key is unknown.
+            ValueError: If the LLM stays causal, a checkpoint lacks weights, or a config key is unknown.
         """
         for argument in (dtype, attn_implementation):
             check_tower_keys(argument)
         vision_model, projection, logit_scale = load_vision(
             vision, vision_revision, of_tower(dtype, "vision_config"), of_tower(attn_implementation, "vision_config")
         )
+        commit = None
         if isinstance(text, PreTrainedModel):
-            text_model, name_or_path, commit = text, text.name_or_path or None, None
+            text_model = text.base_model
             text_model.config.is_causal = False
+            name_or_path = text.name_or_path or None
         else:
-            name_or_path = str(Path(text).resolve()) if os.path.isdir(text) else str(text)
-            commit = None
-            if not os.path.isdir(text):
+            name_or_path = os.fspath(text)
+            if not os.path.isdir(name_or_path):
                 commit = Path(cached_file(name_or_path, "config.json", revision=text_revision)).parent.name
             text_model = load_text(
                 name_or_path, commit, of_tower(dtype, "text_config"), of_tower(attn_implementation, "text_config")
             )
+        if name_or_path is not None and os.path.isdir(name_or_path):
+            name_or_path = str(Path(name_or_path).resolve())
         defaults = {
             "projection_dim": vision_model.config.hidden_size if projection is None else projection.out_features,
             "vision_projection": projection is not None,
@@ -310,18 +352,22 @@ class ProCLIPModel(PreTrainedModel):
             "text_model_revision": commit,
         }
         if logit_scale is not None:
-            defaults["logit_scale_init_value"] = logit_scale.item()
+            defaults["logit_scale_init_value"] = logit_scale
         config = ProCLIPConfig(
             vision_config=vision_model.config, text_config=text_model.config, **{**defaults, **config_kwargs}
         )
         model = cls(config, vision_model=vision_model, text_model=text_model)
         if projection is not None:
-            if config.projection_dim != projection.out_features:
+            if (config.vision_projection, config.projection_dim) != (True, projection.out_features):
                 raise ValueError(
-                    f"projection_dim={config.projection_dim}, but {vision} projects to {projection.out_features} dimensions: leave it out."
+                    f"The image encoder has its own projection to {projection.out_features} dimensions: leave projection_dim and "
+                    "vision_projection out."
                 )
-            model.visual_projection.load_state_dict(projection.state_dict())
-            model.visual_projection.to(projection.weight.dtype)
+            model.visual_projection = projection
+        elif config.vision_projection:
+            logger.warning(
+                "The image encoder has no projection of its own; the one made for it is random until it is trained."
+            )
         check_bidirectional(model.text_model)
         return model.eval()
 
@@ -339,68 +385,38 @@ class ProCLIPModel(PreTrainedModel):
 
         Args:
             text_model (`str`, `os.PathLike` or `PreTrainedModel`, *optional*):
-                Where the LLM of a lean checkpoint lies now, or the LLM itself, which is taken as it is.
+                Where the LLM of a lean checkpoint lies now, or the LLM itself.
             load_text_model (`bool`, defaults to `True`): `False` loads the vision side and the adapter only.
+            kwargs: `dtype` and `attn_implementation` may be a dict with the keys `vision_config` and `text_config`, and `""` for the rest. By
+                default every part has the dtype that it was saved in.
 
         Raises:
             ValueError: If the LLM found is not the one that the checkpoint was made with, or stays causal.
         """
-        check_tower_keys(kwargs.get("attn_implementation"))
+        dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
+        check_tower_keys(dtype)
+        config = kwargs.get("config")
+        if not isinstance(config, PreTrainedConfig):
+            config = cls.config_class.from_pretrained(config or pretrained_model_name_or_path, **kwargs)
+        # The library loads a whole model in one dtype, but towers that are made in another one are filled in theirs.
+        dtypes = tower_dtypes(dtype, config)
         loaded = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, load_text_model=load_text_model, **kwargs
+            pretrained_model_name_or_path,
+            *model_args,
+            load_text_model=load_text_model,
+            dtypes=dtypes,
+            dtype=dtypes[""] or "auto",
+            **kwargs,
         )
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info
         if load_text_model and model.config.lean:
-            model._attach_text_model(text_model, str(pretrained_model_name_or_path), kwargs)
+            model.text_model = recorded_text_model(model.config, text_model, dtypes["text_config"], kwargs)
+            model.config.text_config = model.text_model.config
         elif text_model is not None:
             raise ValueError("text_model is for a lean checkpoint; this one has its LLM inside.")
         if model.text_model is not None:
             check_bidirectional(model.text_model)
         return loaded
-
-    def _attach_text_model(self, text_model, checkpoint: str, kwargs: dict[str, Any]) -> None:
-        config = self.config
-        if not isinstance(text_model, PreTrainedModel):
-            source = config.text_model_name_or_path if text_model is None else os.fspath(text_model)
-            revision = config.text_model_revision if text_model is None else None
-            if source is None:
-                raise ValueError(
-                    f"{checkpoint} is a lean checkpoint and does not say which LLM it belongs to: pass text_model=..., or "
-                    "load_text_model=False for the vision side only."
-                )
-            download_kwargs = {key: kwargs[key] for key in ("cache_dir", "token", "local_files_only") if key in kwargs}
-            try:
-                found = weights_sha256(source, revision, **download_kwargs)
-            except OSError as error:
-                raise OSError(
-                    f"{checkpoint} is a lean checkpoint, and its LLM {source!r} cannot be read: {error}\nPass text_model=... with its new "
-                    "place, or load_text_model=False for the vision side only."
-                ) from error
-            if config.text_model_sha256 is not None and found != config.text_model_sha256:
-                raise ValueError(
-                    f"{checkpoint} was made with an LLM whose weights have SHA-256 {config.text_model_sha256}, but {source!r} has {found}. "
-                    "Pass text_model=... with the right one."
-                )
-            device_map = kwargs.get("device_map")
-            if isinstance(device_map, dict):
-                prefix = "text_model."
-                device_map = {
-                    k.removeprefix(prefix): v
-                    for k, v in device_map.items()
-                    if k in ("", "text_model") or k.startswith(prefix)
-                }
-                device_map = {("" if k == "text_model" else k): v for k, v in device_map.items()}
-            text_model = load_text(
-                source,
-                revision,
-                of_tower(kwargs.get("dtype"), "text_config"),
-                config.text_config._attn_implementation,
-                device_map=device_map,
-                **download_kwargs,
-            )
-        text_model.config.is_causal = False
-        self.text_model = text_model
-        config.text_config = text_model.config
 
     def save_pretrained(
         self,
@@ -423,28 +439,20 @@ class ProCLIPModel(PreTrainedModel):
                 was loaded or has no name.
         """
         lean = (self.config.lean or self.text_model is None) if lean is None else lean
+        if self.text_model is None and not lean:
+            raise ValueError("This model was loaded without its LLM: it can only be saved with lean=True.")
+        record_text_model(self.config, self.text_model, lean)
+        self.config.vision_config.dtype = self.vision_model.dtype
+        if self.text_model is not None:
+            self.config.text_config.dtype = self.text_model.dtype
+        if lean:
+            state_dict = self.state_dict() if state_dict is None else state_dict
+            state_dict = {key: value for key, value in state_dict.items() if not key.startswith("text_model.")}
         was_lean, self.config.lean = self.config.lean, lean
         try:
-            if lean:
-                self._record_text_model()
-                state_dict = self.state_dict() if state_dict is None else state_dict
-                state_dict = {key: value for key, value in state_dict.items() if not key.startswith("text_model.")}
-            elif self.text_model is None:
-                raise ValueError("This model was loaded without its LLM: it can only be saved with lean=True.")
             super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
         finally:
             self.config.lean = was_lean
-
-    def _record_text_model(self) -> None:
-        config = self.config
-        if self.text_model is None:
-            return  # nothing to compare with: what the config says of the LLM stays
-        if config.text_model_name_or_path is None:
-            raise ValueError(
-                "A lean checkpoint names its LLM: set model.config.text_model_name_or_path to its folder or Hub name, or save with lean=False."
-            )
-        check_same_weights(self.text_model, config.text_model_name_or_path, config.text_model_revision)
-        config.text_model_sha256 = weights_sha256(config.text_model_name_or_path, config.text_model_revision)
 
 
 __all__ = ["ProCLIPModel", "ProCLIPOutput"]

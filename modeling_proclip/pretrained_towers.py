@@ -5,59 +5,84 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    CLIPModel,
-    CLIPVisionModelWithProjection,
-    PreTrainedModel,
-    SiglipModel,
-)
+from transformers import AutoConfig, AutoModel, CLIPVisionModelWithProjection, PreTrainedConfig, PreTrainedModel
+
+from .configuration_proclip import TOWERS
 
 
-TOWERS = ("vision_config", "text_config")
+def of_tower(value: Any, tower: str, default: Any = None) -> Any:
+    """What an argument says of one tower: of itself, or under the tower's key of a dict, or under `""`."""
+    return value.get(tower, value.get("", default)) if isinstance(value, dict) else value
 
 
-def of_tower(value: Any, tower: str) -> Any:
-    return value.get(tower, value.get("")) if isinstance(value, dict) else value
-
-
-def check_tower_keys(value: Any) -> None:
-    if isinstance(value, dict) and (unknown := set(value) - {"", *TOWERS}):
-        raise ValueError(f"Unknown tower {sorted(unknown)[0]!r}: the keys are {', '.join(TOWERS)}.")
+def tower_dtypes(dtype: str | torch.dtype | dict | None, config: PreTrainedConfig) -> dict[str, Any]:
+    """The dtype of each tower and, under `""`, of the rest. What `dtype` leaves open is as `config` says it was saved."""
+    if dtype is None or dtype == "auto":
+        dtype = {}
+    saved = {tower: getattr(config, tower).dtype for tower in TOWERS}
+    # AutoModel writes the whole argument over what the configuration says.
+    saved[""] = saved["vision_config"] if isinstance(config.dtype, dict) else config.dtype
+    return {part: of_tower(dtype, part, default) for part, default in saved.items()}
 
 
 def load_vision(
     vision: str | os.PathLike | PreTrainedModel, revision: str, dtype: Any, attn_implementation: str | None
-) -> tuple[PreTrainedModel, nn.Linear | None, torch.Tensor | None]:
-    """The image encoder, its projection and the logit scale, where the checkpoint has them."""
+) -> tuple[PreTrainedModel, nn.Linear | None, float | None]:
+    """The image encoder, and its projection and logit scale (as a logarithm) where the checkpoint has them."""
     if not isinstance(vision, PreTrainedModel):
+        _refuse_other_modules(vision)
         config = AutoConfig.from_pretrained(vision, revision=revision)
         # AutoModel would drop the projection of a CLIPVisionModelWithProjection without a word.
         projected = "CLIPVisionModelWithProjection" in (config.architectures or [])
         loader = CLIPVisionModelWithProjection if projected else AutoModel
-        vision = loader.from_pretrained(
-            vision, revision=revision, dtype=dtype, attn_implementation=attn_implementation
+        vision = _load_complete(
+            loader, vision, revision=revision, dtype=dtype, attn_implementation=attn_implementation
         )
-    if isinstance(vision, CLIPModel):
-        return vision.vision_model, vision.visual_projection, vision.logit_scale
-    if isinstance(vision, CLIPVisionModelWithProjection):
-        return vision.vision_model, vision.visual_projection, None
-    if isinstance(vision, SiglipModel):
-        return vision.vision_model, None, vision.logit_scale
-    return vision, None, None
+    # CLIP, SigLIP and their kin all name their parts so; an image encoder alone has none of them.
+    parts = dict(vision.named_children())
+    if "vision_model" not in parts:
+        return vision, None, None
+    logit_scale = dict(vision.named_parameters()).get("logit_scale")
+    return parts["vision_model"], parts.get("visual_projection"), None if logit_scale is None else logit_scale.item()
 
 
-def load_text(name_or_path: str, revision: str | None, dtype: Any, attn_implementation: str | None, **kwargs: Any):
-    download_kwargs = {key: value for key, value in kwargs.items() if key != "device_map"}
-    config = AutoConfig.from_pretrained(name_or_path, revision=revision or "main", **download_kwargs)
-    config = config.get_text_config()
+def load_text(
+    name_or_path: str | os.PathLike,
+    revision: str | None,
+    dtype: Any,
+    attn_implementation: str | None,
+    device_map: Any = None,
+    **download_kwargs: Any,
+) -> PreTrainedModel:
+    """The base model of a decoder LLM, told to attend in both directions."""
+    _refuse_other_modules(name_or_path)
+    revision = revision or "main"
+    config = AutoConfig.from_pretrained(name_or_path, revision=revision, **download_kwargs).get_text_config()
     config.is_causal = False
-    return AutoModel.from_pretrained(
+    return _load_complete(
+        AutoModel,
         name_or_path,
         config=config,
-        revision=revision or "main",
+        revision=revision,
         dtype=dtype,
         attn_implementation=attn_implementation,
-        **kwargs,
+        device_map=device_map,
+        **download_kwargs,
     )
+
+
+def _load_complete(loader: Any, name_or_path: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
+    model, info = loader.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
+    if info["missing_keys"]:
+        raise ValueError(
+            f"{name_or_path} has no weights for {sorted(info['missing_keys'])[0]!r} of {type(model).__name__} (and {len(info['missing_keys']) - 1} "
+            "more): they would be random. Name a complete checkpoint, or pass a model that you loaded yourself."
+        )
+    return model
+
+
+def _refuse_other_modules(source: Any) -> None:
+    if isinstance(source, nn.Module):
+        raise ValueError(
+            f"A tower must be a model of Transformers, got {type(source).__name__}; merge PEFT adapters first: merge_and_unload()."
+        )

@@ -66,11 +66,14 @@ class TextAdapter(nn.Module):
 
     def forward(self, llm_embeds: torch.Tensor) -> torch.Tensor:
         """`(batch_size, hidden_size)` to `(batch_size, projection_dim)`, not normalised."""
-        hidden_states = llm_embeds.to(device=self.projection.weight.device, dtype=self.projection.weight.dtype)
+        weight = self.projection.weight
+        # In float32: embeddings of an LLM lie close together, and half precision would cancel what tells them apart.
+        hidden_states = llm_embeds.to(device=weight.device, dtype=torch.float32)
         if self.input_norm == "standardize":
             hidden_states = (hidden_states - self.input_mean) / self.input_std
         if self.input_norm != "none":
             hidden_states = F.normalize(hidden_states, dim=-1)
+        hidden_states = hidden_states.to(weight.dtype)
         for block in self.blocks:
             hidden_states = block(hidden_states)
         return self.projection(self.layer_norm(hidden_states))

@@ -2,13 +2,16 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import nn
+from transformers import AutoConfig, AutoModel
 
 
 def pool_tokens(
@@ -51,50 +54,59 @@ def pool_tokens(
 @torch.no_grad()
 def check_bidirectional(text_model: nn.Module) -> None:
     """
-    Prove that `text_model` attends in both directions: change the last token, and the first token's state must move.
+    Prove that `text_model` attends in both directions, and to tokens only: when the last token changes, the first token's state must move;
+    when a padding token changes, it must not.
 
     Some families ignore `config.is_causal = False` in some attention implementations, with or without padding, so both are tried on the
-    model as loaded. Costs two forward passes over five tokens.
+    model as loaded. Costs two forward passes over four texts of five tokens, in eval mode.
 
     Raises:
-        ValueError: If the first state does not move, naming the family and the remedy.
+        ValueError: If the first state does not move, or moves with the padding, naming the family and the remedy.
     """
-    embeddings = text_model.get_input_embeddings()
-    if embeddings.weight.device.type == "meta":
-        return
-    vocab_size = embeddings.weight.shape[0]
-    tokens = torch.arange(1, 6, device=embeddings.weight.device).remainder(vocab_size)
-    # Rows 0 and 1 are equal, so their difference is the arithmetic's own noise; row 2 ends in another token.
-    input_ids = tokens.repeat(3, 1)
-    input_ids[2, -1] = 6 % vocab_size
+    embeddings = text_model.get_input_embeddings().weight
+    device = (
+        "cpu" if embeddings.device.type == "meta" else embeddings.device
+    )  # offloaded weights come in as they are needed
+    tokens = torch.arange(1, 6, device=device).remainder(embeddings.shape[0])
+    # Rows 0 and 1 are equal, so their difference is the arithmetic's own noise. Row 2 ends and row 3 begins with another token.
+    input_ids = tokens.repeat(4, 1)
+    input_ids[2, -1] = input_ids[3, 0] = 6 % embeddings.shape[0]
     padded = torch.ones_like(input_ids)
     padded[:, 0] = 0
-    was_training = text_model.training
+    was_training = {module: module.training for module in text_model.modules()}
     text_model.eval()
-    for attention_mask, first in ((None, 0), (padded, 1)):
-        states = text_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-        states = states[:, first].float()
-        noise, signal = (states[1] - states[0]).abs().max(), (states[2] - states[0]).abs().max()
-        if not signal > 10 * noise:
+    try:
+        for attention_mask, first in ((None, 0), (padded, 1)):
+            states = text_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+            _, noise, signal, leak = (states[:, first] - states[0, first]).float().abs().amax(dim=1).tolist()
+            if not signal > 10 * noise:
+                raise ValueError(
+                    f"The text model {_describe(text_model)} stays causal {'without padding' if first == 0 else 'in a padded batch'}: its first "
+                    "token does not see the last one, so its embeddings would be wrong. Try attn_implementation={'text_config': 'eager'}, or "
+                    "take an LLM of another family (Llama, Qwen2, Qwen3, Mistral, Gemma and Phi-3 are tested)."
+                )
+        if leak > signal / 100:
             raise ValueError(
-                f"The text model {type(text_model).__name__} ({text_model.config._attn_implementation!r} attention, "
-                f"{'no padding' if attention_mask is None else 'padded batch'}) stays causal: its first token does not see the last one, "
-                "so its embeddings would be wrong. Try attn_implementation={'text_config': 'eager'}, or take an LLM of another family "
-                "(Llama, Qwen2, Qwen3, Mistral, Gemma and Phi-3 are tested)."
+                f"The text model {_describe(text_model)} attends to padding, so an embedding would depend on the texts beside it. Try "
+                "attn_implementation={'text_config': 'eager'}."
             )
-    text_model.train(was_training)
+    finally:
+        for module, training in was_training.items():
+            module.training = training
 
 
-def _weight_files(name_or_path: str, revision: str | None, **download_kwargs) -> list[Path]:
+def _describe(text_model: nn.Module) -> str:
+    return f"{type(text_model).__name__} with {text_model.config._attn_implementation!r} attention"
+
+
+def _weight_files(name_or_path: str | os.PathLike, revision: str | None, **download_kwargs) -> list[Path]:
     folder = Path(name_or_path)
     if not folder.is_dir():
         patterns = ["model*.safetensors", "model.safetensors.index.json"]
         folder = Path(snapshot_download(name_or_path, revision=revision, allow_patterns=patterns, **download_kwargs))
     index = folder / "model.safetensors.index.json"
-    names = (
-        sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["model.safetensors"]
-    )
-    files = [folder / name for name in names]
+    names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    files = [folder / name for name in sorted(names)]
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(
@@ -104,59 +116,74 @@ def _weight_files(name_or_path: str, revision: str | None, **download_kwargs) ->
     return files
 
 
-def iterate_weights(
-    name_or_path: str, revision: str | None = None, **download_kwargs
+def _iterate_weights(
+    name_or_path: str | os.PathLike, revision: str | None, **download_kwargs
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """
     The tensors of an LLM's safetensors files, one at a time and in the order of their names, as its base model names them.
 
-    A causal-LM checkpoint and its base model give the same names: the prefix `model.` is dropped and `lm_head` is left out.
+    A causal-LM checkpoint and that of its base model give the same: the prefix is dropped and the head is left out.
     """
+    config = AutoConfig.from_pretrained(name_or_path, revision=revision or "main", **download_kwargs)
+    with torch.device("meta"):
+        base_model = AutoModel.from_config(config.get_text_config())
+    names, prefix = set(base_model.state_dict()), base_model.base_model_prefix + "."
     places = {}
     for file in _weight_files(name_or_path, revision, **download_kwargs):
         with safe_open(file, framework="pt") as tensors:
-            places.update(
-                {key.removeprefix("model."): (file, key) for key in tensors.keys() if not key.startswith("lm_head.")}
-            )
-    for name in sorted(places):
+            places.update({key.removeprefix(prefix): (file, key) for key in tensors.keys()})
+    if missing := names - set(places):
+        raise ValueError(f"{name_or_path} has no tensor {min(missing)!r} of a {type(base_model).__name__}.")
+    for name in sorted(names):
         file, key = places[name]
         with safe_open(file, framework="pt") as tensors:
             yield name, tensors.get_tensor(key)
 
 
-def weights_sha256(name_or_path: str, revision: str | None = None, **download_kwargs) -> str:
+def weights_sha256(
+    name_or_path: str | os.PathLike,
+    revision: str | None = None,
+    *,
+    same_as: nn.Module | None = None,
+    **download_kwargs: Any,
+) -> str:
     """
-    Content hash of an LLM: SHA-256 over name, dtype, shape and bytes of every tensor, the same however the files are sharded.
+    Content hash of an LLM's files: SHA-256 over name, dtype, shape and bytes of every tensor, the same however the files are sharded.
+
+    Args:
+        same_as (`nn.Module`, *optional*): An LLM in memory that must hold the same weights, each in the dtype that it has there.
 
     Raises:
         FileNotFoundError: If the model has no safetensors files.
+        ValueError: Naming a tensor that the files lack, or the first of `same_as` that differs: a lean checkpoint of a changed LLM would
+            lose the change.
     """
     digest = hashlib.sha256()
-    for name, tensor in iterate_weights(name_or_path, revision, **download_kwargs):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    in_memory = {} if same_as is None else same_as.state_dict()
+    for name, tensor in _iterate_weights(name_or_path, revision, **download_kwargs):
+        _update(digest, name, tensor)
+        ours = in_memory.pop(name, None)
+        if same_as is not None and (ours is None or not torch.equal(ours.cpu(), tensor.to(ours.dtype))):
+            raise ValueError(_changed(name, name_or_path))
+    if in_memory:
+        raise ValueError(_changed(next(iter(in_memory)), name_or_path))
     return digest.hexdigest()
 
 
-def check_same_weights(text_model: nn.Module, name_or_path: str, revision: str | None = None) -> None:
-    """
-    Check that the LLM in memory is the one that its reference holds, in the dtype that it was loaded in.
-
-    Raises:
-        ValueError: Naming the first tensor that differs: a lean checkpoint of a changed LLM would lose the change.
-    """
-    state = text_model.state_dict()
-    for name, tensor in iterate_weights(name_or_path, revision):
-        if name not in state:
-            continue  # not part of the base model, such as a vision tower beside it
-        ours = state.pop(name)
-        if not torch.equal(ours.cpu(), tensor.to(ours.dtype)):
-            raise ValueError(_changed(name, name_or_path))
-    if state:
-        raise ValueError(_changed(next(iter(state)), name_or_path))
+def module_sha256(text_model: nn.Module) -> str:
+    """Content hash of an LLM in memory: that of its files, as long as it is in their dtype; see [`weights_sha256`]."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(text_model.state_dict().items()):
+        _update(digest, name, tensor.cpu())
+    return digest.hexdigest()
 
 
-def _changed(tensor_name: str, name_or_path: str) -> str:
+def _update(digest: Any, name: str, tensor: torch.Tensor) -> None:
+    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+    digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def _changed(tensor_name: str, name_or_path: str | os.PathLike) -> str:
     return (
         f"text_model.{tensor_name} is not what {name_or_path} holds: the LLM was changed since, and a lean checkpoint would lose that. "
         "Save the checkpoint with lean=False, or save the LLM by itself (model.text_model.save_pretrained) and set "

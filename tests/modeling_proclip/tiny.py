@@ -34,9 +34,20 @@ VISION = {
     "num_attention_heads": 2,
     "image_size": 16,
     "patch_size": 8,
+    "projection_dim": 16,
 }
-CLIP_TEXT = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1}
-CLIP_TEXT |= {"num_attention_heads": 2, "max_position_embeddings": 8, "projection_size": 24}
+CLIP_TEXT = {
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "intermediate_size": 20,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 8,
+    "bos_token_id": 48,
+    "eos_token_id": 49,
+    "pad_token_id": 49,
+    "projection_size": 24,
+}
 
 
 def config(**overrides: Any) -> ProCLIPConfig:

@@ -1,0 +1,186 @@
+"""Reading published checkpoints: pickles and safetensors, one file or shards, without running or copying what is in them."""
+
+import json
+import math
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+
+# Of safetensors headers; other types are no weights of the published models.
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+WRAPPERS = ("state_dict", "module")  # OpenCLIP's trainer and DeepSpeed
+INDEXES = {"model.safetensors.index.json": "model.safetensors", "pytorch_model.bin.index.json": "pytorch_model.bin"}
+
+
+class ConversionError(ValueError):
+    """A checkpoint, or something that its conversion needs, is not as it must be. The message names the file and the tensor."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """
+    One tensor of a checkpoint, not read yet.
+
+    Attributes:
+        file (`Path`): The file that holds it.
+        name (`str`): Its name in that file.
+        shape (`tuple[int, ...]`), dtype (`torch.dtype`): As the file states them.
+        load (`Callable[[], torch.Tensor]`): Maps it into memory.
+    """
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    load: Callable[[], torch.Tensor]
+
+    def read(self) -> torch.Tensor:
+        """
+        The tensor, mapped from the file: its bytes are read when they are used.
+
+        Raises:
+            ConversionError: If it is not what the file states, or holds NaN or infinity.
+        """
+        try:
+            tensor = self.load()
+            # The smallest and the largest element tell: NaN is either, and no temporary as large as the tensor is needed.
+            finite = not tensor.numel() or all(math.isfinite(value) for value in torch.aminmax(tensor.detach()))
+        except Exception as error:  # corrupt files fail in the reader in many ways
+            raise ConversionError(f"{self.file}: tensor {self.name!r} cannot be read: {_first_line(error)}") from error
+        if tuple(tensor.shape) != self.shape or tensor.dtype != self.dtype:
+            raise ConversionError(
+                f"{self.file}: tensor {self.name!r} is not of the shape and type that the file states."
+            )
+        if not finite:
+            raise ConversionError(f"{self.file}: tensor {self.name!r} holds NaN or infinity: the file is damaged.")
+        return tensor.detach()
+
+
+def read_checkpoint(source: Path) -> dict[str, StoredTensor]:
+    """
+    The tensors of a file (`.pt`, `.bin`, `.safetensors`) or of a folder that holds `model.safetensors` or `pytorch_model.bin`, in shards
+    or not. Bare state dicts, `{"state_dict": ...}`, `{"module": ...}` and a `module.` in front of every name are unwrapped.
+
+    Raises:
+        ConversionError: If there is nothing to read, a file is damaged, or a pickle needs more than tensors and plain containers. Nothing of
+            such a pickle is run.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for file in _weight_files(source) if source.is_dir() else [source]:
+        for name, tensor in _read_file(file).items():
+            if name in tensors:
+                raise ConversionError(f"{file}: tensor {name!r} is in {tensors[name].file.name} too.")
+            tensors[name] = tensor
+    while tensors and all(name.startswith("module.") for name in tensors):
+        tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; raises `ConversionError` if there is none."""
+    try:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConversionError(f"{file} cannot be read as JSON: {_first_line(error)}") from error
+    if not isinstance(content, dict):
+        raise ConversionError(f"{file} holds no JSON object.")
+    return content
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    for index, whole in INDEXES.items():
+        if (folder / index).is_file():
+            places = read_json(folder / index).get("weight_map")
+            if not isinstance(places, dict) or not places:
+                raise ConversionError(f"{folder / index} has no weight_map.")
+            names = set(map(str, places.values()))
+            files = [folder / name for name in sorted(names)]
+            if any(Path(name).name != name for name in names):
+                raise ConversionError(f"{folder / index} points outside of its folder.")
+        elif (folder / whole).is_file():
+            files = [folder / whole]
+        else:
+            continue
+        if missing := [file.name for file in files if not file.is_file()]:
+            raise ConversionError(f"{folder} lacks {', '.join(missing)}, which {index} names.")
+        return files
+    raise ConversionError(
+        f"{folder} holds neither model.safetensors nor pytorch_model.bin, in shards or not: name the file itself."
+    )
+
+
+def _read_file(file: Path) -> dict[str, StoredTensor]:
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(9)
+    except OSError as error:
+        raise ConversionError(f"{file} cannot be read: {error.strerror}.") from error
+    if not start:
+        raise ConversionError(f"{file} is empty.")
+    safetensors = file.suffix == ".safetensors" or start[8:] == b"{"
+    return dict(_read_safetensors(file) if safetensors else _read_pickle(file, zipped=start.startswith(b"PK")))
+
+
+def _read_safetensors(file: Path) -> Iterator[tuple[str, StoredTensor]]:
+    try:
+        handle = safe_open(file, framework="pt")
+        names = list(handle.keys())
+        headers = {name: (handle.get_slice(name).get_dtype(), handle.get_slice(name).get_shape()) for name in names}
+    except Exception as error:  # the reader's own error class, and what corrupt UTF-8 makes of it
+        raise ConversionError(f"{file} cannot be read as safetensors: {_first_line(error)}") from error
+    for name, (dtype, shape) in headers.items():
+        if dtype not in DTYPES:
+            if name.endswith(("position_ids", "inv_freq")):
+                continue  # buffers of old checkpoints, which no model of today has
+            raise ConversionError(f"{file}: tensor {name!r} has type {dtype}: weights of {', '.join(DTYPES)} convert.")
+        yield name, StoredTensor(file, name, tuple(shape), DTYPES[dtype], lambda name=name: handle.get_tensor(name))
+
+
+def _read_pickle(file: Path, zipped: bool) -> Iterator[tuple[str, StoredTensor]]:
+    try:
+        if zipped:
+            with zipfile.ZipFile(file) as archive:  # a compressed record could fill the memory
+                if sum(record.file_size for record in archive.infolist()) > file.stat().st_size:
+                    raise ValueError("its records are larger than the file")
+        # Only zipped files can be mapped; those of before PyTorch 1.6 are read whole.
+        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped or None)
+    except Exception as error:  # a corrupt pickle can raise anything
+        raise ConversionError(_refusal(file, error)) from error
+    for key in WRAPPERS:
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
+            loaded = loaded[key]
+    if not isinstance(loaded, Mapping) or not loaded:
+        raise ConversionError(f"{file} holds a {type(loaded).__name__} and not a state dict.")
+    for name, tensor in loaded.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise ConversionError(f"{file}: entry {name!r} is {type(tensor).__name__} and no tensor with a name.")
+        if name.endswith(("position_ids", "inv_freq")):
+            continue
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.dtype not in DTYPES.values():
+            raise ConversionError(
+                f"{file}: tensor {name!r} ({tensor.layout}, {tensor.dtype}) is not dense and of {', '.join(DTYPES)}."
+            )
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise ConversionError(f"{file}: tensor {name!r} claims more elements than the file holds.")
+        yield name, StoredTensor(file, name, tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor)
+
+
+def _refusal(file: Path, error: Exception) -> str:
+    if isinstance(error, pickle.UnpicklingError) and (needed := re.search(r"GLOBAL ([\w.]+)", str(error))):
+        return (
+            f"{file} is refused, and nothing of it was run: beside weights it needs {needed[1]}, which can run code. If you trust its "
+            "source, load it there, and save its state dict alone, as safetensors."
+        )
+    return f"{file} cannot be read as a PyTorch checkpoint: {_first_line(error)}"
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip()}".split("\n")[0][:300]

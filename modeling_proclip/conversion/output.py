@@ -1,0 +1,104 @@
+"""Writing a checkpoint: tensor after tensor, in a folder that appears only when it is complete."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .checkpoint import DTYPES, ConversionError
+
+
+MAX_SHARD_BYTES = 5 * 10**9
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """A tensor to write: what the header says of it, and how to make it."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], torch.Tensor]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its elements."""
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """
+    A folder beside `output` to write in, renamed to `output` at the end, and removed where anything raises.
+
+    Raises:
+        ConversionError: If `output` is there and is no empty folder.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConversionError(f"{output} is there already: name another output, or remove it.")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
+    try:
+        yield folder
+        umask = os.umask(0)
+        os.umask(umask)
+        folder.chmod(0o777 & ~umask)  # mkdtemp's folders are for their owner alone
+        if output.exists():
+            output.rmdir()
+        folder.rename(output)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def plan_shards(tensors: list[PlannedTensor], max_bytes: int = MAX_SHARD_BYTES) -> dict[str, list[PlannedTensor]]:
+    """File names and the tensors of each: one `model.safetensors`, or shards of at most `max_bytes` (or of one tensor larger than that)."""
+    shards: list[list[PlannedTensor]] = [[]]
+    for tensor in tensors:
+        if shards[-1] and sum(other.num_bytes for other in shards[-1]) + tensor.num_bytes > max_bytes:
+            shards.append([])
+        shards[-1].append(tensor)
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{i:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards, start=1)}
+
+
+def write_tensors(folder: Path, tensors: list[PlannedTensor]) -> None:
+    """Write `tensors` as safetensors, with an index if there are shards. Holds one tensor in memory at a time."""
+    shards = plan_shards(tensors)
+    for name, shard in shards.items():
+        _write_safetensors(folder / name, shard)
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(tensor.num_bytes for tensor in tensors)},
+            "weight_map": {tensor.name: name for name, shard in shards.items() for tensor in shard},
+        }
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def _write_safetensors(file: Path, tensors: list[PlannedTensor]) -> None:
+    # The safetensors library writes from tensors that are all in memory; the format is a length, a JSON header and the bytes in order.
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in tensors:
+        start, end = end, end + tensor.num_bytes
+        header[tensor.name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with file.open("wb") as stream:
+        stream.write(len(encoded).to_bytes(8, "little") + encoded)
+        for tensor in tensors:
+            made = tensor.make()
+            if tuple(made.shape) != tensor.shape or made.dtype != tensor.dtype:
+                raise AssertionError(f"{tensor.name} became {tuple(made.shape)} of {made.dtype}")
+            stream.write(made.contiguous().view(-1).view(torch.uint8).numpy())

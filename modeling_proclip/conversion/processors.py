@@ -1,0 +1,90 @@
+"""What a converted checkpoint needs beside its weights: an image processor, and the LLM's config and tokenizer."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedConfig, SiglipVisionConfig
+from transformers.image_utils import PILImageResampling
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from ..processing_proclip import ProCLIPProcessor
+from ..text_tower import weights_sha256
+from .checkpoint import ConversionError
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """The LLM of a lean checkpoint: what the config keeps of it, its tokenizer, and a line for people."""
+
+    config_values: dict[str, Any]
+    tokenizer: Any
+    description: str
+
+
+def vision_processor_for(config: PreTrainedConfig, name_or_path: str | os.PathLike | None) -> Any:
+    """
+    The image processor of a tower: the one named, or CLIP's mean and deviation with resizing and centre crop for OpenAI's and EVA's towers,
+    and SigLIP2's own (mean and deviation 0.5, both sides resized, bilinear).
+
+    Raises:
+        ConversionError: If the one named cannot be loaded, or makes pictures of another size.
+    """
+    size = config.image_size
+    if name_or_path is None:
+        square = {"height": size, "width": size}
+        if isinstance(config, SiglipVisionConfig):
+            return SiglipImageProcessorPil(size=square, resample=PILImageResampling.BILINEAR)
+        return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=square)
+    try:
+        processor = AutoImageProcessor.from_pretrained(name_or_path)
+    except (OSError, ValueError, ImportError) as error:
+        raise ConversionError(f"The image processor {name_or_path} cannot be loaded: {error}") from error
+    made = processor(Image.new("RGB", (2 * size, size)), return_tensors="pt")["pixel_values"].shape[-2:]
+    if tuple(made) != (size, size):
+        raise ConversionError(
+            f"The image processor {name_or_path} makes pictures of {tuple(made)} pixels, and the tower takes {(size, size)}."
+        )
+    return processor
+
+
+def load_text_model(name_or_path: str | os.PathLike, revision: str | None, llm_size: int) -> TextModel:
+    """
+    Read the config and the tokenizer of an LLM and hash its weights; the model itself is not loaded.
+
+    Raises:
+        ConversionError: If they cannot be read, or its embeddings are not of `llm_size`.
+    """
+    local = os.path.isdir(name_or_path)
+    name = str(Path(name_or_path).resolve()) if local else os.fspath(name_or_path)
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision or "main").get_text_config()
+        if config.hidden_size != llm_size:
+            raise ConversionError(
+                f"{name_or_path} has embeddings of {config.hidden_size}, and the text adapter takes {llm_size}: it belongs to another LLM."
+            )
+        commit = None if local else config._commit_hash
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=commit or "main")
+        digest = weights_sha256(name, commit)
+    except ConversionError:
+        raise
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise ConversionError(f"The LLM {name_or_path} cannot be read: {error}") from error
+    values = {
+        "text_config": config,
+        "text_model_name_or_path": name,
+        "text_model_revision": commit,
+        "text_model_sha256": digest,
+    }
+    return TextModel(values, tokenizer, f"{name} (SHA-256 of its weights {digest[:12]}...)")
+
+
+def write_processor(folder: Path, image_processor: Any, tokenizer: Any, prompt_template: str | None) -> None:
+    """Save a [`ProCLIPProcessor`], or the image processor alone where no LLM is named."""
+    if tokenizer is None:
+        image_processor.save_pretrained(folder)
+    else:
+        ProCLIPProcessor(image_processor, tokenizer, prompt_template=prompt_template).save_pretrained(folder)

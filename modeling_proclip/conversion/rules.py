@@ -1,0 +1,189 @@
+"""How tensors of a published checkpoint become tensors of ours: rules by name, checked by shape before anything is read."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from .checkpoint import ConversionError, StoredTensor
+
+
+MAX_LISTED = 40  # names in one error message
+
+
+@dataclass(frozen=True)
+class Rule:
+    """
+    One tensor of ours: `transform` of the published tensors `sources`.
+
+    Attributes:
+        sources (`tuple[str, ...]`): Published names.
+        transform (`Callable`): From their tensors to ours; it must also work on meta tensors.
+    """
+
+    sources: tuple[str, ...]
+    transform: Callable[..., torch.Tensor] = lambda tensor: tensor
+
+
+Rules = dict[str, Rule]
+
+
+@dataclass
+class Tower:
+    """
+    The vision tower that a checkpoint holds.
+
+    Attributes:
+        title (`str`): What it is, for people.
+        config (`PreTrainedConfig`): Of the tower in Transformers.
+        rules (`Rules`): Of its tensors and of its projection, under the names of `ProCLIPModel`.
+        projection_dim (`int`, *optional*): Size of the projection, `None` for a tower without one.
+        projection_bias (`bool`): Whether the projection has a bias.
+        ignored (`tuple[str, ...]`): Regular expressions of published names that are expected and not needed.
+        notes (`list[str]`): What the person should know.
+    """
+
+    title: str
+    config: PreTrainedConfig
+    rules: Rules
+    projection_dim: int | None
+    projection_bias: bool = False
+    ignored: tuple[str, ...] = ()
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What shapes cannot tell; see [`convert`]."""
+
+    head_width: int = 64
+    quick_gelu: bool | None = None
+    image_size: int | None = None
+    patch_size: int | None = None
+    rope_pretrained_grid: int = 16
+
+
+def shape_of(tensors: Mapping[str, StoredTensor], name: str, dims: int) -> tuple[int, ...]:
+    """The shape of the published tensor `name`, which must have `dims` dimensions, none of them 0."""
+    if name not in tensors:
+        raise ConversionError(f"The checkpoint has no tensor {name!r}; {describe_names(tensors)}.")
+    shape = tensors[name].shape
+    if len(shape) != dims or 0 in shape:
+        raise ConversionError(f"{tensors[name].file}: tensor {name!r} of shape {shape} should have {dims} dimensions.")
+    return shape
+
+
+def count_layers(names: Iterable[str], prefix: str) -> int:
+    """The number n of different i in names that begin with `prefix` + i + "."; they must be 0 to n - 1."""
+    pattern = re.compile(re.escape(prefix) + r"(\d{1,9})\.")
+    found = {int(match[1]) for name in names if (match := pattern.match(name))}
+    if found != set(range(len(found))):
+        missing = min(set(range(len(found))) - found)
+        raise ConversionError(f"The checkpoint has no {prefix}{missing}, though it has {prefix}{max(found)}.")
+    return len(found)
+
+
+def square_side(count: int, what: str) -> int:
+    """The side of a square grid of `count` patches."""
+    side = round(count**0.5)
+    if side < 1 or side * side != count:
+        raise ConversionError(f"{what} has {count} patches, which is no square grid.")
+    return side
+
+
+def count_heads(width: int, head_width: int) -> int:
+    """The number of attention heads of `head_width` channels."""
+    if head_width < 1 or width % head_width:
+        raise ConversionError(
+            f"A tower of width {width} cannot have heads of width {head_width}: pass another head_width."
+        )
+    return width // head_width
+
+
+def new_grid(grid: int, patch_size: int, image_size: int | None) -> tuple[int, int]:
+    """The size of the pictures and the number of patches a side, as stored or, with `image_size`, as asked for."""
+    if image_size is None:
+        return grid * patch_size, grid
+    if image_size < patch_size:
+        raise ConversionError(f"image_size={image_size} is smaller than a patch of {patch_size} pixels.")
+    return image_size, image_size // patch_size
+
+
+def build_config(config_class: Callable[..., Any], **values: Any) -> Any:
+    """A configuration; what it refuses is a fault of the checkpoint or the options."""
+    try:
+        return config_class(**values)
+    except Exception as error:  # the library wraps its validation errors in several classes
+        reason = str(error.__cause__ or error).strip().split("\n")[-1].strip()
+        raise ConversionError(f"No model has these sizes: {reason}") from error
+
+
+def affine(ours: str, published: str, bias: bool = True) -> Rules:
+    """The rules of a linear layer, convolution or norm that is stored as ours is."""
+    kinds = ("weight", "bias") if bias else ("weight",)
+    return {f"{ours}.{kind}": Rule((f"{published}.{kind}",)) for kind in kinds}
+
+
+def chunk(index: int, chunks: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A transform that takes one of equal parts along the first dimension: of a fused query, key and value."""
+    return lambda tensor: tensor.unflatten(0, (chunks, -1))[index]
+
+
+def check(
+    rules: Rules, tensors: Mapping[str, StoredTensor], shapes: Mapping[str, tuple[int, ...]], ignored: Iterable[str]
+) -> list[str]:
+    """
+    Prove that `rules` make every tensor of a model with the given `shapes` out of `tensors`, each used, before anything is read.
+
+    Returns:
+        The published names that are left over and expected to be.
+
+    Raises:
+        ConversionError: With the list of what is missing, of the wrong shape, or unused.
+    """
+    used = {name for rule in rules.values() for name in rule.sources}
+    problems = []
+    if missing := sorted(used - set(tensors)):
+        problems.append(f"missing from the checkpoint: {_listed(missing)}")
+    if uncovered := sorted(set(shapes) - set(rules)):
+        problems.append(f"needed by the model and not in the checkpoint's layout: {_listed(uncovered)}")
+    pattern = re.compile("|".join(ignored) or r"(?!)")
+    left = sorted(set(tensors) - used)
+    if unused := [name for name in left if not pattern.fullmatch(name)]:
+        problems.append(f"unused: {_listed(unused)}")
+    wrong = []
+    for ours, rule in rules.items():
+        if all(name in tensors for name in rule.sources):
+            found = transformed_shape(rule, tensors)
+            if found != shapes.get(ours):
+                stored = ", ".join(f"{name} {tensors[name].shape}" for name in rule.sources)
+                wrong.append(f"{stored} for {ours}, which should be {shapes.get(ours)}")
+    if wrong:
+        problems.append(f"of the wrong shape: {_listed(wrong)}")
+    if problems:
+        file = next(iter(tensors.values())).file
+        raise ConversionError(f"{file} does not fit: " + "; ".join(problems) + ".")
+    return left
+
+
+def transformed_shape(rule: Rule, tensors: Mapping[str, StoredTensor]) -> tuple[int, ...] | None:
+    """The shape that a rule will give, or `None` where its transform refuses what is stored."""
+    try:
+        stored = [torch.empty(tensors[name].shape, dtype=torch.float32, device="meta") for name in rule.sources]
+        return tuple(rule.transform(*stored).shape)
+    except (RuntimeError, ValueError, IndexError, TypeError):
+        return None
+
+
+def describe_names(tensors: Mapping[str, StoredTensor]) -> str:
+    """The beginnings of the published names, for an error message."""
+    tops = sorted({".".join(name.split(".")[:2]) for name in tensors})
+    return f"its names begin with {_listed(tops)}" if tops else "it has no tensors at all"
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return ", ".join(names[:MAX_LISTED]) + more

@@ -1,0 +1,109 @@
+"""Checkpoints without the frozen LLM: what they record of it, and how it comes back."""
+
+import os
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from .configuration_proclip import ProCLIPConfig
+from .pretrained_towers import load_text
+from .text_tower import module_sha256, weights_sha256
+
+
+logger = logging.get_logger(__name__)
+
+
+def record_text_model(config: ProCLIPConfig, text_model: PreTrainedModel | None, lean: bool) -> None:
+    """
+    Set `config.text_model_sha256` to the content hash of the LLM that a checkpoint about to be saved belongs to.
+
+    Args:
+        text_model (`PreTrainedModel`, *optional*): The LLM, if it is in memory.
+        lean (`bool`): Whether the checkpoint will leave it out.
+
+    Raises:
+        ValueError: If it is left out although it has no name or is not what its name holds.
+    """
+    name_or_path, revision = config.text_model_name_or_path, config.text_model_revision
+    if lean and text_model is not None:
+        if name_or_path is None:
+            raise ValueError(
+                "A lean checkpoint names its LLM: set model.config.text_model_name_or_path to its folder or Hub name, or save with lean=False."
+            )
+        config.text_model_sha256 = weights_sha256(name_or_path, revision, same_as=text_model)
+    elif text_model is not None:
+        # The checkpoint may be loaded without its LLM and saved lean, so it must say which one it has, changed or not.
+        try:
+            if name_or_path is None:
+                raise FileNotFoundError
+            config.text_model_sha256 = weights_sha256(
+                name_or_path, revision, same_as=text_model, local_files_only=True
+            )
+        except (OSError, ValueError):
+            config.text_model_sha256 = module_sha256(text_model)
+    elif config.text_model_sha256 is None and name_or_path is not None:
+        try:
+            config.text_model_sha256 = weights_sha256(name_or_path, revision, local_files_only=True)
+        except (OSError, ValueError) as error:
+            logger.warning(
+                f"The LLM {name_or_path!r} cannot be read, so the checkpoint cannot tell it from another one: {error}"
+            )
+
+
+def recorded_text_model(
+    config: ProCLIPConfig,
+    text_model: str | os.PathLike | PreTrainedModel | None,
+    dtype: str | torch.dtype | None,
+    kwargs: dict[str, Any],
+) -> PreTrainedModel:
+    """
+    The LLM that a lean checkpoint belongs to.
+
+    Args:
+        text_model (`str`, `os.PathLike` or `PreTrainedModel`, *optional*): Where it lies now, or the LLM itself.
+        kwargs (`dict`): The arguments of `from_pretrained`, of which those about downloads and `device_map` matter.
+
+    Raises:
+        ValueError: If it is not the one that the checkpoint was made with.
+        OSError: If it cannot be read.
+    """
+    if isinstance(text_model, PreTrainedModel):
+        text_model = text_model.base_model
+        if text_model.config.hidden_size != config.text_config.hidden_size:
+            raise ValueError(
+                f"The checkpoint was made with an LLM of {config.text_config.hidden_size} dimensions; the one given has "
+                f"{text_model.config.hidden_size}."
+            )
+        if config.text_model_sha256 not in (None, module_sha256(text_model)):
+            logger.warning(
+                "The LLM given has other weights than the one that the checkpoint was made with, or another dtype than its files have."
+            )
+        text_model.config.is_causal = False
+        return text_model
+    source = config.text_model_name_or_path if text_model is None else os.fspath(text_model)
+    revision = config.text_model_revision if text_model is None else None
+    remedy = "Pass text_model=... with its place, or load_text_model=False for the vision side only."
+    if source is None:
+        raise ValueError(f"This lean checkpoint does not say which LLM it belongs to. {remedy}")
+    download_kwargs = {key: kwargs[key] for key in ("cache_dir", "token", "local_files_only") if key in kwargs}
+    try:
+        found = weights_sha256(source, revision, **download_kwargs)
+    except OSError as error:
+        raise OSError(f"The LLM {source!r} of this lean checkpoint cannot be read: {error}\n{remedy}") from error
+    if config.text_model_sha256 not in (None, found):
+        raise ValueError(
+            f"This lean checkpoint was made with an LLM whose weights have SHA-256 {config.text_model_sha256}, but {source!r} has {found}. "
+            "Pass text_model=... with the right one."
+        )
+    device_map = kwargs.get("device_map")
+    if isinstance(device_map, dict):  # what it says of text_model, seen from the LLM
+        device_map = {
+            "" if module in ("", "text_model") else module.removeprefix("text_model."): device
+            for module, device in device_map.items()
+            if module in ("", "text_model") or module.startswith("text_model.")
+        }
+    return load_text(
+        source, revision, dtype, config.text_config._attn_implementation, device_map=device_map, **download_kwargs
+    )

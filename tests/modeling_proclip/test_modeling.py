@@ -1,0 +1,349 @@
+"""ProCLIPModel: what it computes, how it trains, compiles, copies, saves and loads."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModel, AutoModelForZeroShotImageClassification
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from modeling_proclip import ProCLIPConfig, ProCLIPModel, ProCLIPOutput
+from tests.modeling_proclip import tiny
+
+
+TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+@pytest.fixture
+def inputs() -> dict[str, torch.Tensor]:
+    return tiny.inputs()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny.model().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@torch.no_grad()
+def assert_same_embeddings(one: torch.nn.Module, other: torch.nn.Module, tolerance: float = 0.0) -> None:
+    expected, actual = one(**tiny.inputs()), other(**tiny.inputs())
+    for name in ("text_embeds", "image_embeds", "logits_per_image"):
+        torch.testing.assert_close(actual[name], expected[name], atol=tolerance, rtol=0)
+
+
+# What it computes
+
+
+@torch.no_grad()
+def test_forward_against_a_naive_reference(inputs):
+    model = tiny.model()
+    states = model.text_model(inputs["input_ids"], attention_mask=inputs["attention_mask"]).last_hidden_state
+    texts = torch.stack(
+        [row[marked.bool()].mean(dim=0) for row, marked in zip(states, inputs["token_type_ids"], strict=True)]
+    )
+    texts = torch.stack([t / t.norm() for t in model.text_adapter(texts)])
+    images = model.visual_projection(model.vision_model(inputs["pixel_values"]).pooler_output)
+    images = torch.stack([v / v.norm() for v in images])
+    scores = torch.tensor([[(t * v).sum() * model.logit_scale.exp() for v in images] for t in texts])
+    picked = [-math.log(math.exp(row[i]) / sum(map(math.exp, row))) for i, row in enumerate(scores.tolist())]
+    picked += [-math.log(math.exp(row[i]) / sum(map(math.exp, row))) for i, row in enumerate(scores.T.tolist())]
+
+    outputs = model(**inputs, return_loss=True)
+    torch.testing.assert_close(outputs.text_embeds, texts)
+    torch.testing.assert_close(outputs.image_embeds, images)
+    torch.testing.assert_close(outputs.logits_per_text, scores)
+    torch.testing.assert_close(outputs.logits_per_image, scores.T)
+    assert outputs.loss.item() == pytest.approx(sum(picked) / len(picked), abs=1e-5)
+
+
+@torch.no_grad()
+def test_either_modality_and_stored_embeddings(inputs):
+    model = tiny.model()
+    both = model(**inputs)
+    text_inputs = {name: inputs[name] for name in TEXT_INPUTS}
+    text = model(**text_inputs)
+    image = model(pixel_values=inputs["pixel_values"])
+    assert set(text) == {"text_embeds", "text_model_output"} and set(image) == {"image_embeds", "vision_model_output"}
+    assert torch.equal(text.text_embeds, both.text_embeds) and torch.equal(image.image_embeds, both.image_embeds)
+
+    llm_embeds = model.get_llm_embeds(**text_inputs)
+    assert llm_embeds.shape == (3, 32)
+    stored = model(llm_embeds=llm_embeds, pixel_values=inputs["pixel_values"])
+    assert torch.equal(stored.logits_per_image, both.logits_per_image)
+    assert set(stored.text_model_output) == {"pooler_output"}
+
+    text_features, image_features = (
+        model.get_text_features(**text_inputs),
+        model.get_image_features(inputs["pixel_values"]),
+    )
+    assert isinstance(text_features, BaseModelOutputWithPooling) and isinstance(
+        image_features, BaseModelOutputWithPooling
+    )
+    torch.testing.assert_close(F.normalize(text_features.pooler_output, dim=-1), both.text_embeds)
+    torch.testing.assert_close(F.normalize(image_features.pooler_output, dim=-1), both.image_embeds)
+
+
+@torch.no_grad()
+def test_tuples_and_outputs_of_the_towers(inputs):
+    model = tiny.model()
+    outputs = model(**inputs, output_hidden_states=True)
+    assert len(outputs.text_model_output.hidden_states) == len(outputs.vision_model_output.hidden_states) == 3
+    assert model(**inputs).text_model_output.hidden_states is None
+    as_tuple = model(**inputs, return_loss=True, return_dict=False)
+    assert isinstance(as_tuple, tuple) and torch.equal(as_tuple[1], outputs.logits_per_image)
+    assert isinstance(model.get_image_features(inputs["pixel_values"], return_dict=False), tuple)
+    assert isinstance(model.get_text_features(inputs["input_ids"], return_dict=False), tuple)
+    model.config.return_dict = False
+    assert torch.equal(model(**inputs)[0], outputs.logits_per_image)
+
+
+@torch.no_grad()
+def test_pictures_of_another_size():
+    model = tiny.model()
+    larger = torch.randn(1, 3, 24, 24)
+    outputs = model(pixel_values=larger, interpolate_pos_encoding=True)
+    assert outputs.image_embeds.shape == (1, 16)
+    with pytest.raises(ValueError, match="size"):
+        model(pixel_values=larger)
+
+
+def test_inputs_that_cannot_be(inputs):
+    model = tiny.model()
+    with pytest.raises(ValueError, match="Give pixel_values, or input_ids or llm_embeds"):
+        model()
+    with pytest.raises(ValueError, match="either input_ids or llm_embeds"):
+        model(input_ids=inputs["input_ids"], llm_embeds=torch.randn(3, 32))
+    for pair in ({"input_ids": inputs["input_ids"]}, {**inputs, "pixel_values": inputs["pixel_values"][:2]}):
+        with pytest.raises(ValueError, match="as many texts as images"):
+            model(**pair, return_loss=True)
+
+
+@torch.no_grad()
+def test_half_precision_scores_are_float32(inputs):
+    """Scores are scaled by up to 100: bfloat16 embeddings would be off by 0.4 in a logit."""
+    model = tiny.model().to(torch.bfloat16)
+    outputs = model(**inputs)
+    assert outputs.logits_per_image.dtype == outputs.text_embeds.dtype == torch.float32
+    torch.testing.assert_close(outputs.image_embeds.norm(dim=-1), torch.ones(3))
+
+
+# Training
+
+
+def gradients(model: ProCLIPModel, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    model.train()
+    model.zero_grad()
+    model(**inputs, return_loss=True).loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(inputs):
+    model = tiny.model()
+    expected = gradients(model, inputs)
+    assert set(expected) == {name for name, _ in model.named_parameters()}
+    model.gradient_checkpointing_enable()
+    assert model.vision_model.encoder.gradient_checkpointing and model.text_model.gradient_checkpointing
+    actual = gradients(model, inputs)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(actual[name], gradient, msg=lambda message, name=name: f"{name}: {message}")
+
+
+def test_stored_embeddings_train_without_the_llm(inputs):
+    model = tiny.model(lean=True)
+    assert model.text_model is None
+    loss = model(llm_embeds=torch.randn(3, 32), pixel_values=inputs["pixel_values"], return_loss=True).loss
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_peft_adapters_on_the_llm(inputs, folder):
+    base = AutoModel.from_pretrained(folder)
+    lora = LoraConfig(r=4, target_modules=r"text_model\..*\.(q_proj|v_proj)", modules_to_save=["text_adapter"])
+    model = get_peft_model(base, lora)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.5)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(**inputs, return_loss=True).loss.backward()
+        optimizer.step()
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert changed == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert all("text_model" in name and "lora_" in name or "text_adapter" in name for name in changed)
+    assert sum("lora_" in name for name in changed) == 2 * 2 * 2, "A and B, two projections, two layers"
+
+    model.save_pretrained(folder / "peft")
+    model.eval()
+    again = PeftModel.from_pretrained(AutoModel.from_pretrained(folder), folder / "peft").eval()
+    assert_same_embeddings(model, again)
+    merged = model.merge_and_unload()
+    assert_same_embeddings(again, merged, tolerance=1e-5)
+    merged.save_pretrained(folder / "merged")
+    assert_same_embeddings(merged, AutoModel.from_pretrained(folder / "merged"))
+
+
+@torch.no_grad()
+def test_compiles_in_one_graph(inputs):
+    """Inductor compiles for a minute on a CPU, so the test stops before it: the graph is what our code decides."""
+    model = tiny.model()
+    text_inputs = {name: inputs[name] for name in TEXT_INPUTS}
+    compiled = torch.compile(model.get_text_features, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(
+        compiled(**text_inputs).pooler_output, model.get_text_features(**text_inputs).pooler_output
+    )
+    compiled = torch.compile(model.get_image_features, fullgraph=True, backend="aot_eager")
+    expected = model.get_image_features(inputs["pixel_values"]).pooler_output
+    torch.testing.assert_close(compiled(inputs["pixel_values"]).pooler_output, expected)
+
+
+def test_copies():
+    model = tiny.model()
+    assert_same_embeddings(model, copy.deepcopy(model))
+    assert_same_embeddings(model, pickle.loads(pickle.dumps(model)))
+
+
+def test_resized_token_embeddings():
+    model = tiny.model()
+    model.resize_token_embeddings(430)
+    assert model.get_input_embeddings() is model.text_model.embed_tokens
+    assert model.config.text_config.vocab_size == len(model.text_model.embed_tokens.weight) == 430
+    assert_same_embeddings(tiny.model(), model)
+
+
+def test_layers_to_keep_on_one_device():
+    assert {"LlamaDecoderLayer", "CLIPEncoderLayer", "TextAdapterBlock"} <= set(tiny.model()._no_split_modules)
+
+
+# Saving and loading
+
+
+@pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForZeroShotImageClassification, ProCLIPModel])
+def test_round_trip(folder, auto_class):
+    model, info = auto_class.from_pretrained(folder, output_loading_info=True)
+    assert type(model) is ProCLIPModel and not model.training
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert model.config.text_config.is_causal is False
+    for name, tensor in tiny.model().state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+    assert_same_embeddings(tiny.model(), model)
+
+
+def test_round_trip_of_the_input_statistics(tmp_path):
+    model = tiny.model(adapter_input_norm="standardize")
+    model.text_adapter.set_input_statistics(torch.randn(32), torch.rand(32) + 0.5)
+    model.save_pretrained(tmp_path)
+    assert_same_embeddings(model, AutoModel.from_pretrained(tmp_path))
+    half = AutoModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert torch.equal(half.text_adapter.input_mean, model.text_adapter.input_mean), "rounded to half precision"
+
+
+def test_overrides_at_load(folder):
+    model = AutoModel.from_pretrained(folder, text_pooling="last_token", text_config={"rms_norm_eps": 1e-3})
+    assert model.config.text_pooling == "last_token" and model.config.text_config.is_causal is False
+    replaced = AutoConfig.for_model("llama", **tiny.TEXT)
+    assert ProCLIPModel.from_pretrained(folder, text_config=replaced).config.text_config.is_causal is False
+    with pytest.raises(Exception, match="adapter_num_layers must not be negative"):
+        AutoModel.from_pretrained(folder, adapter_num_layers=-1)
+    with pytest.raises(TypeError, match="text_poling"):
+        AutoModel.from_pretrained(folder, text_poling="mean")
+
+
+@pytest.mark.parametrize("auto_class", [AutoModel, ProCLIPModel])
+def test_dtypes_of_the_parts(folder, auto_class, caplog):
+    def dtypes(model):
+        return model.vision_model.dtype, model.text_model.dtype, model.dtype, model.logit_scale.dtype
+
+    half, full = torch.bfloat16, torch.float32
+    assert dtypes(auto_class.from_pretrained(folder, dtype="bfloat16")) == (half, half, half, full)
+    mixed = auto_class.from_pretrained(folder, dtype={"text_config": "bfloat16"})
+    assert dtypes(mixed) == (full, half, full, full)
+    assert {parameter.dtype for parameter in mixed.text_model.parameters()} == {half}
+    mixed.save_pretrained(folder / "mixed")
+    again = auto_class.from_pretrained(folder / "mixed")
+    assert dtypes(again) == (full, half, full, full)
+    assert_same_embeddings(mixed, again)
+    assert dtypes(auto_class.from_pretrained(folder / "mixed", dtype=torch.float32)) == (full, full, full, full)
+    vision = auto_class.from_pretrained(folder, dtype={"vision_config": half, "": full})
+    assert dtypes(vision) == (half, full, full, full)
+    vision(**tiny.inputs())
+    half_model = auto_class.from_pretrained(folder, dtype=half)
+    half_model.save_pretrained(folder / "half")
+    assert dtypes(auto_class.from_pretrained(folder / "half")) == (half, half, half, full)
+    with pytest.raises(ValueError, match="Unknown tower 'txt_config'"):
+        auto_class.from_pretrained(folder, dtype={"txt_config": half})
+
+
+def test_attention_of_the_towers(folder):
+    model = AutoModel.from_pretrained(folder, attn_implementation={"text_config": "eager", "vision_config": "sdpa"})
+    assert model.text_model.config._attn_implementation == "eager"
+    assert model.vision_model.config._attn_implementation == "sdpa"
+    assert_same_embeddings(tiny.model(), model, tolerance=1e-5)
+    eager = AutoModel.from_pretrained(folder, attn_implementation="eager")
+    assert eager.text_model.config._attn_implementation == eager.vision_model.config._attn_implementation == "eager"
+    with pytest.raises(ValueError, match="Unknown tower 'text_model': the keys are vision_config, text_config"):
+        AutoModel.from_pretrained(folder, attn_implementation={"text_model": "eager"})
+
+
+@pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}])
+def test_device_map(folder, device_map):
+    assert_same_embeddings(tiny.model(), AutoModel.from_pretrained(folder, device_map=device_map))
+
+
+@pytest.mark.filterwarnings("ignore:The following device_map keys do not match any submodules")
+def test_llm_offloaded_to_disk(folder):
+    device_map = dict.fromkeys(("vision_model", "visual_projection", "text_adapter", "logit_scale"), "cpu")
+    model = AutoModel.from_pretrained(
+        folder, device_map=device_map | {"text_model": "disk"}, offload_folder=folder / "off"
+    )
+    assert model.text_model.embed_tokens.weight.device.type == "meta"
+    assert_same_embeddings(tiny.model(), model)
+
+
+def test_vision_side_alone(folder):
+    model = AutoModel.from_pretrained(folder, load_text_model=False)
+    assert model.text_model is None
+    inputs, whole = tiny.inputs(), tiny.model()
+    llm_embeds = whole.get_llm_embeds(*(inputs[name] for name in TEXT_INPUTS))
+    expected = whole(**inputs)
+    outputs = model(llm_embeds=llm_embeds, pixel_values=inputs["pixel_values"])
+    assert torch.equal(outputs.logits_per_image, expected.logits_per_image)
+    with pytest.raises(ValueError, match="loaded without its LLM"):
+        model(input_ids=inputs["input_ids"])
+    assert model.get_input_embeddings() is model.vision_model.embeddings.patch_embedding
+
+
+def test_missing_weights_are_initialised_and_named(tmp_path, caplog):
+    """What a checkpoint lacks must not be left as the memory happened to be."""
+    config = tiny.config(adapter_input_norm="standardize", logit_scale_init_value=1.25)
+    torch.manual_seed(0)
+    ProCLIPModel(config).save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    kept = {name: tensor for name, tensor in state.items() if name.startswith("text_model.")}
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model = AutoModel.from_pretrained(tmp_path)
+    for name in ("logit_scale", "visual_projection.weight", "text_adapter.projection.bias", "text_adapter.input_std"):
+        assert name in caplog.text
+    assert model.logit_scale.item() == 1.25
+    assert torch.equal(model.text_adapter.input_mean, torch.zeros(32))
+    assert torch.equal(model.text_adapter.input_std, torch.ones(32))
+    assert torch.equal(model.text_adapter.layer_norm.weight, torch.ones(32))
+    linears = [module for module in model.text_adapter.modules() if isinstance(module, torch.nn.Linear)]
+    for linear in linears:
+        bound = linear.in_features**-0.5
+        for parameter in (linear.weight, linear.bias):
+            assert parameter.abs().max() <= bound and parameter.std() > bound / 3
+    assert model.visual_projection.weight.std().item() == pytest.approx(24**-0.5, rel=0.2)
+    assert 0.05 < model.vision_model.embeddings.class_embedding.std() < 0.5
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+def test_auto_classes(folder):
+    config = AutoConfig.from_pretrained(folder)
+    assert type(config) is ProCLIPConfig and config.to_dict() == AutoModel.from_pretrained(folder).config.to_dict()
+    assert type(AutoModel.from_config(config)) is ProCLIPModel
+    assert ProCLIPOutput.__annotations__["logits_per_image"]
