@@ -5,7 +5,7 @@ from transformers import CLIPVisionModel
 from modeling_proclip import ProCLIPProcessor
 from modeling_proclip.text_tower import weights_sha256
 from tests.trainers.tiny_encoders import make_texts, tiny_clip, tiny_proclip
-from trainers.data import encode_texts
+from trainers.data import encode_texts, text_encoding
 from trainers.data.text_encoding import encoder_fingerprint, load_encoder
 
 
@@ -89,6 +89,22 @@ def test_embeddings_have_the_model_s_dtype():
     model, processor = tiny_proclip()
     embeddings, _ = gather(make_texts(3), model.to(torch.bfloat16), processor)
     assert embeddings.dtype == torch.bfloat16 and embeddings.shape == (3, 32)
+
+
+@pytest.mark.skipif(not text_encoding._HAS_ONEDNN, reason="torch was built without oneDNN")
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_layers_through_onednn_equal_torch_s_own(bias):
+    torch.manual_seed(0)
+    layer, inputs = torch.nn.Linear(24, 40, bias=bias), torch.randn(3, 5, 24)
+    with torch.no_grad():
+        expected = layer.double()(inputs.double()).float()
+        layer.float()
+        with text_encoding.OneDNNLinear():
+            torch.testing.assert_close(layer(inputs), expected, atol=1e-5, rtol=1e-5)
+            with torch.profiler.profile() as profile:
+                layer(inputs)
+            assert layer.bfloat16()(inputs.bfloat16()).dtype == torch.bfloat16
+    assert any("mkldnn::_linear_pointwise" in event.key for event in profile.key_averages())
 
 
 def test_refuses_what_cannot_encode_texts():

@@ -2,11 +2,15 @@
 
 import hashlib
 import json
+import platform
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModel, AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase
 
 from modeling_proclip import ProCLIPModel, ProCLIPProcessor
@@ -81,12 +85,31 @@ def encode_texts(
             ).to(device)
             for name in rows[indices[0]]
         }
-        with torch.no_grad():
+        with torch.no_grad(), OneDNNLinear() if device.type == "cpu" and _HAS_ONEDNN else nullcontext():
             if isinstance(model, ProCLIPModel):
                 embeddings = model.get_llm_embeds(**inputs)
             else:
                 embeddings = model.get_text_features(**inputs).pooler_output
         yield EncodedBatch(indices, embeddings, sum(truncated[i] for i in indices))
+
+
+# Built into torch for x86; elsewhere it may be there without a fast matrix product.
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
+
+
+class OneDNNLinear(TorchFunctionMode):
+    """Within this context, float32 linear layers on the CPU run through oneDNN, without gradient.
+
+    Torch gives them to MKL, which leaves half of an AMD processor idle: on one core of a Zen 5, for 1,000 tokens, MKL does 82 GFLOP/s and
+    oneDNN 172. bfloat16 goes through oneDNN anyway. The choice does not hang on a measurement, so a build that is resumed makes it again.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        """Calls `func`, or oneDNN in its place where it is a float32 linear layer."""
+        if func is F.linear and not kwargs and args[0].dtype == args[1].dtype == torch.float32:
+            inputs, weight, bias = args if len(args) == 3 else (*args, None)
+            return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
+        return func(*args, **(kwargs or {}))
 
 
 def load_encoder(name_or_path: str, device: str | None = None) -> tuple[torch.nn.Module, Any]:
