@@ -7,6 +7,7 @@ import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ class StoredTensor:
         try:
             tensor = self.load()
             # The smallest and the largest element tell: NaN is either, and no temporary as large as the tensor is needed.
-            finite = not tensor.numel() or all(math.isfinite(value) for value in torch.aminmax(tensor.detach()))
+            finite = not tensor.numel() or all(math.isfinite(value) for value in torch.aminmax(tensor))
         except Exception as error:  # corrupt files fail in the reader in many ways
             raise ConversionError(f"{self.file}: tensor {self.name!r} cannot be read: {_first_line(error)}") from error
         if tuple(tensor.shape) != self.shape or tensor.dtype != self.dtype:
@@ -61,7 +62,7 @@ class StoredTensor:
             )
         if not finite:
             raise ConversionError(f"{self.file}: tensor {self.name!r} holds NaN or infinity: the file is damaged.")
-        return tensor.detach()
+        return tensor
 
 
 def read_checkpoint(source: Path) -> dict[str, StoredTensor]:
@@ -141,7 +142,7 @@ def _read_safetensors(file: Path) -> Iterator[tuple[str, StoredTensor]]:
             if name.endswith(("position_ids", "inv_freq")):
                 continue  # buffers of old checkpoints, which no model of today has
             raise ConversionError(f"{file}: tensor {name!r} has type {dtype}: weights of {', '.join(DTYPES)} convert.")
-        yield name, StoredTensor(file, name, tuple(shape), DTYPES[dtype], lambda name=name: handle.get_tensor(name))
+        yield name, StoredTensor(file, name, tuple(shape), DTYPES[dtype], partial(handle.get_tensor, name))
 
 
 def _read_pickle(file: Path, zipped: bool) -> Iterator[tuple[str, StoredTensor]]:
@@ -170,7 +171,7 @@ def _read_pickle(file: Path, zipped: bool) -> Iterator[tuple[str, StoredTensor]]
             )
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise ConversionError(f"{file}: tensor {name!r} claims more elements than the file holds.")
-        yield name, StoredTensor(file, name, tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor)
+        yield name, StoredTensor(file, name, tuple(tensor.shape), tensor.dtype, tensor.detach)
 
 
 def _refusal(file: Path, error: Exception) -> str:

@@ -115,7 +115,9 @@ def convert(
     options = Options(head_width, quick_gelu, image_size, patch_size, rope_pretrained_grid)
     if path.is_dir() and (path / "adapter_config.json").is_file():
         base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
-        raise ConversionError(f"{path} is a PEFT adapter: convert its base model ({base}) with lora_adapters=[{str(path)!r}].")
+        raise ConversionError(
+            f"{path} is a PEFT adapter: convert its base model ({base}) with lora_adapters=[{str(path)!r}]."
+        )
     tensors = read_checkpoint(path)
     lora_paths = [find_source(adapter, None) for adapter in lora_adapters]
     if is_llm(tensors):
