@@ -1,0 +1,149 @@
+"""Stage 2 of ProCLIP: contrastive tuning of image encoder and adapter, with self-distillation of the image encoder."""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from modeling_proclip import ProCLIPModel
+
+from .alignment import AlignmentTrainer, distillation_loss, unit
+from .collators import ContrastiveTuningCollator
+from .contrastive_tuning_config import ContrastiveTuningConfig
+from .ema import EMATeacher
+from .losses import global_info_nce_loss
+
+
+MAX_LOG_LOGIT_SCALE = math.log(100)  # CLIP, arXiv 2103.00020
+
+
+class ContrastiveTuningTrainer(AlignmentTrainer):
+    r"""
+    Trains image encoder E_I, text adapter A and logit scale on pictures with captions, by
+    L_stage2 = L_info + lambda_ins L_ins(v, v*) + lambda_struct L_struct(v, v*) (ProCLIP, arXiv 2510.18795, method, stage 2): the contrastive
+    loss over the joined batch of all processes, and the distance of the image embeddings v from those v* of an EMA teacher that started as
+    the same image encoder. LLM2CLIP and LiT are [`ContrastiveTuningConfig`]`.method`.
+
+    The LLM's embeddings are looked up, so it is not needed: load the model with `load_text_model=False`.
+
+    Args:
+        model ([`ProCLIPModel`]): After stage 1, or with a fresh adapter for the baselines.
+        args ([`ContrastiveTuningConfig`]): Settings.
+        train_dataset:
+            Rows by number with "text", a caption or a list of captions of which one is drawn every epoch, and "pixel_values"
+            `(3, height, width)` or "image", a picture that `processing_class` makes pixel values of.
+        eval_dataset (*optional*): The same; of several captions the first is read. `eval_loss` and its parts are logged.
+        text_store ([`TextEmbeddingStore`]): G(text), `(N, hidden_size)`.
+        processing_class (*optional*): [`ProCLIPProcessor`] or image processor, for rows with "image"; saved with the checkpoints.
+        kwargs: Of [`~transformers.Trainer`].
+
+    Raises:
+        ValueError: If the store's embeddings do not fit the model, a trained part is in half precision, or a dataset is shorter than a
+            batch.
+        KeyError: If a text is not in the store; names it.
+        FileNotFoundError: On resuming from a checkpoint without the EMA teacher.
+
+    Logged: `loss`, `info_nce_loss`, `instance_loss` and `structure_loss` (without their weights), `logit_scale` (the multiplier itself),
+    `grad_norm`, `learning_rate`.
+
+    Example:
+
+    ```python
+    >>> model = ProCLIPModel.from_pretrained("stage-1", load_text_model=False)
+    >>> trainer = ContrastiveTuningTrainer(model, ContrastiveTuningConfig("stage-2"), pairs, text_store=llm_store, processing_class=processor)
+    >>> trainer.train()
+    ```"""
+
+    def __init__(
+        self,
+        model: ProCLIPModel,
+        args: ContrastiveTuningConfig,
+        train_dataset: Any,
+        eval_dataset: Any = None,
+        *,
+        text_store: Any,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ):
+        trained = [*model.text_adapter.parameters(), model.logit_scale]
+        if not args.freeze_vision:
+            trained += [*model.vision_model.parameters(), *model.visual_projection.parameters()]
+        super().__init__(
+            model,
+            args,
+            train_dataset,
+            eval_dataset,
+            text_store=text_store,
+            trained=trained,
+            data_collator=ContrastiveTuningCollator(text_store, processing_class),
+            processing_class=processing_class,
+            **kwargs,
+        )
+        # After the model has moved to its device.
+        self.ema = EMATeacher(model, args.ema_decay) if args.lambda_ins or args.lambda_struct else None
+        self.add_callback(_AfterStep(self))
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        """L_stage2 of `pixel_values (batch_size, 3, height, width)` and `llm_embeds (batch_size, hidden_size)`, row by row pairs: `()`."""
+        if self.args.freeze_vision:
+            self.model.vision_model.eval()  # Trainer puts all in training mode, and batch norms would go on learning
+        outputs = model(pixel_values=inputs["pixel_values"], llm_embeds=inputs["llm_embeds"])
+        images, texts = unit(outputs.vision_model_output.pooler_output), unit(outputs.text_model_output.pooler_output)
+        logit_scale = self.model.logit_scale.exp()
+        loss = global_info_nce_loss(images, texts, logit_scale)
+        self.record(info_nce_loss=loss, logit_scale=logit_scale)
+        if self.ema is not None:
+            with self.accelerator.autocast():
+                teacher = self.ema.embed(inputs["pixel_values"])
+            distillation, parts = distillation_loss(images, teacher, self.args)
+            loss = loss + distillation
+            self.record(**parts)
+        return (loss, outputs) if return_outputs else loss
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As Trainer, with the text adapter in groups of its own if `adapter_learning_rate` is given."""
+        if self.optimizer is not None or self.args.adapter_learning_rate is None:
+            return super().create_optimizer(model)
+        optimizer = super().create_optimizer(model)
+        adapter = set(self.model.text_adapter.parameters())
+        for group in list(optimizer.param_groups):
+            params = group["params"]
+            group["params"] = [p for p in params if p not in adapter]
+            ours = [p for p in params if p in adapter]
+            optimizer.add_param_group({**group, "params": ours, "lr": self.args.adapter_learning_rate})
+        return optimizer
+
+    def after_optimizer_step(self) -> None:
+        """Keep the logit scale between 1 and 100 (CLIP; the published code too) and move the EMA teacher."""
+        if self.accelerator.optimizer_step_was_skipped:
+            return  # float16 gradients overflowed
+        with torch.no_grad():
+            self.model.logit_scale.clamp_(0, MAX_LOG_LOGIT_SCALE)
+        if self.ema is not None:
+            self.ema.update(self.model)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.ema is not None and self.args.should_save:
+            self.ema.save(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.ema is not None and checkpoint is not None:
+            self.ema.load(checkpoint)
+
+
+class _AfterStep(TrainerCallback):
+    def __init__(self, trainer: ContrastiveTuningTrainer):
+        self.trainer = trainer
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer.after_optimizer_step()

@@ -1,0 +1,51 @@
+"""Settings of stage 1, representation inheritance."""
+
+from dataclasses import dataclass
+
+from .alignment import AlignmentConfig
+
+
+@dataclass
+class RepresentationInheritanceConfig(AlignmentConfig):
+    r"""
+    Arguments of [`RepresentationInheritanceTrainer`]: those of [`~transformers.TrainingArguments`] and the following.
+
+    Args:
+        reduction (`"mean"` or `"sum"`, defaults to `"mean"`):
+            How L_ins and L_struct are reduced. "mean" does not depend on the batch. "sum" is the paper's formula; it sums over the joined
+            batch of all processes (the published code: over each process's own, averaged over the processes), so the balance of the two
+            parts moves with the batch.
+        structure_distance (`"squared"` or `"smooth_l1"`, defaults to `"squared"`):
+            What L_struct does with a difference of distances: its square (paper), or smooth L1 (published code), half of the square.
+        lambda_ins, lambda_struct (`float`, *optional*):
+            Weights of L_ins and L_struct. With "sum" 1 and 1 (L_stage1 = L_ins + L_struct, paper). With "mean" 1 and 63.5: the published
+            sums over N = 128 texts a device are N and N (N - 1) / 2 times the means; that balance is kept, and the common factor N is
+            left out because AdamW's steps do not depend on it.
+
+    Defaults that differ from [`~transformers.TrainingArguments`]. ProCLIP, arXiv 2510.18795, Table 8: `per_device_train_batch_size` 128,
+    `learning_rate` 1e-5, `lr_scheduler_type` "cosine", `weight_decay` 0.05, `adam_beta2` 0.98, `adam_epsilon` 1e-6, `num_train_epochs`
+    4. Ours: `per_device_eval_batch_size` 128, as L_struct is compared at equal batches; `dataloader_drop_last` True, as an uneven last
+    batch has another loss and cannot be gathered over processes; `remove_unused_columns` False, as captions are no input of the model;
+    `ddp_find_unused_parameters` False, as every trained parameter has a gradient in every step.
+
+    Raises:
+        ValueError: If a choice is unknown, a weight negative or both are 0, or with `gradient_accumulation_steps` > 1 unless
+            `lambda_struct=0`: L_struct compares the texts of a batch with each other.
+    """
+
+    per_device_train_batch_size: int = 128
+    per_device_eval_batch_size: int = 128
+
+    def __post_init__(self):
+        super().__post_init__()
+        default_ins, default_struct = (1.0, (128 - 1) / 2) if self.reduction == "mean" else (1.0, 1.0)
+        self.lambda_ins = default_ins if self.lambda_ins is None else self.lambda_ins
+        self.lambda_struct = default_struct if self.lambda_struct is None else self.lambda_struct
+        if self.lambda_ins == self.lambda_struct == 0:
+            raise ValueError("lambda_ins and lambda_struct are both 0: there is nothing to train on.")
+        if self.gradient_accumulation_steps > 1 and self.lambda_struct:
+            raise ValueError(
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps}: L_struct compares the texts of a batch with each other, "
+                "so its sum over small batches is not that of the joined batch. Raise per_device_train_batch_size, train with more "
+                "processes, or set lambda_struct=0."
+            )
