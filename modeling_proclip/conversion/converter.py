@@ -228,7 +228,7 @@ def _facts(tower: Tower, adapter: Adapter, config: ProCLIPConfig, planned: list[
         "tower sizes": f"width {vision.hidden_size}, {vision.num_hidden_layers} layers, {vision.num_attention_heads} heads, MLP "
         f"{vision.intermediate_size}",
         "embedding": f"{config.projection_dim} dimensions",
-        "text adapter": f"{adapter.num_layers} blocks, expansion {adapter.expansion:g}, LLM embedding of {adapter.llm_size}, {norm}",
+        "text adapter": f"{adapter.num_layers} block{'s' * (adapter.num_layers != 1)}, expansion {adapter.expansion:g}, LLM embedding of {adapter.llm_size}, {norm}",
         "parameters": f"{sum(torch.Size(t.shape).numel() for t in planned):,}",
         "dtype": str(config.dtype).removeprefix("torch."),
     }
