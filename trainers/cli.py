@@ -225,7 +225,7 @@ def convert(
     """
     import torch
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
     from modeling_proclip import convert as run
@@ -255,7 +255,7 @@ def convert(
     ]
     if report.ignored:
         rows.append(("not needed", f"{len(report.ignored)} tensors, such as {report.ignored[0]}"))
-    table = Table("found", Text(str(report.source)))
+    table = Table("found", Column(Text(str(report.source))))
     for name, value in [*rows, *(("note", note) for note in report.notes)]:
         table.add_row(Text(name), Text(value))  # not markup: names come from the file
     Console().print(table)
