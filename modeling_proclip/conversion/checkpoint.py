@@ -175,12 +175,17 @@ def _read_pickle(file: Path, zipped: bool) -> Iterator[tuple[str, StoredTensor]]
 
 
 def _refusal(file: Path, error: Exception) -> str:
-    if isinstance(error, pickle.UnpicklingError) and (needed := re.search(r"GLOBAL ([\w.]+)", str(error))):
+    text = str(error)
+    if not isinstance(error, pickle.UnpicklingError):
+        return f"{file} cannot be read as a PyTorch checkpoint: {_first_line(error)}"
+    # PyTorch's own message begins with advice to load without this protection.
+    if needed := re.search(r"GLOBAL ([\w.]+)", text):
         return (
             f"{file} is refused, and nothing of it was run: beside weights it needs {needed[1]}, which can run code. If you trust its "
             "source, load it there, and save its state dict alone, as safetensors."
         )
-    return f"{file} cannot be read as a PyTorch checkpoint: {_first_line(error)}"
+    reason = re.search(r"WeightsUnpickler error: (.+)", text)
+    return f"{file} is refused, and nothing of it was run: it is no pickle of weights ({reason[1] if reason else 'damaged'})."
 
 
 def _first_line(error: BaseException) -> str:

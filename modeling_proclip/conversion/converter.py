@@ -14,6 +14,7 @@ from transformers import LlamaConfig, PreTrainedConfig
 
 from ..configuration_proclip import ProCLIPConfig
 from ..modeling_proclip import ProCLIPModel
+from ..prompt_template import NO_TEMPLATE
 from .checkpoint import ConversionError, StoredTensor, read_checkpoint, read_json
 from .convert_adapter_to_hf import Adapter, convert_adapter
 from .convert_eva_to_hf import convert_eva
@@ -21,7 +22,7 @@ from .convert_llm_to_hf import TOKENIZER_FILES, convert_llm, is_llm
 from .convert_openai_vit_to_hf import convert_hub_vit, convert_openai_vit
 from .convert_siglip_to_hf import convert_siglip
 from .output import PlannedTensor, new_folder, plan_shards, write_tensors
-from .processors import load_text_model, vision_processor_for, write_processor
+from .processors import load_text_model, make_processor, vision_processor_for
 from .rules import Options, Rule, Rules, Tower, build_config, check, describe_names
 from .source import find_source
 
@@ -141,15 +142,23 @@ def convert(
     ignored = check(rules, tensors, shapes, tower.ignored)
     config.dtype = config.vision_config.dtype = dtype or _widest_dtype(rules, tensors)
     planned = _plan(rules, tensors, shapes, config.dtype)
-    image_processor = vision_processor_for(tower.config, vision_processor)
-    facts = _facts(tower, adapter, config, planned) | ({} if llm is None else {"LLM": llm.description})
+    facts = _facts(tower, adapter, config, planned)
+    processor = make_processor(
+        vision_processor_for(tower.config, vision_processor), None if llm is None else llm.tokenizer, prompt_template
+    )
+    if llm is not None:
+        facts |= {"LLM": llm.description, "prompt template": repr(processor.prompt_template)}
+        if processor.prompt_template == NO_TEMPLATE and prompt_template is None:
+            tower.notes.append(
+                "The LLM's tokenizer has no chat template, so texts go in as they are; prompt_template sets one."
+            )
     report = _report(path, output, not dry_run, facts, config, planned, ignored, tower.notes)
     if not dry_run:
         with new_folder(output) as folder:
             write_tensors(folder, planned)
             config.architectures = [ProCLIPModel.__name__]
             config.save_pretrained(folder)
-            write_processor(folder, image_processor, None if llm is None else llm.tokenizer, prompt_template)
+            processor.save_pretrained(folder)
             _write_card(folder, report)
     return report
 

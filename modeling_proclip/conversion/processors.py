@@ -82,9 +82,18 @@ def load_text_model(name_or_path: str | os.PathLike, revision: str | None, llm_s
     return TextModel(values, tokenizer, f"{name} (SHA-256 of its weights {digest[:12]}...)")
 
 
-def write_processor(folder: Path, image_processor: Any, tokenizer: Any, prompt_template: str | None) -> None:
-    """Save a [`ProCLIPProcessor`], or the image processor alone where no LLM is named."""
+def make_processor(image_processor: Any, tokenizer: Any, prompt_template: str | None) -> Any:
+    """
+    A [`ProCLIPProcessor`], or the image processor alone where no LLM is named.
+
+    Raises:
+        ConversionError: If the tokenizer or the template does not do.
+    """
     if tokenizer is None:
-        image_processor.save_pretrained(folder)
-    else:
-        ProCLIPProcessor(image_processor, tokenizer, prompt_template=prompt_template).save_pretrained(folder)
+        if prompt_template is not None:
+            raise ConversionError("prompt_template is for the tokenizer of an LLM: name the LLM with text_model.")
+        return image_processor
+    try:
+        return ProCLIPProcessor(image_processor, tokenizer, prompt_template=prompt_template)
+    except ValueError as error:
+        raise ConversionError(str(error)) from error
