@@ -155,9 +155,14 @@ def test_load_encoder_of_a_clip_and_of_a_model_without_texts(tmp_path):
     model, tokenizer = tiny_clip()
     model.save_pretrained(tmp_path / "clip")
     tokenizer.save_pretrained(tmp_path / "clip")
+    fingerprint = encoder_fingerprint(model, tokenizer)
+    model.visual_projection.weight.data.zero_()
+    assert encoder_fingerprint(model, tokenizer) == fingerprint, "pictures play no part"
     texts = make_texts(4)
     loaded, _ = gather(texts, *load_encoder(str(tmp_path / "clip"), "cpu"))
     torch.testing.assert_close(loaded, gather(texts, model, tokenizer)[0])
+    model.text_projection.weight.data *= 2
+    assert encoder_fingerprint(model, tokenizer)["weights_sha256"] != fingerprint["weights_sha256"]
     CLIPVisionModel(model.config.vision_config).save_pretrained(tmp_path / "vision")
     with pytest.raises(ValueError, match="CLIPVisionModel has no text side"):
         load_encoder(str(tmp_path / "vision"), "cpu")
