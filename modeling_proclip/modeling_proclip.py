@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,11 +10,11 @@ from torch.nn import functional as F
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import ModelOutput, cached_file, can_return_tuple, logging
+from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .configuration_proclip import TOWERS, ProCLIPConfig, check_tower_keys
 from .lean_checkpoint import record_text_model, recorded_text_model
-from .pretrained_towers import load_text, load_vision, of_tower, tower_dtypes
+from .pretrained_towers import of_tower, take_text, take_vision, tower_dtypes
 from .text_adapter import TextAdapter
 from .text_tower import check_bidirectional, pool_tokens
 
@@ -328,23 +327,12 @@ class ProCLIPModel(PreTrainedModel):
         """
         for argument in (dtype, attn_implementation):
             check_tower_keys(argument)
-        vision_model, projection, logit_scale = load_vision(
+        vision_model, projection, logit_scale = take_vision(
             vision, vision_revision, of_tower(dtype, "vision_config"), of_tower(attn_implementation, "vision_config")
         )
-        commit = None
-        if isinstance(text, PreTrainedModel):
-            text_model = text.base_model
-            text_model.config.is_causal = False
-            name_or_path = text.name_or_path or None
-        else:
-            name_or_path = os.fspath(text)
-            if not os.path.isdir(name_or_path):
-                commit = Path(cached_file(name_or_path, "config.json", revision=text_revision)).parent.name
-            text_model = load_text(
-                name_or_path, commit, of_tower(dtype, "text_config"), of_tower(attn_implementation, "text_config")
-            )
-        if name_or_path is not None and os.path.isdir(name_or_path):
-            name_or_path = str(Path(name_or_path).resolve())
+        text_model, name_or_path, commit = take_text(
+            text, text_revision, of_tower(dtype, "text_config"), of_tower(attn_implementation, "text_config")
+        )
         defaults = {
             "projection_dim": vision_model.config.hidden_size if projection is None else projection.out_features,
             "vision_projection": projection is not None,

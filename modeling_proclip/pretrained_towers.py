@@ -1,11 +1,13 @@
 """Loading of pretrained image encoders and LLMs, and arguments that differ between the two."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, CLIPVisionModelWithProjection, PreTrainedConfig, PreTrainedModel
+from transformers.utils import cached_file
 
 from .configuration_proclip import TOWERS
 
@@ -25,7 +27,7 @@ def tower_dtypes(dtype: str | torch.dtype | dict | None, config: PreTrainedConfi
     return {part: of_tower(dtype, part, default) for part, default in saved.items()}
 
 
-def load_vision(
+def take_vision(
     vision: str | os.PathLike | PreTrainedModel, revision: str, dtype: Any, attn_implementation: str | None
 ) -> tuple[PreTrainedModel, nn.Linear | None, float | None]:
     """The image encoder, and its projection and logit scale (as a logarithm) where the checkpoint has them."""
@@ -46,6 +48,24 @@ def load_vision(
     return parts["vision_model"], parts.get("visual_projection"), None if logit_scale is None else logit_scale.item()
 
 
+def take_text(
+    text: str | os.PathLike | PreTrainedModel, revision: str, dtype: Any, attn_implementation: str | None
+) -> tuple[PreTrainedModel, str | None, str | None]:
+    """The base model of a decoder LLM, and its name (a folder's absolute path) and commit where it has them."""
+    if isinstance(text, PreTrainedModel):
+        text.config.is_causal = False
+        return text.base_model, _absolute(text.name_or_path) or None, None
+    _refuse_other_modules(text)
+    commit = None
+    if not os.path.isdir(text):
+        commit = Path(cached_file(text, "config.json", revision=revision)).parent.name
+    return load_text(text, commit, dtype, attn_implementation), _absolute(os.fspath(text)), commit
+
+
+def _absolute(name_or_path: str) -> str:
+    return str(Path(name_or_path).resolve()) if os.path.isdir(name_or_path) else name_or_path
+
+
 def load_text(
     name_or_path: str | os.PathLike,
     revision: str | None,
@@ -55,7 +75,6 @@ def load_text(
     **download_kwargs: Any,
 ) -> PreTrainedModel:
     """The base model of a decoder LLM, told to attend in both directions."""
-    _refuse_other_modules(name_or_path)
     revision = revision or "main"
     config = AutoConfig.from_pretrained(name_or_path, revision=revision, **download_kwargs).get_text_config()
     config.is_causal = False

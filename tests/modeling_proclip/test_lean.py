@@ -1,0 +1,281 @@
+"""Checkpoints without the LLM: small, equal once loaded, and never with another LLM."""
+
+import copy
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
+
+from modeling_proclip import ProCLIPModel
+from modeling_proclip.text_tower import module_sha256, weights_sha256
+from tests.modeling_proclip import tiny
+
+
+@pytest.fixture
+def llm(tmp_path) -> Path:
+    torch.manual_seed(1)
+    LlamaModel(LlamaConfig(**tiny.TEXT)).save_pretrained(tmp_path / "llm")
+    return tmp_path / "llm"
+
+
+@pytest.fixture
+def pair(llm) -> ProCLIPModel:
+    torch.manual_seed(2)
+    return ProCLIPModel.from_vision_text_pretrained(tiny.clip(), llm, adapter_num_layers=1)
+
+
+@pytest.fixture
+def lean(pair, tmp_path) -> Path:
+    pair.save_pretrained(tmp_path / "lean", lean=True)
+    return tmp_path / "lean"
+
+
+@torch.no_grad()
+def assert_same_embeddings(one: ProCLIPModel, other: ProCLIPModel) -> None:
+    expected, actual = one(**tiny.inputs()), other(**tiny.inputs())
+    assert torch.equal(actual.text_embeds, expected.text_embeds)
+    assert torch.equal(actual.image_embeds, expected.image_embeds)
+
+
+def change_one_weight(folder: Path) -> None:
+    state = load_file(folder / "model.safetensors")
+    state["norm.weight"][3] += 1e-3
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_lean_equals_full_and_holds_the_vision_side_only(pair, lean, tmp_path):
+    pair.save_pretrained(tmp_path / "full")
+    from_lean, from_full = AutoModel.from_pretrained(lean), AutoModel.from_pretrained(tmp_path / "full")
+    assert_same_embeddings(pair, from_full)
+    assert_same_embeddings(from_full, from_lean)
+    assert from_lean.config.lean and not from_full.config.lean and not pair.config.lean
+
+    with safe_open(lean / "model.safetensors", framework="pt") as tensors:
+        assert not [name for name in tensors.keys() if name.startswith("text_model.")]
+    own = {name: tensor for name, tensor in pair.state_dict().items() if not name.startswith("text_model.")}
+    size = sum(tensor.numel() * tensor.element_size() for tensor in own.values())
+    assert size < (lean / "model.safetensors").stat().st_size < size + 10_000
+    recorded = json.loads((lean / "config.json").read_text())
+    assert recorded["text_model_name_or_path"] == str(tmp_path / "llm")
+    assert recorded["text_model_sha256"] == weights_sha256(tmp_path / "llm") == module_sha256(pair.text_model)
+
+
+def test_stays_as_it_was_loaded(lean, tmp_path):
+    model = AutoModel.from_pretrained(lean)
+    model.save_pretrained(tmp_path / "again")
+    assert "text_model.norm.weight" not in load_file(tmp_path / "again" / "model.safetensors")
+    assert_same_embeddings(model, AutoModel.from_pretrained(tmp_path / "again"))
+    model.save_pretrained(tmp_path / "whole", lean=False)
+    shutil.rmtree(tmp_path / "llm")
+    assert_same_embeddings(model, AutoModel.from_pretrained(tmp_path / "whole"))
+
+
+def test_without_the_llm(lean, pair, tmp_path):
+    model = AutoModel.from_pretrained(lean, load_text_model=False)
+    assert model.text_model is None
+    with pytest.raises(ValueError, match="can only be saved with lean=True"):
+        model.save_pretrained(tmp_path / "full", lean=False)
+    with torch.no_grad():
+        model.text_adapter.projection.weight += 1
+        pair.text_adapter.projection.weight += 1
+    model.save_pretrained(tmp_path / "trained")
+    assert_same_embeddings(pair, AutoModel.from_pretrained(tmp_path / "trained"))
+
+
+def test_a_trainer_gives_the_state_dict(pair, tmp_path):
+    pair.save_pretrained(tmp_path / "lean", lean=True, state_dict=pair.state_dict())
+    assert not [name for name in load_file(tmp_path / "lean" / "model.safetensors") if name.startswith("text_model.")]
+    assert_same_embeddings(pair, AutoModel.from_pretrained(tmp_path / "lean"))
+
+
+def test_set_aside_while_training(pair, tmp_path):
+    """Trainers that read stored embeddings set `text_model` to None: what they save still says which LLM it belongs to."""
+    whole = copy.deepcopy(pair)
+    pair.text_model = None
+    pair.save_pretrained(tmp_path / "checkpoint")
+    assert pair.config.text_model_sha256 == weights_sha256(tmp_path / "llm")
+    assert_same_embeddings(whole, AutoModel.from_pretrained(tmp_path / "checkpoint"))
+    change_one_weight(tmp_path / "llm")
+    with pytest.raises(ValueError, match="SHA-256"):
+        AutoModel.from_pretrained(tmp_path / "checkpoint")
+
+
+# Another LLM
+
+
+def test_refuses_a_changed_llm(lean, llm):
+    change_one_weight(llm)
+    with pytest.raises(ValueError, match=r"SHA-256 \w{64}, but .*llm.* has \w{64}. Pass text_model="):
+        AutoModel.from_pretrained(lean)
+    AutoModel.from_pretrained(lean, load_text_model=False)
+
+
+def test_refuses_a_missing_llm(lean, llm, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    shutil.rmtree(llm)
+    with pytest.raises(
+        OSError, match="cannot be read.*(?s:.*)Pass text_model=... with its place, or load_text_model=False"
+    ):
+        AutoModel.from_pretrained(lean)
+
+
+def test_refuses_an_llm_without_safetensors(lean, llm):
+    (llm / "model.safetensors").unlink()
+    with pytest.raises(OSError, match="model.safetensors is missing"):
+        AutoModel.from_pretrained(lean)
+
+
+def test_refuses_an_incomplete_llm(lean, llm):
+    state = load_file(llm / "model.safetensors")
+    del state["norm.weight"]
+    save_file(state, llm / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="llm has no tensor 'norm.weight' of a LlamaModel"):
+        AutoModel.from_pretrained(lean)
+
+
+def test_new_place(lean, llm, pair, tmp_path, monkeypatch):
+    shutil.move(llm, tmp_path / "moved")
+    assert_same_embeddings(pair, AutoModel.from_pretrained(lean, text_model=tmp_path / "moved"))
+    monkeypatch.chdir(tmp_path)
+    assert_same_embeddings(pair, AutoModel.from_pretrained("lean", text_model="moved"))
+    change_one_weight(tmp_path / "moved")
+    with pytest.raises(ValueError, match="SHA-256"):
+        AutoModel.from_pretrained(lean, text_model=tmp_path / "moved")
+
+
+def test_relative_path_is_kept_as_an_absolute_one(llm, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = ProCLIPModel.from_vision_text_pretrained(tiny.clip(), "llm")
+    assert model.config.text_model_name_or_path == str(llm)
+    loaded = ProCLIPModel.from_vision_text_pretrained(tiny.clip(), LlamaModel.from_pretrained("llm"))
+    assert loaded.config.text_model_name_or_path == str(llm)
+
+
+def test_the_llm_itself(lean, llm, pair, caplog):
+    """A loaded LLM is taken as it is, since its dtype may be another than its files'; other weights are said."""
+    assert_same_embeddings(pair, AutoModel.from_pretrained(lean, text_model=LlamaModel.from_pretrained(llm)))
+    causal_lm = LlamaForCausalLM.from_pretrained(llm)
+    assert_same_embeddings(pair, AutoModel.from_pretrained(lean, text_model=causal_lm))
+    assert "other weights" not in caplog.text
+    other = LlamaModel(LlamaConfig(**tiny.TEXT))
+    AutoModel.from_pretrained(lean, text_model=other)
+    assert "The LLM given has other weights than the one that the checkpoint was made with" in caplog.text
+    smaller = LlamaModel(LlamaConfig(**{**tiny.TEXT, "hidden_size": 16}))
+    with pytest.raises(ValueError, match="an LLM of 32 dimensions; the one given has 16"):
+        AutoModel.from_pretrained(lean, text_model=smaller)
+
+
+def test_text_model_is_for_lean_checkpoints(pair, llm, tmp_path):
+    pair.save_pretrained(tmp_path / "full")
+    with pytest.raises(ValueError, match="text_model is for a lean checkpoint"):
+        AutoModel.from_pretrained(tmp_path / "full", text_model=llm)
+
+
+# What is refused at saving
+
+
+def test_refuses_to_lose_a_change(pair, tmp_path):
+    with torch.no_grad():
+        pair.text_model.layers[1].mlp.up_proj.weight[0, 0] += 1e-3
+    with pytest.raises(ValueError, match="text_model.layers.1.mlp.up_proj.weight is not what .*llm holds"):
+        pair.save_pretrained(tmp_path / "lean", lean=True)
+    pair.text_model.save_pretrained(tmp_path / "tuned")
+    pair.config.text_model_name_or_path = str(tmp_path / "tuned")
+    pair.save_pretrained(tmp_path / "lean", lean=True)
+    assert_same_embeddings(pair, AutoModel.from_pretrained(tmp_path / "lean"))
+
+
+def test_refuses_to_lose_added_parts(pair, tmp_path):
+    pair.text_model.layers[0].extra = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="text_model.layers.0.extra.weight is not what"):
+        pair.save_pretrained(tmp_path / "lean", lean=True)
+    del pair.text_model.layers[0].extra
+    pair.resize_token_embeddings(430)
+    with pytest.raises(ValueError, match="text_model.embed_tokens.weight is not what"):
+        pair.save_pretrained(tmp_path / "lean", lean=True)
+
+
+def test_refuses_an_llm_without_a_name(tmp_path):
+    with pytest.raises(ValueError, match="set model.config.text_model_name_or_path"):
+        tiny.model().save_pretrained(tmp_path, lean=True)
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_a_changed_llm_in_a_full_checkpoint_is_not_mistaken_for_its_origin(pair, tmp_path):
+    """Tuned in place, saved whole, loaded without the LLM, saved: the last checkpoint must not accept the LLM of the name."""
+    with torch.no_grad():
+        pair.text_model.norm.weight[0] += 1
+    pair.save_pretrained(tmp_path / "full")
+    AutoModel.from_pretrained(tmp_path / "full", load_text_model=False).save_pretrained(tmp_path / "lean")
+    with pytest.raises(ValueError, match="SHA-256"):
+        AutoModel.from_pretrained(tmp_path / "lean")
+    pair.text_model.save_pretrained(tmp_path / "tuned")
+    assert_same_embeddings(pair, AutoModel.from_pretrained(tmp_path / "lean", text_model=tmp_path / "tuned"))
+
+
+# Layouts and dtypes
+
+
+def test_hash_does_not_depend_on_sharding_or_head(llm, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(llm)
+    model.save_pretrained(tmp_path / "causal_lm")
+    model.save_pretrained(tmp_path / "shards", max_shard_size="40KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    names = set(load_file(tmp_path / "causal_lm" / "model.safetensors"))
+    assert "model.norm.weight" in names and "lm_head.weight" in names
+    hashes = {weights_sha256(tmp_path / folder) for folder in ("llm", "causal_lm", "shards")}
+    assert len(hashes) == 1
+    change_one_weight(llm)
+    assert weights_sha256(llm) not in hashes
+
+
+def test_pairs_with_shards_and_with_a_causal_lm(llm, pair, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(llm)
+    model.save_pretrained(tmp_path / "shards", max_shard_size="40KB")
+    other = ProCLIPModel.from_vision_text_pretrained(tiny.clip(), tmp_path / "shards", adapter_num_layers=1)
+    other.text_adapter.load_state_dict(pair.text_adapter.state_dict())
+    other.save_pretrained(tmp_path / "lean", lean=True)
+    assert other.config.text_model_sha256 == weights_sha256(llm)
+    assert_same_embeddings(pair, AutoModel.from_pretrained(tmp_path / "lean"))
+
+
+def test_gpt2_names_its_parts_otherwise(tmp_path):
+    """The prefix and the head of a causal-LM checkpoint are the family's own."""
+    sizes = {"vocab_size": 100, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **sizes))
+    model.save_pretrained(tmp_path / "causal_lm")
+    model.transformer.save_pretrained(tmp_path / "base")
+    assert weights_sha256(tmp_path / "causal_lm") == weights_sha256(tmp_path / "base")
+    pair = ProCLIPModel.from_vision_text_pretrained(tiny.clip(), tmp_path / "causal_lm")
+    pair.save_pretrained(tmp_path / "lean", lean=True)
+    again = AutoModel.from_pretrained(tmp_path / "lean")
+    assert torch.equal(again.get_llm_embeds(torch.tensor([[1, 2]])), pair.get_llm_embeds(torch.tensor([[1, 2]])))
+
+
+def test_llm_in_another_dtype_than_its_files(llm, tmp_path):
+    """The checkpoint names the files, and remembers the dtype that the LLM ran in."""
+    dtype = {"text_config": "bfloat16", "vision_config": "float32"}
+    pair = ProCLIPModel.from_vision_text_pretrained(tiny.clip(), llm, dtype=dtype)
+    pair.save_pretrained(tmp_path / "lean", lean=True)
+    again = AutoModel.from_pretrained(tmp_path / "lean")
+    assert again.text_model.dtype == torch.bfloat16 and again.vision_model.dtype == torch.float32
+    assert_same_embeddings(pair, again)
+    upcast = AutoModel.from_pretrained(tmp_path / "lean", dtype={"text_config": torch.float32})
+    assert upcast.text_model.dtype == torch.float32
+
+
+def test_attention_and_device_map_reach_the_llm(lean, pair):
+    eager = AutoModel.from_pretrained(lean, attn_implementation={"text_config": "eager"})
+    assert eager.text_model.config._attn_implementation == eager.config.text_config._attn_implementation == "eager"
+    assert eager.vision_model.config._attn_implementation == "sdpa"
+    for device_map in (
+        "auto",
+        {"": "cpu"},
+        {"text_model.layers": "cpu", "text_model": "cpu", "vision_model": "cpu", "": "cpu"},
+    ):
+        assert_same_embeddings(pair, AutoModel.from_pretrained(lean, device_map=device_map))
