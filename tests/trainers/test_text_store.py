@@ -337,7 +337,7 @@ def test_lookup_reads_only_the_pages_it_needs(monkeypatch, tmp_path):
 
 # One process that imports torch once and forks a child for every build. A child gets what to do as Python source.
 FORKS = """
-import os, signal, sys, time
+import os, shutil, signal, sys, time
 from tests.trainers.tiny_encoders import make_texts, tiny_proclip
 from trainers.data import TextEmbeddingStore, store_files, text_store
 
@@ -352,7 +352,7 @@ def start(prepare, path):
         try:
             prepare()
             summary = build(path).build_summary
-            print("new", summary.num_new, "stored", summary.num_stored, flush=True)
+            print(os.path.basename(path), "new", summary.num_new, "stored", summary.num_stored, flush=True)
             code = 0
         finally:
             os._exit(code)
@@ -381,16 +381,10 @@ torch.set_num_threads(1)
 """
 
 
-def run_forks(source: str, path) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", FORKS + source, str(path)], capture_output=True, text=True, timeout=120, check=True
-    )
-
-
-def test_a_killed_build_resumes_to_the_same_bytes(tmp_path):
-    source = """
+SCENARIOS = """
 path = sys.argv[1]
 assert wait(start(nothing, path + "/whole")) == 0
+
 kills = {
     "encoding": lambda: die_at(text_store, "_stored_as", 5),
     "first-write": lambda: die_at(os, "fsync", 1),
@@ -401,24 +395,42 @@ kills = {
 }
 for name, kill in kills.items():
     assert wait(start(kill, f"{path}/{name}")) == -signal.SIGKILL, name
-    os.system(f"cp -r {path}/{name} {path}/{name}-killed")
+    shutil.copytree(f"{path}/{name}", f"{path}/{name}-killed")
     assert wait(start(nothing, f"{path}/{name}")) == 0, name
+
+def slow():
+    real = text_store.write_shard
+    def write(*args):
+        real(*args)
+        time.sleep(0.1)
+    text_store.write_shard = write
+
+first = start(slow, path + "/two-writers")
+while not os.path.exists(path + "/two-writers/shard-00000.safetensors"):
+    time.sleep(0.01)
+second = start(nothing, path + "/two-writers")
+assert wait(first) == 0 and wait(second) == 0
 """
-    run = run_forks(source, tmp_path)
-    whole = contents(tmp_path / "whole")
-    assert list(whole) == [
-        "index.safetensors",
-        *(f"shard-0000{i}.safetensors" for i in range(5)),
-        "store.json",
-        "store.lock",
-    ]
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory):
+    """The finished process, and the folder with the stores that its children left."""
+    path = tmp_path_factory.mktemp("stores")
+    command = [sys.executable, "-c", FORKS + SCENARIOS, str(path)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=True), path
+
+
+def test_a_killed_build_resumes_to_the_same_bytes(forks):
+    _, path = forks
+    whole = contents(path / "whole")
+    shards = [f"shard-0000{i}.safetensors" for i in range(5)]
+    assert list(whole) == ["index.safetensors", *shards, "store.json", "store.lock"]
     states = {}
-    for killed in sorted(tmp_path.glob("*-killed")):
+    for killed in sorted(path.glob("*-killed")):
         left = contents(killed)
-        states[killed.name.removesuffix("-killed")] = (
-            sum(name.startswith("shard") and name.endswith("safetensors") for name in left),
-            [name for name in left if name.endswith(".tmp")],
-        )
+        finished = sum(name.startswith("shard") and name.endswith("safetensors") for name in left)
+        states[killed.name.removesuffix("-killed")] = finished, [name for name in left if name.endswith(".tmp")]
     assert states == {
         "encoding": (1, []),
         "first-write": (0, ["store.json.tmp"]),
@@ -428,32 +440,16 @@ for name, kill in kills.items():
         "index": (5, ["index.safetensors.tmp"]),
     }
     for name in states:
-        assert contents(tmp_path / name) == whole, name
-    assert run.stdout.splitlines()[0] == "new 50 stored 0"
+        assert contents(path / name) == whole, name
 
 
-def test_two_writers_share_the_work(tmp_path):
-    source = """
-def slow():
-    real = text_store.write_shard
-    def write(*args):
-        real(*args)
-        time.sleep(0.1)
-    text_store.write_shard = write
-
-path = sys.argv[1]
-first = start(slow, path)
-while not os.path.exists(path + "/shard-00000.safetensors"):
-    time.sleep(0.01)
-second = start(nothing, path)
-assert wait(first) == 0 and wait(second) == 0
-assert wait(start(nothing, path + "-alone")) == 0
-"""
-    store = tmp_path / "store"
-    run = run_forks(source, store)
-    assert run.stdout.splitlines()[:2] == ["new 50 stored 0", "new 0 stored 50"]
+def test_two_writers_share_the_work(forks):
+    run, path = forks
+    said = [line for line in run.stdout.splitlines() if line.startswith("two-writers")]
+    assert said == ["two-writers new 50 stored 0", "two-writers new 0 stored 50"]
+    store = path / "two-writers"
     assert run.stderr.count(f"another process is writing the text store {store}: waiting for it") == 1
-    assert contents(store) == contents(tmp_path / "store-alone")
+    assert contents(store) == contents(path / "whole")
 
 
 def test_a_store_that_is_being_written_can_be_read(encoder, tmp_path, monkeypatch):

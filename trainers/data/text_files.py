@@ -84,7 +84,7 @@ def read_texts(source: str | Path, column: str | None = None, split: str = "trai
     return TextSource(str(path), read, num_rows)
 
 
-def _text_rows(path: Path, column: None) -> _Rows:
+def _text_rows(path: Path, column: str | None) -> _Rows:
     with open(path, encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
