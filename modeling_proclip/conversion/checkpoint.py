@@ -3,9 +3,11 @@
 import json
 import math
 import pickle
+import pickletools
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -175,17 +177,40 @@ def _read_pickle(file: Path, zipped: bool) -> Iterator[tuple[str, StoredTensor]]
 
 
 def _refusal(file: Path, error: Exception) -> str:
-    text = str(error)
+    # PyTorch's own message begins with advice to load without this protection, and does not name everything.
     if not isinstance(error, pickle.UnpicklingError):
         return f"{file} cannot be read as a PyTorch checkpoint: {_first_line(error)}"
-    # PyTorch's own message begins with advice to load without this protection.
-    if needed := re.search(r"GLOBAL ([\w.]+)", text):
+    needed = re.findall(r"GLOBAL ([\w.]+)", str(error)) or _names_in(file)
+    if needed:
         return (
-            f"{file} is refused, and nothing of it was run: beside weights it needs {needed[1]}, which can run code. If you trust its "
+            f"{file} is refused, and nothing of it was run: beside weights it needs {needed[0]}, which can run code. If you trust its "
             "source, load it there, and save its state dict alone, as safetensors."
         )
-    reason = re.search(r"WeightsUnpickler error: (.+)", text)
-    return f"{file} is refused, and nothing of it was run: it is no pickle of weights ({reason[1] if reason else 'damaged'})."
+    return f"{file} is refused, and nothing of it was run: it is no pickle of weights, or damaged."
+
+
+def _names_in(file: Path) -> list[str]:
+    """What a pickle imports beside weights, read from its instructions without following them."""
+    found: list[str] = []
+    strings: list[str] = []
+    try:
+        with ExitStack() as stack:
+            stream: Any = stack.enter_context(file.open("rb"))
+            if zipfile.is_zipfile(file):
+                archive = stack.enter_context(zipfile.ZipFile(stream))
+                record = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+                stream = stack.enter_context(archive.open(record))
+            while True:  # files of before PyTorch 1.6 are several pickles in a row; what follows them ends this
+                for code, argument, _ in pickletools.genops(stream):
+                    if code.name in ("GLOBAL", "INST"):
+                        found.append(str(argument).replace(" ", "."))
+                    elif code.name == "STACK_GLOBAL":
+                        found.append(".".join(strings[-2:]))
+                    elif isinstance(argument, str):
+                        strings.append(argument)
+    except Exception:  # instructions that cannot be read name nothing more
+        pass
+    return [name for name in found if not name.startswith(("torch.", "collections.OrderedDict"))]
 
 
 def _first_line(error: BaseException) -> str:
