@@ -117,7 +117,7 @@ def convert(
     if path.is_dir() and (path / "adapter_config.json").is_file():
         base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
         raise ConversionError(
-            f"{path} is a PEFT adapter: convert its base model ({base}) with lora_adapters=[{str(path)!r}]."
+            f"{path} is a PEFT adapter: convert its base model ({base}), and merge this one into it (--lora, lora_adapters)."
         )
     tensors = read_checkpoint(path)
     lora_paths = [find_source(adapter, None) for adapter in lora_adapters]
