@@ -5,7 +5,7 @@
 The files hold random fp16 weights under the published key names, in PyTorch's format: vision tower, adapter of 4 blocks with expansion 2 for
 an LLM of 4096 dimensions, logit scale. Each conversion runs in a process of its own, `--repeat` times; the shortest time and the largest
 memory count. Memory is the growth of the largest residency over that after the imports and a first conversion of a small file; it counts the
-pages of the mapped file. The peer is the least that a conversion in memory does: `torch.load`, then `safetensors.torch.save_file` of the
+pages of the mapped file, and is read from /proc (Linux). The peer is the least that a conversion in memory does: `torch.load`, then `safetensors.torch.save_file` of the
 same tensors. Files are in the page cache for both. Needs 4 GB of disk in the temporary directory and a few minutes.
 """
 
@@ -20,6 +20,8 @@ import time
 from pathlib import Path
 
 import torch
+
+from modeling_proclip.modeling_eva_clip import rotary_tables
 
 
 LLM_SIZE = 4096
@@ -50,25 +52,35 @@ CHECKPOINTS = {
 }
 
 OURS = """
-import resource, sys, time
+import re, sys, time
+from pathlib import Path
 from modeling_proclip import convert
+
+def peak():  # not getrusage, which a process inherits from the one that started it
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+
 source, small, output, head_width = sys.argv[1:]
 convert(small, output + "-small", head_width=8)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 start = time.perf_counter()
 convert(source, output, head_width=int(head_width))
-print(time.perf_counter() - start, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+print(time.perf_counter() - start, peak() - before)
 """
 PEER = """
-import resource, sys, time
+import re, sys, time
+from pathlib import Path
 import torch
 from safetensors.torch import save_file
+
+def peak():  # not getrusage, which a process inherits from the one that started it
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+
 source, small, output, _ = sys.argv[1:]
 save_file(torch.load(small, weights_only=True), output + "-small")
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 start = time.perf_counter()
 save_file(torch.load(source, weights_only=True), output)
-print(time.perf_counter() - start, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+print(time.perf_counter() - start, peak() - before)
 """
 
 
@@ -182,8 +194,6 @@ def write_checkpoint(file: Path, **sizes) -> int:
     }
     # The converter compares rotary tables with its own.
     if sizes["kind"] == "eva":
-        from modeling_proclip.modeling_eva_clip import rotary_tables
-
         cos, sin = rotary_tables(sizes["image"] // sizes["patch"], sizes["head_width"], 16)
         tables = {"rope.freqs_cos": cos.half(), "rope.freqs_sin": sin.half()}
         state |= {name: table for suffix, table in tables.items() for name in state if name.endswith(suffix)}

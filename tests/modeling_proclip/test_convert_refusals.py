@@ -285,18 +285,24 @@ def test_shards_and_their_index(tmp_path):
 
 
 MEASURE = """
-import resource, sys
+import re, sys
+from pathlib import Path
 from modeling_proclip import convert
+
+def peak():  # not getrusage, which a process inherits from the one that started it
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+
 source, small, output = sys.argv[1:]
 convert(small, output + "-small", head_width=8)  # what the libraries load on first use is the interpreter's
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 convert(source, output, head_width=64)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+print(peak() - before)
 """
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_at_most_the_file_and_one_tensor(tmp_path):
-    """In a process of its own, whose largest residency counts the mapped file too. 10 MB are allowed for pages and headers."""
+    """In a process of its own, whose largest residency counts the mapped file too; 10 MB are for page tables, headers and the config."""
     width, llm = 256, 2048
     params = {}
     for name, tensor in golden.load("g2_vit_quickgelu").params.items():
@@ -309,7 +315,7 @@ def test_memory_is_at_most_the_file_and_one_tensor(tmp_path):
     command = (sys.executable, "-c", MEASURE, tmp_path / "large.pt", PUBLISHED, tmp_path / "out")
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < size + largest + 10e6
+    assert 0.9 * size < int(done.stdout) < size + largest + 10e6, "the file was read, and nothing beside it was kept"
     assert (tmp_path / "out" / "model.safetensors").stat().st_size > 250e6
 
 
