@@ -88,11 +88,11 @@ class AlignmentTrainer(Trainer):
         **kwargs: Any,
     ):
         train_only(model, trained)
-        self.rows = DrawnCaptions(train_dataset, args.data_seed)
+        self.rows = DrawnCaptions(train_dataset, args.seed)
         self._parts: dict[str, dict[str, list[torch.Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         super().__init__(model=model, args=args, train_dataset=self.rows, eval_dataset=eval_dataset, **kwargs)
-        # Trainer sets it on every model; it is no key of ours, and a checkpoint that holds it would be refused.
-        del model.config.use_cache
+        # Trainer sets it on every model. It is no key of ours, and a checkpoint that holds it would be refused.
+        model.config.__dict__.pop("use_cache", None)
         self._check_sizes()
         hidden_size = model.config.text_config.hidden_size
         check_store(

@@ -94,6 +94,15 @@ def test_first_step_by_hand(tmp_path):
     assert log["logit_scale"] == pytest.approx(1 / 0.07, rel=1e-5) and log["grad_norm"] > 0
 
 
+def test_mixed_precision_is_the_same_for_student_and_teacher(tmp_path):
+    model = tiny_model()
+    trainer = tuning_trainer(tmp_path, model, max_steps=2, bf16=True)
+    trainer.train()
+    first, second = trainer.state.log_history[:2]
+    assert first["instance_loss"] == first["structure_loss"] == 0, "float32 here and bfloat16 there would differ"
+    assert second["instance_loss"] > 0 and {p.dtype for p in model.parameters()} == {torch.float32}
+
+
 def test_the_teacher_follows_after_every_step(tmp_path):
     model = tiny_model()
     names = [name for name, _ in model.named_parameters() if name.startswith(IMAGE_ENCODER)]
@@ -194,7 +203,7 @@ def test_batch_invariant_weights_give_the_published_loss(distance):
     )
 
 
-def test_defaults_are_those_of_table_8():
+def test_defaults():
     args = config()
     assert (args.learning_rate, args.weight_decay, args.num_train_epochs, args.ema_decay) == (1e-5, 0.05, 4, 0.999)
     assert (args.adam_beta1, args.adam_beta2, args.adam_epsilon) == (0.9, 0.98, 1e-6)
