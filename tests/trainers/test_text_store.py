@@ -277,6 +277,15 @@ def test_what_is_no_store_is_refused_and_left_alone(encoder, tmp_path):
             TextEmbeddingStore(tmp_path / "store")
 
 
+def test_what_a_killed_writer_left_is_deleted(encoder, tmp_path):
+    encoder.build(["fox"], tmp_path)
+    before = contents(tmp_path)
+    (tmp_path / "shard-00007.safetensors.tmp").write_bytes(b"half a shard")
+    assert len(TextEmbeddingStore(tmp_path)) == 1
+    encoder.build(["fox"], tmp_path)
+    assert contents(tmp_path) == before
+
+
 def test_no_texts(encoder, tmp_path):
     with pytest.raises(ValueError, match="there are no texts to embed"):
         encoder.build([], tmp_path)
