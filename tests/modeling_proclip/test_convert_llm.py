@@ -258,29 +258,3 @@ def test_without_a_named_llm_one_can_be_given_at_loading(tmp_path):
         AutoModel.from_pretrained(tmp_path / "out")
     model = AutoModel.from_pretrained(tmp_path / "out", text_model=tiny.LLAMA_DIR).eval()
     assert model.get_text_features(torch.arange(5)[None]).pooler_output.shape == (1, 16)
-
-
-def test_sources_on_the_hub(folder, tmp_path, monkeypatch):
-    """The three forms of a name, without a network: what is asked of the Hub's client."""
-    from modeling_proclip.conversion import source
-
-    asked = []
-
-    def snapshot(repository, revision=None, allow_patterns=None):
-        asked.append((repository, revision, allow_patterns))
-        return str(folder.parent)
-
-    def download(repository, file, revision=None):
-        asked.append((repository, file, revision))
-        return str(golden.GOLDEN_DIR / "g2_vit_quickgelu.bare.pt")
-
-    monkeypatch.setattr(source, "snapshot_download", snapshot)
-    monkeypatch.setattr(source, "hf_hub_download", download)
-    convert("owner/name/3m/B16.pt", tmp_path / "one", head_width=8, revision="v1", dry_run=True)
-    convert("owner/name/llm", tmp_path / "two", dry_run=True)
-    assert asked[0] == ("owner/name", "3m/B16.pt", "v1")
-    assert asked[1][0] == "owner/name" and "llm/*.safetensors" in asked[1][2]
-    assert not any(pattern.endswith((".py", "*")) for pattern in asked[1][2]), "no remote code is fetched"
-    monkeypatch.setattr(source, "snapshot_download", lambda *_, **__: (_ for _ in ()).throw(OSError("offline")))
-    with pytest.raises(ConversionError, match="neither here nor on the Hub"):
-        convert("owner/name", tmp_path / "three")
