@@ -185,6 +185,7 @@ class _Quickstart:
             "save_strategy": "no",
             "report_to": "none",
             "use_cpu": True,
+            "bf16": native_dtype() == torch.bfloat16,
             "seed": self.seed,
         }
 

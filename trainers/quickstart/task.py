@@ -36,7 +36,7 @@ class Size:
 
 SIZES = {
     "small": Size(80, 20, 4, 2, 20, 60, 10, 20),
-    "full": Size(600, 150, 8, 4, 150, 1200, 150, 300),
+    "full": Size(600, 150, 8, 4, 150, 1000, 150, 300),
 }
 
 
@@ -112,7 +112,7 @@ def make_task(size: Size, seed: int) -> Task:
     alignment = pictures("alignment", range(size.seen), size.alignment_views)
     test = pictures("test", range(size.concepts), size.test_views)
     # Texts are cheap: stage 1 reads captions of all concepts, of pictures that nobody draws.
-    captions = pictures("inheritance", range(size.concepts), 2)
+    captions = pictures("inheritance", range(size.concepts), 4)
     texts = [template.format(concept.name) for concept in concepts for template in ZERO_SHOT_TEMPLATES]
     texts += [caption for picture in captions for caption in (picture.short, picture.long)]
     texts += [caption for picture in alignment for caption in (picture.short, picture.long)]
