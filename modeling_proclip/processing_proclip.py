@@ -1,13 +1,17 @@
 """ProCLIP processor: pictures for the image encoder, templated texts for the LLM."""
 
+import difflib
+import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
-from transformers import BatchFeature, ProcessorMixin
+from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.processing_utils import ImagesKwargs, TextKwargs
 from transformers.utils import logging
 
-from .prompt_template import apply_template, choose_template
+from .prompt_template import choose_template, templated_tokenizer
 
 
 logger = logging.get_logger(__name__)
@@ -20,41 +24,40 @@ class ProCLIPProcessor(ProcessorMixin):
     Args:
         image_processor (`BaseImageProcessor`): Image processor of the vision tower.
         tokenizer (`PreTrainedTokenizerFast`):
-            Tokenizer of the LLM. It is changed in place: it carries the template from then on, pads on the left, pads with EOS if it has
-            no padding token, and returns `token_type_ids`.
+            Tokenizer of the LLM. `processor.tokenizer` is a copy that carries the template, so whoever calls it gets the template too; it
+            pads on the left, with EOS if it has no padding token. Special tokens spelled in a text are read as text.
         prompt_template (`str`, *optional*):
-            Holds `{text}` once, for example `"<|im_start|>user\n{text}<|im_end|>"`. By default the template of the chat markers that the
-            tokenizer's chat template uses, and `"{text}"` for an LLM without one. Saved with the processor.
+            Holds `{text}` once, for example `"<|im_start|>user\n{text}<|im_end|>"`. By default the one that the tokenizer's chat template
+            writes for a user's message, and `"{text}"` for an LLM without a chat template. Saved with the processor.
         instruction (`str`, *optional*): Stands before every text inside the template and is not pooled. Saved with the processor.
         max_length (`int`, defaults to 512): Most tokens of a text, template included.
+
+    Raises:
+        ValueError: If the template does not hold `{text}` once, the tokenizer is not a fast one, or `max_length` leaves no room for text.
     """
 
     def __init__(
         self,
-        image_processor: Any = None,
-        tokenizer: Any = None,
+        image_processor: Any,
+        tokenizer: PreTrainedTokenizerBase,
         prompt_template: str | None = None,
         instruction: str | None = None,
         max_length: int = 512,
         **kwargs: Any,
     ):
-        super().__init__(image_processor, tokenizer, **kwargs)
         self.prompt_template = choose_template(tokenizer) if prompt_template is None else prompt_template
         self.instruction = instruction
         self.max_length = max_length
-        if tokenizer.pad_token is None:
-            if tokenizer.eos_token is None:
-                raise ValueError(
-                    f"{type(tokenizer).__name__} has neither pad_token nor eos_token: set tokenizer.pad_token."
-                )
-            tokenizer.pad_token = tokenizer.eos_token
-        tokenizer.padding_side = "left"
-        tokenizer.model_input_names = ["input_ids", "attention_mask", "token_type_ids"]
-        tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names
-        self._template_length = apply_template(tokenizer, self.prompt_template, instruction)
+        tokenizer = templated_tokenizer(tokenizer, self.prompt_template, instruction, max_length)
+        super().__init__(image_processor, tokenizer, **kwargs)
+        self._template_length = len(tokenizer("")["input_ids"])
         self._check_length(max_length)
         self._said_truncated = False
-        self.text_kwargs = {"padding": True, "truncation": True, "max_length": max_length}
+
+    @property
+    def text_kwargs(self) -> dict[str, Any]:
+        """What the tokenizer is called with unless the caller says otherwise."""
+        return {"padding": True, "truncation": True, "max_length": self.max_length}
 
     def __call__(
         self,
@@ -64,8 +67,8 @@ class ProCLIPProcessor(ProcessorMixin):
     ) -> BatchFeature:
         r"""
         Args:
-            images: A picture or a list of them: PIL images of any mode, arrays, tensors, paths or URLs. Transparent pixels become white,
-                16-bit grey becomes 8-bit, a camera's rotation is undone.
+            images: A picture or a list of them: PIL images of any mode, paths, arrays, tensors or URLs. Of PIL images and files transparent
+                pixels become white, 16-bit grey becomes 8-bit, and a camera's rotation is undone.
             text (`str` or `list[str]`): Texts of any length and language; whitespace at the end is dropped. Those over `max_length` lose
                 the end of their content, never the template, and a warning says so once.
             kwargs: Of the tokenizer and the image processor, such as `return_tensors="pt"`, `padding` or `max_length`.
@@ -77,22 +80,43 @@ class ProCLIPProcessor(ProcessorMixin):
 
         Raises:
             ValueError: If neither is given, a text is not a string, or `max_length` leaves no room beside the template.
+            TypeError: If an argument is unknown.
         """
         if images is None and text is None:
             raise ValueError("Give text, images or both.")
+        self._check_arguments(kwargs)
         if images is not None:
             images = _to_rgb(images)
-        if text is not None:
-            self._check_length(kwargs.get("max_length", self.max_length))
-            text = _clean(text)
+        if text is None:
+            return super().__call__(images=images, **kwargs)
+        settings = {**self.text_kwargs, **kwargs.get("common_kwargs", {}), **kwargs, **kwargs.get("text_kwargs", {})}
+        truncates = settings["truncation"] not in (None, False, "do_not_truncate")
+        text = _clean(text)
+        if truncates:
+            self._check_length(settings["max_length"])
         features = super().__call__(images=images, text=text, **kwargs)
-        if text is not None and not self._said_truncated:
-            self._warn_if_truncated(features, kwargs.get("max_length", self.max_length), text)
+        if truncates and not self._said_truncated:
+            self._warn_if_truncated(features, settings["max_length"], text)
         return features
 
     @property
     def model_input_names(self) -> list[str]:
         return [*self.tokenizer.model_input_names, *self.image_processor.model_input_names]
+
+    def _check_arguments(self, kwargs: dict[str, Any]) -> None:
+        known = {
+            "text_kwargs",
+            "images_kwargs",
+            "common_kwargs",
+            *TextKwargs.__annotations__,
+            *ImagesKwargs.__annotations__,
+        }
+        known |= set(self.image_processor.valid_kwargs.__annotations__)
+        for name in kwargs:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else "."
+                raise TypeError(f"{type(self).__name__} has no argument {name!r}{hint}")
 
     def _check_length(self, max_length: int) -> None:
         if max_length <= self._template_length:
@@ -120,28 +144,33 @@ class ProCLIPProcessor(ProcessorMixin):
 def _clean(text: Any) -> str | list[str]:
     if isinstance(text, str):
         return text.rstrip()
-    texts = list(text)
-    if not texts:
+    if not isinstance(text, Sequence):
+        raise ValueError(f"text must be a string or a list of strings, got {type(text).__name__}.")
+    if not text:
         raise ValueError("text is an empty list.")
-    for i, item in enumerate(texts):
+    for i, item in enumerate(text):
         if not isinstance(item, str):
             raise ValueError(f"text[{i}] is {type(item).__name__}, not a string.")
-    return [item.rstrip() for item in texts]
+    return [item.rstrip() for item in text]
 
 
 def _to_rgb(images: Any) -> Any:
     """Pictures as RGB the way a viewer shows them: rotated as the camera says, on white where they are transparent."""
     if isinstance(images, (list, tuple)):
+        if not images:
+            raise ValueError("images is an empty list.")
         return [_to_rgb(image) for image in images]
+    if isinstance(images, (str, os.PathLike)) and os.path.isfile(images):
+        with Image.open(images) as image:
+            return _to_rgb(image)
     if not isinstance(images, Image.Image):
-        return images  # arrays, tensors, paths: the image processor's business
+        return images  # arrays, tensors, URLs: the image processor's business
     image = ImageOps.exif_transpose(images)
     if image.mode.startswith("I"):  # 16-bit grey, which PIL's own conversion clips at 255
         image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 

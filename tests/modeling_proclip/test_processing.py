@@ -1,0 +1,328 @@
+"""ProCLIPProcessor: texts and pictures of every kind, what it refuses, and what it saves."""
+
+import copy
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, CLIPImageProcessor
+
+from modeling_proclip import ProCLIPProcessor
+from tests.modeling_proclip import tiny
+
+
+EOT = 4
+HEADER = [0, 2, 395, 3, 203, 203]  # BOS and <|start_header_id|>user<|end_header_id|>\n\n
+ODD_TEXTS = [
+    "a man riding a wave",
+    "",
+    " \n\t ",
+    "🦊🐈‍⬛👩🏽‍🚀",
+    "رجل يركب موجة",  # Arabic
+    "איש רוכב על גל",  # Hebrew
+    "一只猫坐在红色的沙发上",
+    "<|eot_id|> <|start_header_id|>system<|end_header_id|> <|begin_of_text|>",
+    "{text} {0} %s \\ \x00 \u202e",
+    "!@#$%^&*()",  # what the reference splits texts at
+]
+
+
+@pytest.fixture
+def processor() -> ProCLIPProcessor:
+    return tiny.processor(prompt_template=tiny.LLAMA3)
+
+
+# Texts
+
+
+def test_texts_of_every_kind(processor):
+    plain = tiny.tokenizer()
+    batch = processor(text=ODD_TEXTS, return_tensors="pt")
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    assert set(batch) == set(names)
+    for text, ids, mask, marks in zip(ODD_TEXTS, *(batch[name] for name in names), strict=True):
+        content = plain(text.rstrip(), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        length = len(content) + 7
+        assert ids[-length:].tolist() == [*HEADER, *content, EOT]
+        assert mask.tolist() == [0] * (len(ids) - length) + [1] * length
+        assert marks.tolist() == [0] * (len(ids) - length + 6) + [1] * (len(content) + 1)
+        assert content.count(EOT) == 0, "a special token spelled in a text"
+        alone = processor(text=text)
+        assert alone["input_ids"] == ids[-length:].tolist() and alone["token_type_ids"] == marks[-length:].tolist()
+
+
+@torch.no_grad()
+def test_every_text_has_its_own_embedding(processor):
+    model = tiny.model()
+    embeds = model(**processor(text=ODD_TEXTS, return_tensors="pt")).text_embeds
+    assert torch.isfinite(embeds).all()
+    same = torch.cdist(embeds, embeds) < 1e-4
+    expected = torch.eye(len(ODD_TEXTS), dtype=torch.bool)
+    expected[1, 2] = expected[2, 1] = True  # nothing but white space is an empty text
+    assert torch.equal(same, expected)
+
+
+def test_very_long_text(processor, caplog):
+    words = "wave " * 10_000
+    batch = processor(text=[words, "rice"])
+    long, short = batch["input_ids"]
+    assert len(long) == len(short) == 512 and long[:6] == HEADER and long[-1] == EOT
+    assert batch["token_type_ids"][0] == [0] * 6 + [1] * 506
+    assert caplog.text.count("lose the end of their content") == 1
+    assert "1 of 2 texts are longer than 512 tokens" in caplog.text
+    processor(text=words)
+    assert caplog.text.count("lose the end of their content") == 1, "said once"
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_what_just_fits_is_not_said_to_be_cut(as_list, caplog):
+    processor = tiny.processor(prompt_template=tiny.LLAMA3, max_length=20)
+    fits = next(" a" * n for n in range(20) if len(processor.tokenizer(" a" * n)["input_ids"]) == 20)
+    too_long = fits + " a"
+    for arguments in ({}, {"padding": "max_length"}, {"return_tensors": "pt"}):
+        processor(text=[fits] if as_list else fits, **arguments)
+    processor(text=[too_long] if as_list else too_long, truncation=False, max_length=None)
+    assert "lose the end" not in caplog.text
+    processor(text=[too_long] if as_list else too_long)
+    assert "1 of 1 texts are longer than 20 tokens and lose the end" in caplog.text
+
+
+def test_length_of_one_call(processor):
+    for arguments in ({"max_length": 10}, {"text_kwargs": {"max_length": 10}}):
+        ids = processor(text="two dogs are playing with a red ball", **arguments)["input_ids"]
+        assert len(ids) == 10 and ids[-1] == EOT
+    with pytest.raises(ValueError, match="max_length=7 leaves no room for text: .* take 7 tokens"):
+        processor(text="a", text_kwargs={"max_length": 7})
+    assert len(processor(text="a", max_length=7, truncation=False)["input_ids"]) > 7
+
+
+@pytest.mark.parametrize("instruction", [None, "Given a sentence"])
+def test_length_that_holds_no_text(instruction):
+    tokens = len(tiny.processor(prompt_template=tiny.LLAMA3, instruction=instruction)(text="")["input_ids"])
+    assert tokens == 7 if instruction is None else tokens > 7
+    tiny.processor(prompt_template=tiny.LLAMA3, instruction=instruction, max_length=tokens + 1)
+    with pytest.raises(ValueError, match=f"max_length={tokens} leaves no room for text: .* take {tokens} tokens"):
+        tiny.processor(prompt_template=tiny.LLAMA3, instruction=instruction, max_length=tokens)
+
+
+def test_padding(processor):
+    texts = ["rice", "a man riding a wave"]
+    left = processor(text=texts)
+    right = processor(text=texts, padding_side="right")
+    assert left["attention_mask"][0][0] == 0 and right["attention_mask"][0][-1] == 0
+    for batch in (left, right):
+        unpadded = [i for i, mask in zip(batch["input_ids"][0], batch["attention_mask"][0], strict=True) if mask]
+        assert unpadded == processor(text="rice")["input_ids"]
+        assert all(
+            mark <= mask for mark, mask in zip(batch["token_type_ids"][0], batch["attention_mask"][0], strict=True)
+        )
+    assert len(processor(text=texts, padding=False)["input_ids"][0]) == 9
+    assert len(processor(text=texts, padding="max_length")["input_ids"][0]) == 512
+    model = tiny.model()
+    with torch.no_grad():
+        one = model.get_llm_embeds(**processor(text=texts, return_tensors="pt"))
+        other = model.get_llm_embeds(**processor(text=texts, return_tensors="pt", padding_side="right"))
+    torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ([], "text is an empty list"),
+        (["a", None], r"text\[1\] is NoneType, not a string"),
+        ([["a", "b"]], r"text\[0\] is list"),
+        (b"bytes", r"text\[0\] is int"),
+        (7, "must be a string or a list of strings, got int"),
+        ({"text": "a"}, "must be a string or a list of strings, got dict"),
+    ],
+)
+def test_bad_texts(processor, text, message):
+    with pytest.raises(ValueError, match=message):
+        processor(text=text)
+
+
+def test_unknown_arguments(processor):
+    with pytest.raises(TypeError, match="has no argument 'trunction'; did you mean 'truncation'"):
+        processor(text="a", trunction=True)
+    with pytest.raises(TypeError, match="has no argument 'zzz'"):
+        processor(images=Image.new("RGB", (16, 16)), zzz=1)
+    with pytest.raises(ValueError, match="Give text, images or both"):
+        processor(return_tensors="pt")
+    processor(
+        text="a", images=Image.new("RGB", (16, 16)), return_tensors="pt", do_center_crop=False, pad_to_multiple_of=8
+    )
+
+
+# Pictures
+
+
+def pixels(processor: ProCLIPProcessor, image) -> np.ndarray:
+    """`(16, 16, 3)` values of 0..255 that reach the model, where a picture of 16 x 16 is neither resized nor cropped."""
+    (array,) = processor(images=image, do_normalize=False, do_rescale=False, return_tensors="np")["pixel_values"]
+    return array.transpose(1, 2, 0).round().astype(int)
+
+
+def halves(left, right) -> np.ndarray:
+    picture = np.empty((16, 16, 3), dtype=int)
+    picture[:, :8], picture[:, 8:] = left, right
+    return picture
+
+
+def two_halves(mode: str, left, right) -> Image.Image:
+    image = Image.new(mode, (16, 16), left)
+    image.paste(right, (8, 0, 16, 16))
+    return image
+
+
+def transparent_palette() -> Image.Image:
+    image = Image.new("P", (16, 16), 0)
+    image.putpalette([200, 0, 0, 0, 200, 0])
+    image.paste(1, (8, 0, 16, 16))
+    image.info["transparency"] = 1
+    return image
+
+
+def sixteen_bits(mode: str) -> Image.Image:
+    array = np.zeros((16, 16), dtype=">u2" if mode == "I;16B" else np.uint16)
+    array[:, :8], array[:, 8:] = 128 * 257, 255 * 257
+    if mode == "I":
+        return Image.fromarray(array.astype(np.int32))
+    return Image.frombytes(mode, (16, 16), array.tobytes())
+
+
+def rotated() -> Image.Image:
+    """Stored with white on top; the camera says that its top is the picture's right side (orientation 6)."""
+    image = Image.new("RGB", (16, 16), "black")
+    image.paste((255, 255, 255), (0, 0, 16, 8))
+    image.getexif()[0x0112] = 6
+    return image
+
+
+PICTURES = {
+    "RGB": (two_halves("RGB", (10, 20, 30), (200, 100, 0)), halves((10, 20, 30), (200, 100, 0))),
+    "grey": (two_halves("L", 7, 250), halves(7, 250)),
+    "1 bit": (two_halves("1", 0, 1), halves(0, 255)),
+    "RGBA": (two_halves("RGBA", (200, 0, 0, 255), (0, 0, 0, 0)), halves((200, 0, 0), 255)),
+    "half transparent": (two_halves("RGBA", (0, 0, 0, 51), (100, 100, 100, 255)), halves(204, 100)),
+    "grey with alpha": (two_halves("LA", (40, 255), (0, 0)), halves(40, 255)),
+    "palette": (two_halves("RGB", (200, 0, 0), (0, 200, 0)).convert("P", palette=1), halves((200, 0, 0), (0, 200, 0))),
+    "transparent palette": (transparent_palette(), halves((200, 0, 0), 255)),
+    "CMYK": (two_halves("CMYK", (0, 255, 255, 0), (0, 0, 0, 255)), halves((255, 0, 0), 0)),
+    "YCbCr": (two_halves("RGB", (90, 90, 90), (250, 250, 250)).convert("YCbCr"), halves(90, 250)),
+    "16 bits": (sixteen_bits("I;16"), halves(128, 255)),
+    "16 bits, big-endian": (sixteen_bits("I;16B"), halves(128, 255)),
+    "16 bits as 32": (sixteen_bits("I"), halves(128, 255)),
+    "rotated": (rotated(), halves(0, 255)),
+}
+
+
+@pytest.mark.parametrize("kind", PICTURES)
+def test_pictures_of_every_kind(processor, kind):
+    image, expected = PICTURES[kind]
+    before = image.mode, image.tobytes()
+    np.testing.assert_allclose(pixels(processor, image), expected, atol=1)
+    assert (image.mode, image.tobytes()) == before
+
+
+@pytest.mark.parametrize("kind", ["RGBA", "transparent palette", "16 bits", "1 bit", "rotated"])
+def test_pictures_in_files(processor, kind, tmp_path):
+    image, expected = PICTURES[kind]
+    path = tmp_path / "picture.png"
+    image.save(path, exif=image.getexif(), **({"transparency": 1} if kind == "transparent palette" else {}))
+    np.testing.assert_allclose(pixels(processor, path), expected, atol=1)
+    np.testing.assert_allclose(pixels(processor, str(path)), expected, atol=1)
+
+
+def test_a_batch_of_mixed_pictures(processor):
+    images = [image for image, _ in PICTURES.values()]
+    batch = processor(images=images, return_tensors="pt")["pixel_values"]
+    assert batch.shape == (len(images), 3, 16, 16) and batch.dtype == torch.float32
+    for row, image in zip(batch, images, strict=True):
+        assert torch.equal(row, processor(images=image, return_tensors="pt")["pixel_values"][0])
+
+
+def test_normalised_values(processor):
+    image, _ = PICTURES["RGB"]
+    mean, std = np.array(processor.image_processor.image_mean), np.array(processor.image_processor.image_std)
+    got = processor(images=image, return_tensors="pt")["pixel_values"][0, :, 0, 0].numpy()
+    np.testing.assert_allclose(got, (np.array([10, 20, 30]) / 255 - mean) / std, atol=1e-5)
+
+
+def test_arrays_and_tensors(processor):
+    array = np.zeros((16, 16, 3), dtype=np.uint8)
+    array[:, 8:] = 255
+    np.testing.assert_array_equal(pixels(processor, array), halves(0, 255))
+    np.testing.assert_array_equal(pixels(processor, torch.from_numpy(array).permute(2, 0, 1)), halves(0, 255))
+
+
+def test_bad_pictures(processor, tmp_path):
+    with pytest.raises(ValueError, match="images is an empty list"):
+        processor(images=[])
+    with pytest.raises((ValueError, TypeError)):
+        processor(images=[None])
+    with pytest.raises(ValueError, match="valid path"):
+        processor(images=str(tmp_path / "nothing.png"))
+
+
+def test_text_and_pictures_together(processor):
+    batch = processor(images=PICTURES["RGB"][0], text=["a", "b c"], return_tensors="pt")
+    assert set(batch) == set(processor.model_input_names)
+    assert batch["pixel_values"].shape == (1, 3, 16, 16) and batch["input_ids"].shape[0] == 2
+    assert tiny.model()(**batch).logits_per_image.shape == (1, 2)
+
+
+# Saving
+
+
+def test_round_trip(tmp_path, caplog):
+    saved = tiny.processor(prompt_template=tiny.LLAMA3, instruction="Given a sentence", max_length=30)
+    saved(text=ODD_TEXTS)
+    saved.save_pretrained(tmp_path)
+    recorded = json.loads((tmp_path / "processor_config.json").read_text())
+    assert recorded["prompt_template"] == tiny.LLAMA3 and recorded["instruction"] == "Given a sentence"
+    assert recorded["max_length"] == 30
+    tiny.model().save_pretrained(tmp_path)
+    caplog.clear()
+    for loaded in (AutoProcessor.from_pretrained(tmp_path), ProCLIPProcessor.from_pretrained(tmp_path)):
+        assert type(loaded) is ProCLIPProcessor
+        assert loaded(text=ODD_TEXTS).data == saved(text=ODD_TEXTS).data
+        image = PICTURES["RGBA"][0]
+        assert np.array_equal(pixels(loaded, image), pixels(saved, image))
+        assert (loaded.prompt_template, loaded.instruction, loaded.max_length) == (tiny.LLAMA3, "Given a sentence", 30)
+    assert "torchvision" not in caplog.text, "the Auto classes choose a backend without a warning"
+    assert type(AutoImageProcessor.from_pretrained(tmp_path)) is CLIPImageProcessor
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert (
+        tokenizer([text.rstrip() for text in ODD_TEXTS]).data
+        == saved.tokenizer([text.rstrip() for text in ODD_TEXTS]).data
+    )
+
+
+def test_settings_can_be_changed_at_load(tmp_path):
+    tiny.processor(prompt_template=tiny.LLAMA3, instruction="Given a sentence").save_pretrained(tmp_path)
+    for loader in (AutoProcessor, ProCLIPProcessor):
+        loaded = loader.from_pretrained(tmp_path, instruction="Describe:", max_length=40)
+        assert (loaded.prompt_template, loaded.instruction, loaded.max_length) == (tiny.LLAMA3, "Describe:", 40)
+        expected = tiny.processor(prompt_template=tiny.LLAMA3, instruction="Describe:", max_length=40)
+        assert loaded(text=ODD_TEXTS).data == expected(text=ODD_TEXTS).data
+    plain = ProCLIPProcessor.from_pretrained(tmp_path, prompt_template="{text}", instruction="")
+    assert plain(text="rice")["input_ids"] == tiny.tokenizer()("rice")["input_ids"]
+
+
+def test_copies(processor):
+    for copied in (copy.deepcopy(processor), pickle.loads(pickle.dumps(processor))):
+        assert copied(text=ODD_TEXTS).data == processor(text=ODD_TEXTS).data
+        assert copied.prompt_template == processor.prompt_template
+
+
+def test_sharing_a_tokenizer():
+    """Two processors of one tokenizer do not take each other's template."""
+    tokenizer = tiny.tokenizer()
+    first = ProCLIPProcessor(tiny.image_processor(), tokenizer, tiny.LLAMA3)
+    second = ProCLIPProcessor(tiny.image_processor(), tokenizer, "{text}")
+    assert first(text="rice")["input_ids"] == [*HEADER, 268, 276, EOT]
+    assert second(text="rice")["input_ids"] == [0, 268, 276]
+    assert tokenizer("rice")["input_ids"] == [0, 268, 276]
