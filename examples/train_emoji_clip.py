@@ -18,7 +18,14 @@ import torch
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-from trainers.quickstart.emoji_pictures import IMAGE_SIZE, ZERO_SHOT_TEMPLATES, load_concepts, random_view, render, short_caption
+from trainers.quickstart.emoji_pictures import (
+    IMAGE_SIZE,
+    ZERO_SHOT_TEMPLATES,
+    load_concepts,
+    random_view,
+    render,
+    short_caption,
+)
 
 
 VOCABULARY = 1280
@@ -123,7 +130,11 @@ def main():
             steps += 1
             bar.n = round(100 * progress)
             if steps % 100 == 0:
-                bar.set_postfix(step=steps, loss=f"{loss.item():.3f}", zero_shot=f"{zero_shot(model, concepts, image_processor, tokenizer, 1):.3f}")
+                bar.set_postfix(
+                    step=steps,
+                    loss=f"{loss.item():.3f}",
+                    zero_shot=f"{zero_shot(model, concepts, image_processor, tokenizer, 1):.3f}",
+                )
             bar.refresh()
 
     model = model.half()

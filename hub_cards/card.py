@@ -10,7 +10,11 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 TEMPLATES = Path(__file__).parent / "templates"
 METRICS = {
     "zero_shot_seen": ("zero-shot-image-classification", "accuracy", "Top-1, concepts with pictures in the alignment"),
-    "zero_shot_unseen": ("zero-shot-image-classification", "accuracy", "Top-1, concepts without pictures in the alignment"),
+    "zero_shot_unseen": (
+        "zero-shot-image-classification",
+        "accuracy",
+        "Top-1, concepts without pictures in the alignment",
+    ),
     "i2t_r@1": ("image-to-text", "recall", "Image-to-text R@1"),
     "t2i_r@1": ("image-to-text", "recall", "Text-to-image R@1"),
 }

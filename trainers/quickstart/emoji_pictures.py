@@ -103,7 +103,11 @@ def load_concepts(count: int = NUM_CONCEPTS) -> tuple[Concept, ...]:
             continue
         names = {language: data[language].strip(":").replace("_", " ") for language in LANGUAGES}
         concept = Concept(character, names)
-        if len(names["en"].split()) > 3 or _NOT_A_THING.search(names["en"]) or not (drawings / concept.svg_name).is_file():
+        if (
+            len(names["en"].split()) > 3
+            or _NOT_A_THING.search(names["en"])
+            or not (drawings / concept.svg_name).is_file()
+        ):
             continue
         concepts.append(concept)
     concepts.sort(key=lambda c: hashlib.sha256(c.character.encode()).hexdigest())

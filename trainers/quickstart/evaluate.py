@@ -15,7 +15,9 @@ from .task import Task
 def embed_pictures(model: torch.nn.Module, pixel_values: torch.Tensor, batch_size: int = 256) -> torch.Tensor:
     """`(num_images, projection_dim)` image embeddings, not normalised, a batch at a time."""
     model.eval()
-    return torch.cat([model.get_image_features(pixel_values=batch).pooler_output for batch in pixel_values.split(batch_size)])
+    return torch.cat(
+        [model.get_image_features(pixel_values=batch).pooler_output for batch in pixel_values.split(batch_size)]
+    )
 
 
 def score(task: Task, image_embeds: torch.Tensor, embed_texts: Callable[[list[str]], torch.Tensor]) -> dict[str, Any]:
@@ -34,7 +36,9 @@ def score(task: Task, image_embeds: torch.Tensor, embed_texts: Callable[[list[st
     def classifier(language: str, indices: list[int]) -> torch.Tensor:
         prompts = task.class_prompts(language, indices)
         classes = [i for i, ensemble in enumerate(prompts) for _ in ensemble]
-        return zero_shot_classifier(embed_texts([prompt for ensemble in prompts for prompt in ensemble]), torch.tensor(classes))
+        return zero_shot_classifier(
+            embed_texts([prompt for ensemble in prompts for prompt in ensemble]), torch.tensor(classes)
+        )
 
     english = classifier("en", list(range(len(task.concepts))))
     seen = concepts < task.size.seen
@@ -44,7 +48,9 @@ def score(task: Task, image_embeds: torch.Tensor, embed_texts: Callable[[list[st
     }
     retrieval = task.retrieval
     recall = retrieval_recall(
-        image_embeds[: len(retrieval)], embed_texts([picture.long for picture in retrieval]), torch.arange(len(retrieval))
+        image_embeds[: len(retrieval)],
+        embed_texts([picture.long for picture in retrieval]),
+        torch.arange(len(retrieval)),
     )
     row |= {key: recall[key] for key in ("i2t_r@1", "t2i_r@1")}
     indices = task.language_concepts
@@ -52,7 +58,8 @@ def score(task: Task, image_embeds: torch.Tensor, embed_texts: Callable[[list[st
     rows = torch.tensor([i for i, concept in enumerate(concepts.tolist()) if concept in rank])
     labels = torch.tensor([rank[concept] for concept in concepts[rows].tolist()])
     row["zero_shot_by_language"] = {
-        language: zero_shot_accuracy(image_embeds[rows], classifier(language, indices), labels)["top1"] for language in LANGUAGES
+        language: zero_shot_accuracy(image_embeds[rows], classifier(language, indices), labels)["top1"]
+        for language in LANGUAGES
     }
     return row
 

@@ -8,10 +8,16 @@ from PIL import Image
 
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  the backend must be chosen first
+from matplotlib import pyplot as plt
 
 
-COLORS = {"clip": "#888888", "lit": "#8fbcd4", "llm2clip": "#e2a04a", "proclip-stage1": "#9bc49b", "proclip": "#2f7d4f"}
+COLORS = {
+    "clip": "#888888",
+    "lit": "#8fbcd4",
+    "llm2clip": "#e2a04a",
+    "proclip-stage1": "#9bc49b",
+    "proclip": "#2f7d4f",
+}
 
 
 def _save(figure: plt.Figure, path: Path) -> None:
@@ -53,7 +59,9 @@ def plot_languages(by_model: Mapping[str, Mapping[str, float]], chance: float, p
     figure, axis = plt.subplots(figsize=(9, 3))
     for i, (model, scores) in enumerate(by_model.items()):
         positions = [x + (i - (len(by_model) - 1) / 2) * width for x in range(len(languages))]
-        axis.bar(positions, [100 * scores[language] for language in languages], width, label=model, color=COLORS[model])
+        axis.bar(
+            positions, [100 * scores[language] for language in languages], width, label=model, color=COLORS[model]
+        )
     axis.axhline(100 * chance, color="black", linewidth=0.8, linestyle=":", label="chance")
     axis.set_xticks(range(len(languages)), languages)
     axis.set_ylabel("zero-shot top-1 (%)")

@@ -74,7 +74,11 @@ def write_pictures(
     rows = []
     for query, first, second in zip(task.example_queries, rankings["CLIP"], rankings["ProCLIP"], strict=True):
         found = [
-            [(render(task.concepts[p.concept], p.view, side=112), index == query) for index in ranking for p in [task.retrieval[index]]]
+            [
+                (render(task.concepts[p.concept], p.view, side=112), index == query)
+                for index in ranking
+                for p in [task.retrieval[index]]
+            ]
             for ranking in (first, second)
         ]
         rows.append((task.retrieval[query].long, *found))

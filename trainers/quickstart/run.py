@@ -110,7 +110,9 @@ class _Quickstart:
         rows, rankings = [], {}
         with self.step("clip", "Scoring CLIP, the teacher"):
             images = embed_pictures(self.clip, self.test_pixels)
-            rows.append({"model": "clip", "budget": "the teacher", **score(self.task, images, self.teacher_store.lookup)})
+            rows.append(
+                {"model": "clip", "budget": "the teacher", **score(self.task, images, self.teacher_store.lookup)}
+            )
             rankings["CLIP"] = rank_pictures(self.task, images, self.teacher_store.lookup)
         for name, title in (("lit", "LiT"), ("llm2clip", "LLM2CLIP")):
             with self.step(name, f"Training the baseline {title}"):
@@ -169,6 +171,7 @@ class _Quickstart:
         self.teacher_store = TextEmbeddingStore.build(
             texts, self.clip, self.clip_processor, self.output_dir / "clip-text-store"
         )
+        self.pair.text_adapter.set_input_statistics(*self.text_store.statistics())
         # From here on the LLM is not needed: what trains and scores reads its embeddings from the store.
         self.llm, self.pair.text_model = self.pair.text_model, None
 
