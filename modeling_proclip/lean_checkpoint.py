@@ -9,40 +9,40 @@ from transformers.utils import logging
 
 from .configuration_proclip import ProCLIPConfig
 from .pretrained_towers import load_text
-from .text_tower import module_sha256, weights_sha256
+from .text_tower import module_sha256, state_sha256, weights_sha256
 
 
 logger = logging.get_logger(__name__)
 
 
-def record_text_model(config: ProCLIPConfig, text_model: PreTrainedModel | None, lean: bool) -> None:
+def record_text_model(config: ProCLIPConfig, text_state: dict[str, torch.Tensor] | None, lean: bool) -> None:
     """
     Set `config.text_model_sha256` to the content hash of the LLM that a checkpoint about to be saved belongs to.
 
     Args:
-        text_model (`PreTrainedModel`, *optional*): The LLM, if it is in memory.
+        text_state (`dict[str, torch.Tensor]`, *optional*): State dict of the LLM, if it is in memory.
         lean (`bool`): Whether the checkpoint will leave it out.
 
     Raises:
         ValueError: If it is left out although it has no name or is not what its name holds.
     """
     name_or_path, revision = config.text_model_name_or_path, config.text_model_revision
-    if lean and text_model is not None:
+    if lean and text_state is not None:
         if name_or_path is None:
             raise ValueError(
                 "A lean checkpoint names its LLM: set model.config.text_model_name_or_path to its folder or Hub name, or save with lean=False."
             )
-        config.text_model_sha256 = weights_sha256(name_or_path, revision, same_as=text_model)
-    elif text_model is not None:
+        config.text_model_sha256 = weights_sha256(name_or_path, revision, same_as=text_state)
+    elif text_state is not None:
         # The checkpoint may be loaded without its LLM and saved lean, so it must say which one it has, changed or not.
         try:
             if name_or_path is None:
                 raise FileNotFoundError
             config.text_model_sha256 = weights_sha256(
-                name_or_path, revision, same_as=text_model, local_files_only=True
+                name_or_path, revision, same_as=text_state, local_files_only=True
             )
         except (OSError, ValueError):
-            config.text_model_sha256 = module_sha256(text_model)
+            config.text_model_sha256 = state_sha256(text_state)
     elif config.text_model_sha256 is None and name_or_path is not None:
         try:
             config.text_model_sha256 = weights_sha256(name_or_path, revision, local_files_only=True)

@@ -409,9 +409,10 @@ class ProCLIPModel(PreTrainedModel):
     def save_pretrained(
         self,
         save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
         *args: Any,
         lean: bool | None = None,
-        state_dict: dict[str, torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
         r"""
@@ -429,16 +430,18 @@ class ProCLIPModel(PreTrainedModel):
         lean = (self.config.lean or self.text_model is None) if lean is None else lean
         if self.text_model is None and not lean:
             raise ValueError("This model was loaded without its LLM: it can only be saved with lean=True.")
-        record_text_model(self.config, self.text_model, lean)
+        state_dict = self.state_dict() if state_dict is None else state_dict
+        prefix = "text_model."
+        text_state = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+        record_text_model(self.config, text_state or None, lean)
         self.config.vision_config.dtype = self.vision_model.dtype
         if self.text_model is not None:
             self.config.text_config.dtype = self.text_model.dtype
         if lean:
-            state_dict = self.state_dict() if state_dict is None else state_dict
-            state_dict = {key: value for key, value in state_dict.items() if not key.startswith("text_model.")}
+            state_dict = {key: value for key, value in state_dict.items() if not key.startswith(prefix)}
         was_lean, self.config.lean = self.config.lean, lean
         try:
-            super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+            super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
         finally:
             self.config.lean = was_lean
 

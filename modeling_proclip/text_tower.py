@@ -103,7 +103,9 @@ def _weight_files(name_or_path: str | os.PathLike, revision: str | None, **downl
     folder = Path(name_or_path)
     if not folder.is_dir():
         patterns = ["model*.safetensors", "model.safetensors.index.json"]
-        folder = Path(snapshot_download(name_or_path, revision=revision, allow_patterns=patterns, **download_kwargs))
+        folder = Path(
+            snapshot_download(os.fspath(name_or_path), revision=revision, allow_patterns=patterns, **download_kwargs)
+        )
     index = folder / "model.safetensors.index.json"
     names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
     files = [folder / name for name in sorted(names)]
@@ -151,7 +153,8 @@ def weights_sha256(
     Content hash of an LLM's files: SHA-256 over name, dtype, shape and bytes of every tensor, the same however the files are sharded.
 
     Args:
-        same_as (`nn.Module`, *optional*): An LLM in memory that must hold the same weights, each in the dtype that it has there.
+        same_as (`dict[str, torch.Tensor]`, *optional*):
+            State dict of an LLM in memory that must hold the same weights, each in the dtype that it has there.
 
     Raises:
         FileNotFoundError: If the model has no safetensors files.
@@ -159,7 +162,7 @@ def weights_sha256(
             lose the change.
     """
     digest = hashlib.sha256()
-    in_memory = {} if same_as is None else same_as.state_dict()
+    in_memory = {} if same_as is None else dict(same_as)
     for name, tensor in _iterate_weights(name_or_path, revision, **download_kwargs):
         _update(digest, name, tensor)
         ours = in_memory.pop(name, None)
@@ -172,8 +175,13 @@ def weights_sha256(
 
 def module_sha256(text_model: nn.Module) -> str:
     """Content hash of an LLM in memory: that of its files, as long as it is in their dtype; see [`weights_sha256`]."""
+    return state_sha256(text_model.state_dict())
+
+
+def state_sha256(state_dict: dict[str, torch.Tensor]) -> str:
+    """Content hash of an LLM's state dict; see [`module_sha256`]."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(text_model.state_dict().items()):
+    for name, tensor in sorted(state_dict.items()):
         _update(digest, name, tensor.cpu())
     return digest.hexdigest()
 
