@@ -45,12 +45,15 @@ def plot_losses(curves: Mapping[str, Sequence[tuple[int, float]]], path: Path) -
     _save(figure, path)
 
 
-def plot_languages(by_model: Mapping[str, Mapping[str, float]], chance: float, path: Path) -> None:
+def plot_languages(
+    by_model: Mapping[str, Mapping[str, float]], names: Mapping[str, str], chance: float, path: Path
+) -> None:
     """
     Zero-shot accuracy by language, a bar for each model.
 
     Args:
         by_model: Model -> language -> top-1 accuracy as a fraction.
+        names: Model -> its name in the legend.
         chance: Accuracy of guessing, drawn as a line.
         path: PNG file to write.
     """
@@ -60,7 +63,11 @@ def plot_languages(by_model: Mapping[str, Mapping[str, float]], chance: float, p
     for i, (model, scores) in enumerate(by_model.items()):
         positions = [x + (i - (len(by_model) - 1) / 2) * width for x in range(len(languages))]
         axis.bar(
-            positions, [100 * scores[language] for language in languages], width, label=model, color=COLORS[model]
+            positions,
+            [100 * scores[language] for language in languages],
+            width,
+            label=names[model],
+            color=COLORS[model],
         )
     axis.axhline(100 * chance, color="black", linewidth=0.8, linestyle=":", label="chance")
     axis.set_xticks(range(len(languages)), languages)
@@ -93,8 +100,8 @@ def plot_retrieval(
                 spine.set_color(COLORS["proclip"] if right else "#cccccc")
                 spine.set_linewidth(4 if right else 0.8)
         row[0].set_title(caption, loc="left", fontsize=9)
-    figure.tight_layout(h_pad=1.2)
+    figure.subplots_adjust(wspace=0.12, hspace=0.5)
     for column, title in ((0, "CLIP finds"), (shown + 1, "ProCLIP finds")):
-        left = axes[0][column].get_position().x0
-        figure.text(left, 1.0, title, fontsize=11, fontweight="bold", va="bottom")
+        corner = axes[0][column].get_position()
+        figure.text(corner.x0, corner.y1 + 0.05, title, fontsize=11, fontweight="bold")
     _save(figure, path)

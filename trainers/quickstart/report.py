@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -19,31 +20,28 @@ NAMES = {
     "proclip-stage1": "ProCLIP, stage 1",
     "proclip": "ProCLIP",
 }
-COLUMNS = {
-    "zero_shot_seen": "zero-shot\nseen",
-    "zero_shot_unseen": "zero-shot\nunseen",
-    "i2t_r@1": "image→text\nR@1",
-    "t2i_r@1": "text→image\nR@1",
-}
+COLUMNS = {"zero_shot_seen": "seen", "zero_shot_unseen": "unseen", "i2t_r@1": "I→T", "t2i_r@1": "T→I"}
 
 
 def print_table(console: Console, results: Mapping[str, Any]) -> None:
     """Print one row a model, in percent; the languages other than English as their mean."""
-    table = Table(title="ProCLIP on OpenMoji (%)", title_justify="left")
-    table.add_column("model")
-    for title in (*COLUMNS.values(), "13 other\nlanguages"):
-        table.add_column(title, justify="right")
-    table.add_column("training")
+    table = Table(title="ProCLIP on OpenMoji, in percent", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("model", no_wrap=True)
+    for title in (*COLUMNS.values(), "others"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("training", no_wrap=True)
     for row in results["rows"]:
         others = [value for language, value in row["zero_shot_by_language"].items() if language != "en"]
         values = [*(row[key] for key in COLUMNS), sum(others) / len(others)]
         table.add_row(NAMES[row["model"]], *(f"{100 * value:.1f}" for value in values), row["budget"])
     console.print(table)
     console.print(
-        f"Zero-shot: new pictures, {results['num_concepts']} classes; alignment saw pictures of {results['num_seen']} of them. Retrieval: "
-        f"{results['num_retrieval_pictures']} pictures. Other languages: {results['num_language_concepts']} classes, chance "
-        f"{100 / results['num_language_concepts']:.1f} %.",
+        f"seen, unseen: zero-shot top-1 on new pictures, {results['num_concepts']} classes; the alignment saw pictures of {results['num_seen']} "
+        f"of them.\nI→T, T→I: recall@1 of image-to-text and text-to-image retrieval, {results['num_retrieval_pictures']} pictures.\n"
+        f"others: zero-shot in 13 other languages, {results['num_language_concepts']} classes, chance "
+        f"{100 / results['num_language_concepts']:.1f}.",
         style="dim",
+        soft_wrap=True,
     )
 
 
@@ -68,6 +66,7 @@ def write_pictures(
     by_model = {row["model"]: row["zero_shot_by_language"] for row in results["rows"]}
     plot_languages(
         {model: by_model[model] for model in ("clip", "llm2clip", "proclip")},
+        NAMES,
         1 / results["num_language_concepts"],
         folder / "languages.png",
     )

@@ -117,14 +117,14 @@ class _Quickstart:
         for name, title in (("lit", "LiT"), ("llm2clip", "LLM2CLIP")):
             with self.step(name, f"Training the baseline {title}"):
                 model = self.tune(self.untrained(), name, title, self.size.baseline_steps, **FRESH_ADAPTER)
-            rows.append(self.score(name, model, f"{self.size.baseline_steps} steps of 128 pairs"))
+            rows.append(self.score(name, model, f"{self.size.baseline_steps} × 128 pairs"))
         with self.step("proclip-stage1", "Training ProCLIP, stage 1: inherit from CLIP's text encoder, text only"):
             model = self.inherit(self.untrained())
-        stage_1 = f"{self.size.inheritance_steps} steps of 256 texts"
+        stage_1 = f"{self.size.inheritance_steps} × 256 texts"
         rows.append(self.score("proclip-stage1", model, stage_1))
         with self.step("proclip", "Training ProCLIP, stage 2: contrastive tuning with self-distillation"):
             model = self.tune(model, "proclip", "ProCLIP, stage 2", self.size.tuning_steps)
-        rows.append(self.score("proclip", model, f"stage 1 + {self.size.tuning_steps} steps of 128 pairs"))
+        rows.append(self.score("proclip", model, f"+ {self.size.tuning_steps} × 128 pairs"))
         rankings["ProCLIP"] = rank_pictures(
             self.task, embed_pictures(model, self.test_pixels), lambda texts: self.embed_texts(model, texts)
         )
@@ -143,7 +143,8 @@ class _Quickstart:
             self.write(model, results, rankings)
         print_table(self.console, results)
         self.console.print(
-            f"Checkpoint and card: {self.output_dir / 'proclip'}\nPictures: loss_curves.png, languages.png, retrieval.png in {self.output_dir}"
+            f"Written to {self.output_dir}: proclip/ (checkpoint, card), results.json, retrieval.png, languages.png, loss_curves.png",
+            soft_wrap=True,
         )
         return results
 
