@@ -8,32 +8,34 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .configuration_proclip import ProCLIPConfig
-from .pretrained_towers import load_text
+from .pretrained_towers import absolute, load_text
 from .text_tower import module_sha256, state_sha256, weights_sha256
 
 
 logger = logging.get_logger(__name__)
 
 
-def record_text_model(config: ProCLIPConfig, text_state: dict[str, torch.Tensor] | None, lean: bool) -> None:
+def record_text_model(config: ProCLIPConfig, text_state: dict[str, torch.Tensor], lean: bool) -> None:
     """
     Set `config.text_model_sha256` to the content hash of the LLM that a checkpoint about to be saved belongs to.
 
     Args:
-        text_state (`dict[str, torch.Tensor]`, *optional*): State dict of the LLM, if it is in memory.
+        text_state (`dict[str, torch.Tensor]`): State dict of the LLM; empty if there is none. Of one that is offloaded to disk, which
+            nothing has changed, what is recorded stays.
         lean (`bool`): Whether the checkpoint will leave it out.
 
     Raises:
         ValueError: If it is left out although it has no name or is not what its name holds.
     """
     name_or_path, revision = config.text_model_name_or_path, config.text_model_revision
-    if lean and text_state is not None:
+    in_memory = bool(text_state) and all(tensor.device.type != "meta" for tensor in text_state.values())
+    if lean and in_memory:
         if name_or_path is None:
             raise ValueError(
                 "A lean checkpoint names its LLM: set model.config.text_model_name_or_path to its folder or Hub name, or save with lean=False."
             )
         config.text_model_sha256 = weights_sha256(name_or_path, revision, same_as=text_state)
-    elif text_state is not None:
+    elif in_memory:
         # The checkpoint may be loaded without its LLM and saved lean, so it must say which one it has, changed or not.
         try:
             if name_or_path is None:
@@ -59,7 +61,7 @@ def recorded_text_model(
     kwargs: dict[str, Any],
 ) -> PreTrainedModel:
     """
-    The LLM that a lean checkpoint belongs to.
+    The LLM that a lean checkpoint belongs to. Its new place is kept in `config`.
 
     Args:
         text_model (`str`, `os.PathLike` or `PreTrainedModel`, *optional*): Where it lies now, or the LLM itself.
@@ -97,6 +99,7 @@ def recorded_text_model(
             f"This lean checkpoint was made with an LLM whose weights have SHA-256 {config.text_model_sha256}, but {source!r} has {found}. "
             "Pass text_model=... with the right one."
         )
+    config.text_model_name_or_path, config.text_model_revision = absolute(source), revision
     device_map = kwargs.get("device_map")
     if isinstance(device_map, dict):  # what it says of text_model, seen from the LLM
         device_map = {

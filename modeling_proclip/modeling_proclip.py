@@ -373,7 +373,7 @@ class ProCLIPModel(PreTrainedModel):
 
         Args:
             text_model (`str`, `os.PathLike` or `PreTrainedModel`, *optional*):
-                Where the LLM of a lean checkpoint lies now, or the LLM itself.
+                Where the LLM of a lean checkpoint lies now, or the LLM itself (give that to this class: `AutoModel` copies its arguments).
             load_text_model (`bool`, defaults to `True`): `False` loads the vision side and the adapter only.
             kwargs: `dtype` and `attn_implementation` may be a dict with the keys `vision_config` and `text_config`, and `""` for the rest. By
                 default every part has the dtype that it was saved in.
@@ -433,7 +433,7 @@ class ProCLIPModel(PreTrainedModel):
         state_dict = self.state_dict() if state_dict is None else state_dict
         prefix = "text_model."
         text_state = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-        record_text_model(self.config, text_state or None, lean)
+        record_text_model(self.config, text_state, lean)
         self.config.vision_config.dtype = self.vision_model.dtype
         if self.text_model is not None:
             self.config.text_config.dtype = self.text_model.dtype

@@ -44,8 +44,13 @@ def take_vision(
     parts = dict(vision.named_children())
     if "vision_model" not in parts:
         return vision, None, None
+    projection = parts.get("visual_projection")
     logit_scale = dict(vision.named_parameters()).get("logit_scale")
-    return parts["vision_model"], parts.get("visual_projection"), None if logit_scale is None else logit_scale.item()
+    return (
+        parts["vision_model"],
+        projection if isinstance(projection, nn.Linear) else None,
+        None if logit_scale is None else logit_scale.item(),
+    )
 
 
 def take_text(
@@ -54,16 +59,17 @@ def take_text(
     """The base model of a decoder LLM, and its name (a folder's absolute path) and commit where it has them."""
     if isinstance(text, PreTrainedModel):
         text.config.is_causal = False
-        return text.base_model, _absolute(text.name_or_path) or None, None
+        return text.base_model, absolute(text.name_or_path) or None, None
     _refuse_other_modules(text)
     commit = None
     if not os.path.isdir(text):
         commit = Path(cached_file(text, "config.json", revision=revision)).parent.name
-    return load_text(text, commit, dtype, attn_implementation), _absolute(os.fspath(text)), commit
+    return load_text(text, commit, dtype, attn_implementation), absolute(text), commit
 
 
-def _absolute(name_or_path: str) -> str:
-    return str(Path(name_or_path).resolve()) if os.path.isdir(name_or_path) else name_or_path
+def absolute(name_or_path: str | os.PathLike) -> str:
+    """A folder's absolute path, which a checkpoint can be loaded by from anywhere; a name on the Hub as it is."""
+    return str(Path(name_or_path).resolve()) if os.path.isdir(name_or_path) else os.fspath(name_or_path)
 
 
 def load_text(

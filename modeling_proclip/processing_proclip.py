@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
-from transformers.processing_utils import ImagesKwargs, TextKwargs
+from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, TextKwargs
 from transformers.utils import logging
 
 from .prompt_template import choose_template, templated_tokenizer
@@ -104,14 +104,8 @@ class ProCLIPProcessor(ProcessorMixin):
         return [*self.tokenizer.model_input_names, *self.image_processor.model_input_names]
 
     def _check_arguments(self, kwargs: dict[str, Any]) -> None:
-        known = {
-            "text_kwargs",
-            "images_kwargs",
-            "common_kwargs",
-            *TextKwargs.__annotations__,
-            *ImagesKwargs.__annotations__,
-        }
-        known |= set(self.image_processor.valid_kwargs.__annotations__)
+        known = {"common_kwargs", *ProcessingKwargs.__annotations__, *TextKwargs.__annotations__}
+        known |= {*ImagesKwargs.__annotations__, *self.image_processor.valid_kwargs.__annotations__}
         for name in kwargs:
             if name not in known:
                 close = difflib.get_close_matches(name, known, n=1)

@@ -142,7 +142,11 @@ def test_new_place(lean, llm, pair, tmp_path, monkeypatch):
     shutil.move(llm, tmp_path / "moved")
     assert_same_embeddings(pair, AutoModel.from_pretrained(lean, text_model=tmp_path / "moved"))
     monkeypatch.chdir(tmp_path)
-    assert_same_embeddings(pair, AutoModel.from_pretrained("lean", text_model="moved"))
+    model = AutoModel.from_pretrained("lean", text_model="moved")
+    assert_same_embeddings(pair, model)
+    model.save_pretrained(tmp_path / "again")
+    monkeypatch.chdir("/")
+    assert_same_embeddings(pair, AutoModel.from_pretrained(tmp_path / "again"))
     change_one_weight(tmp_path / "moved")
     with pytest.raises(ValueError, match="SHA-256"):
         AutoModel.from_pretrained(lean, text_model=tmp_path / "moved")
@@ -158,16 +162,16 @@ def test_relative_path_is_kept_as_an_absolute_one(llm, tmp_path, monkeypatch):
 
 def test_the_llm_itself(lean, llm, pair, caplog):
     """A loaded LLM is taken as it is, since its dtype may be another than its files'; other weights are said."""
-    assert_same_embeddings(pair, AutoModel.from_pretrained(lean, text_model=LlamaModel.from_pretrained(llm)))
+    assert_same_embeddings(pair, ProCLIPModel.from_pretrained(lean, text_model=LlamaModel.from_pretrained(llm)))
     causal_lm = LlamaForCausalLM.from_pretrained(llm)
-    assert_same_embeddings(pair, AutoModel.from_pretrained(lean, text_model=causal_lm))
+    assert_same_embeddings(pair, ProCLIPModel.from_pretrained(lean, text_model=causal_lm))
     assert "other weights" not in caplog.text
     other = LlamaModel(LlamaConfig(**tiny.TEXT))
-    AutoModel.from_pretrained(lean, text_model=other)
+    ProCLIPModel.from_pretrained(lean, text_model=other)
     assert "The LLM given has other weights than the one that the checkpoint was made with" in caplog.text
     smaller = LlamaModel(LlamaConfig(**{**tiny.TEXT, "hidden_size": 16}))
     with pytest.raises(ValueError, match="an LLM of 32 dimensions; the one given has 16"):
-        AutoModel.from_pretrained(lean, text_model=smaller)
+        ProCLIPModel.from_pretrained(lean, text_model=smaller)
 
 
 def test_text_model_is_for_lean_checkpoints(pair, llm, tmp_path):
@@ -216,6 +220,19 @@ def test_a_changed_llm_in_a_full_checkpoint_is_not_mistaken_for_its_origin(pair,
         AutoModel.from_pretrained(tmp_path / "lean")
     pair.text_model.save_pretrained(tmp_path / "tuned")
     assert_same_embeddings(pair, AutoModel.from_pretrained(tmp_path / "lean", text_model=tmp_path / "tuned"))
+
+
+@pytest.mark.filterwarnings("ignore:The following device_map keys do not match any submodules")
+@pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")
+def test_an_llm_on_disk_is_saved_without_being_read(pair, tmp_path):
+    pair.save_pretrained(tmp_path / "full")
+    device_map = dict.fromkeys(("vision_model", "visual_projection", "text_adapter", "logit_scale"), "cpu")
+    device_map["text_model"] = "disk"
+    model = AutoModel.from_pretrained(tmp_path / "full", device_map=device_map, offload_folder=tmp_path / "offload")
+    assert model.text_model.norm.weight.device.type == "meta"
+    for lean in (True, False):
+        model.save_pretrained(tmp_path / "again", lean=lean)
+        assert_same_embeddings(pair, AutoModel.from_pretrained(tmp_path / "again"))
 
 
 # Layouts and dtypes

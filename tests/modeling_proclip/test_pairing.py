@@ -90,6 +90,18 @@ def test_every_pair(folders, vision, text, as_objects, tmp_path):
         assert torch.equal(again(**tiny.inputs()).logits_per_text, model(**tiny.inputs()).logits_per_text)
 
 
+@pytest.mark.parametrize("vision", ["clip", "siglip"])
+def test_another_llm_for_a_proclip(folders, vision, tmp_path):
+    old = ProCLIPModel.from_vision_text_pretrained(folders[vision], folders["llm"])
+    old.save_pretrained(tmp_path)
+    torch.manual_seed(5)
+    other = LlamaModel(LlamaConfig(**{**tiny.TEXT, "hidden_size": 16}))
+    new = ProCLIPModel.from_vision_text_pretrained(tmp_path, other)
+    assert_same_weights(old.vision_model, new.vision_model)
+    assert_same_weights(old.visual_projection, new.visual_projection)
+    assert new.text_adapter.projection.in_features == 16 and new.logit_scale == old.logit_scale
+
+
 def test_parts_of_a_loaded_model_are_taken_themselves():
     clip = tiny.clip()
     model = ProCLIPModel.from_vision_text_pretrained(clip, LlamaModel(LlamaConfig(**tiny.TEXT)))

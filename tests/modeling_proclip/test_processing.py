@@ -274,6 +274,14 @@ def test_text_and_pictures_together(processor):
     assert tiny.model()(**batch).logits_per_image.shape == (1, 2)
 
 
+def test_called_as_sentence_transformers_does(processor):
+    """It passes the arguments of each modality apart, also of those that a model has not."""
+    nested = {f"{modality}_kwargs": {} for modality in ("images", "audio", "videos")}
+    nested |= {"text_kwargs": {"padding": True, "truncation": True}, "common_kwargs": {"return_tensors": "pt"}}
+    batch = processor(text=ODD_TEXTS, **nested)
+    assert torch.equal(batch["input_ids"], processor(text=ODD_TEXTS, return_tensors="pt")["input_ids"])
+
+
 # Saving
 
 
