@@ -196,7 +196,7 @@ def write_checkpoint(file: Path, **sizes) -> int:
     if sizes["kind"] == "eva":
         cos, sin = rotary_tables(sizes["image"] // sizes["patch"], sizes["head_width"], 16)
         tables = {"rope.freqs_cos": cos.half(), "rope.freqs_sin": sin.half()}
-        state |= {name: table for suffix, table in tables.items() for name in state if name.endswith(suffix)}
+        state |= {name: table.clone() for suffix, table in tables.items() for name in state if name.endswith(suffix)}
     torch.save(state, file)
     return max(tensor.numel() * tensor.element_size() for tensor in state.values())
 
@@ -228,9 +228,9 @@ def main() -> None:
             largest = write_checkpoint(source, llm=LLM_SIZE, **CHECKPOINTS[name])
             size = source.stat().st_size
             arguments = [str(source), str(small), str(output), str(CHECKPOINTS[name]["head_width"])]
-            ours, peer = (
-                [measure(program, arguments, output) for _ in range(options.repeat)] for program in (OURS, PEER)
-            )
+            # In turn, so that noise of the machine meets both.
+            runs = [[measure(program, arguments, output) for program in (OURS, PEER)] for _ in range(options.repeat)]
+            ours, peer = zip(*runs)
             (our_time, our_memory), (peer_time, peer_memory) = (
                 (min(t for t, _ in r), max(m for _, m in r)) for r in (ours, peer)
             )

@@ -72,9 +72,9 @@ def make_peer_environment(folder: Path) -> Path:
     if not stamp.exists():
         print(f"making an environment for llm2vec in {folder} (some minutes, once)", flush=True)
         subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-        subprocess.run(
-            [python, "-m", "pip", "install", "-qq", f"torch=={torch.__version__}", *PEER_REQUIREMENTS], check=True
-        )
+        # Without the local part ("+cpu"), which an index may not have; where it does, pip prefers it.
+        same_torch = "torch==" + torch.__version__.split("+")[0]
+        subprocess.run([python, "-m", "pip", "install", "-qq", same_torch, *PEER_REQUIREMENTS], check=True)
         stamp.touch()
     return python
 
