@@ -219,7 +219,8 @@ def _plan(
 
         def make() -> torch.Tensor:
             made = rule.transform(*(tensors[name].read() for name in rule.sources)).to(target)
-            if target == torch.float16 and not all(math.isfinite(value) for value in torch.aminmax(made)):
+            narrowed = target == torch.float16 and any(tensors[name].dtype != target for name in rule.sources)
+            if narrowed and not all(math.isfinite(value) for value in torch.aminmax(made)):
                 raise ConversionError(f"{', '.join(rule.sources)} overflows in float16: pass another dtype.")
             return made
 

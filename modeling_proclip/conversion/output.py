@@ -60,10 +60,13 @@ def new_folder(output: Path) -> Iterator[Path]:
 def plan_shards(tensors: list[PlannedTensor], max_bytes: int = MAX_SHARD_BYTES) -> dict[str, list[PlannedTensor]]:
     """File names and the tensors of each: one `model.safetensors`, or shards of at most `max_bytes` (or of one tensor larger than that)."""
     shards: list[list[PlannedTensor]] = [[]]
+    num_bytes = 0
     for tensor in tensors:
-        if shards[-1] and sum(other.num_bytes for other in shards[-1]) + tensor.num_bytes > max_bytes:
+        if shards[-1] and num_bytes + tensor.num_bytes > max_bytes:
             shards.append([])
+            num_bytes = 0
         shards[-1].append(tensor)
+        num_bytes += tensor.num_bytes
     if len(shards) == 1:
         return {"model.safetensors": shards[0]}
     return {f"model-{i:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards, start=1)}

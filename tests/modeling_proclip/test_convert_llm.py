@@ -235,7 +235,9 @@ def test_template_comes_from_the_llms_own_chat_markers(folder, tmp_path):
     published = published_for_the_llm(tmp_path)
     silent = convert(published, tmp_path / "silent", head_width=8, text_model=folder, dry_run=True)
     assert any("no chat template" in note for note in silent.notes)
-    (folder / "chat_template.jinja").write_text("{{ '<|start_header_id|>' }}")
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content }}<|eot_id|>{% endfor %}"
+    )
     convert(folder, tmp_path / "renamed")
     report = convert(published, tmp_path / "out", head_width=8, text_model=tmp_path / "renamed")
     assert not report.notes
