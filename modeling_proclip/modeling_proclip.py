@@ -156,10 +156,9 @@ class ProCLIPModel(PreTrainedModel):
             `BaseModelOutputWithPooling`; `pooler_output` `(batch_size, projection_dim)` is the embedding, not normalised.
         """
         outputs = self.vision_model(pixel_values=pixel_values, return_dict=True, **kwargs)
-        pooled = outputs.pooler_output
         if self.config.vision_projection:
-            pooled = self.visual_projection(pooled.to(self.visual_projection.weight.dtype))
-        outputs.pooler_output = pooled
+            pooled = outputs.pooler_output.to(self.visual_projection.weight.dtype)
+            outputs.pooler_output = self.visual_projection(pooled)
         return outputs
 
     def get_llm_embeds(
@@ -336,6 +335,7 @@ class ProCLIPModel(PreTrainedModel):
         defaults = {
             "projection_dim": vision_model.config.hidden_size if projection is None else projection.out_features,
             "vision_projection": projection is not None,
+            "vision_projection_bias": projection is not None and projection.bias is not None,
             "text_model_name_or_path": name_or_path,
             "text_model_revision": commit,
         }

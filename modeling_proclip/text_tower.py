@@ -64,9 +64,8 @@ def check_bidirectional(text_model: nn.Module) -> None:
         ValueError: If the first state does not move, or moves with the padding, naming the family and the remedy.
     """
     embeddings = text_model.get_input_embeddings().weight
-    device = (
-        "cpu" if embeddings.device.type == "meta" else embeddings.device
-    )  # offloaded weights come in as they are needed
+    # Offloaded weights, which are on "meta", come in as they are needed.
+    device = "cpu" if embeddings.device.type == "meta" else embeddings.device
     tokens = torch.arange(1, 6, device=device).remainder(embeddings.shape[0])
     # Rows 0 and 1 are equal, so their difference is the arithmetic's own noise. Row 2 ends and row 3 begins with another token.
     input_ids = tokens.repeat(4, 1)
@@ -146,7 +145,7 @@ def weights_sha256(
     name_or_path: str | os.PathLike,
     revision: str | None = None,
     *,
-    same_as: nn.Module | None = None,
+    same_as: dict[str, torch.Tensor] | None = None,
     **download_kwargs: Any,
 ) -> str:
     """

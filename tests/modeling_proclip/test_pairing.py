@@ -90,9 +90,12 @@ def test_every_pair(folders, vision, text, as_objects, tmp_path):
         assert torch.equal(again(**tiny.inputs()).logits_per_text, model(**tiny.inputs()).logits_per_text)
 
 
-@pytest.mark.parametrize("vision", ["clip", "siglip"])
+@pytest.mark.parametrize("vision", ["clip", "siglip", "biased"])
 def test_another_llm_for_a_proclip(folders, vision, tmp_path):
-    old = ProCLIPModel.from_vision_text_pretrained(folders[vision], folders["llm"])
+    if vision == "biased":
+        old = tiny.model(vision_projection_bias=True)
+    else:
+        old = ProCLIPModel.from_vision_text_pretrained(folders[vision], folders["llm"])
     old.save_pretrained(tmp_path)
     torch.manual_seed(5)
     other = LlamaModel(LlamaConfig(**{**tiny.TEXT, "hidden_size": 16}))
@@ -100,6 +103,7 @@ def test_another_llm_for_a_proclip(folders, vision, tmp_path):
     assert_same_weights(old.vision_model, new.vision_model)
     assert_same_weights(old.visual_projection, new.visual_projection)
     assert new.text_adapter.projection.in_features == 16 and new.logit_scale == old.logit_scale
+    assert new.config.vision_projection_bias == (vision == "biased")
 
 
 def test_parts_of_a_loaded_model_are_taken_themselves():
