@@ -223,7 +223,6 @@ def convert(
     Sizes are read from the tensors' shapes. Nothing in the file is run: a pickle that needs more than tensors is refused. Costs one pass
     over the file, and at most its size and one tensor of memory.
     """
-    import torch
     from rich.console import Console
     from rich.table import Column, Table
     from rich.text import Text
@@ -245,7 +244,7 @@ def convert(
         prompt_template=prompt_template,
         lora_adapters=lora or (),
         revision=revision,
-        dtype=getattr(torch, dtype) if dtype else None,
+        dtype=dtype,
         dry_run=dry_run,
     )
     verb = "wrote" if report.written else "would write"

@@ -128,6 +128,8 @@ def _read_file(file: Path) -> dict[str, StoredTensor]:
         raise ConversionError(f"{file} cannot be read: {error.strerror}.") from error
     if not start:
         raise ConversionError(f"{file} is empty.")
+    if start == b"version h":
+        raise ConversionError(f"{file} is Git LFS's pointer to the file, not the file: fetch it with `git lfs pull`.")
     safetensors = file.suffix == ".safetensors" or start[8:] == b"{"
     return dict(_read_safetensors(file) if safetensors else _read_pickle(file, zipped=start.startswith(b"PK")))
 

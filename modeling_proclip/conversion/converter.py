@@ -15,7 +15,7 @@ from transformers import LlamaConfig, PreTrainedConfig
 from ..configuration_proclip import ProCLIPConfig
 from ..modeling_proclip import ProCLIPModel
 from ..prompt_template import NO_TEMPLATE
-from .checkpoint import ConversionError, StoredTensor, read_checkpoint, read_json
+from .checkpoint import DTYPES, ConversionError, StoredTensor, read_checkpoint, read_json
 from .convert_adapter_to_hf import Adapter, convert_adapter
 from .convert_eva_to_hf import convert_eva
 from .convert_llm_to_hf import TOKENIZER_FILES, convert_llm, is_llm
@@ -71,7 +71,7 @@ def convert(
     prompt_template: str | None = None,
     lora_adapters: Iterable[str | os.PathLike] = (),
     revision: str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: str | torch.dtype | None = None,
     dry_run: bool = False,
 ) -> ConversionReport:
     """
@@ -102,8 +102,8 @@ def convert(
         prompt_template: See [`ProCLIPProcessor`]; by default that of the LLM's chat markers.
         lora_adapters: Folders of PEFT adapters to merge into an LLM, in this order.
         revision: Of a source on the Hub.
-        dtype: Of the result; by default the widest of the checkpoint's.
-        dry_run: Find out everything and write nothing. Reads no more than names and shapes.
+        dtype: Of the result, such as "float16"; by default the widest of the checkpoint's.
+        dry_run: Find out everything and write nothing. The weights themselves are not read.
 
     Returns:
         [`ConversionReport`].
@@ -114,18 +114,22 @@ def convert(
     """
     path, output = find_source(source, revision), Path(output)
     options = Options(head_width, quick_gelu, image_size, patch_size, rope_pretrained_grid)
+    dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    if dtype not in (None, *DTYPES.values()):
+        raise ConversionError(f"dtype={dtype!r} is not one of {', '.join(str(d) for d in DTYPES.values())}.")
     if path.is_dir() and (path / "adapter_config.json").is_file():
         base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
         raise ConversionError(
             f"{path} is a PEFT adapter: convert its base model ({base}), and merge this one into it (--lora, lora_adapters)."
         )
     tensors = read_checkpoint(path)
-    lora_paths = [find_source(adapter, None) for adapter in lora_adapters]
+    lora_adapters = list(lora_adapters)
     if is_llm(tensors):
         if text_model is not None:
             raise ConversionError(f"{path} is an LLM itself: text_model is for the checkpoint of a vision tower.")
+        lora_paths = [find_source(adapter, None) for adapter in lora_adapters]
         return _convert_llm(path, output, tensors, lora_paths, dtype, dry_run)
-    if lora_paths:
+    if lora_adapters:
         raise ConversionError(f"{path} is no LLM: lora_adapters can only be merged into one.")
 
     tower = _tower(path, tensors, options)

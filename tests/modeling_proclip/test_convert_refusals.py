@@ -99,6 +99,8 @@ def test_empty_truncated_and_foreign_files(tmp_path):
     }.items():
         (tmp_path / name).write_bytes(content)
         assert name in refused(tmp_path / name, tmp_path)
+    (tmp_path / "pointer.pt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    assert "git lfs pull" in refused(tmp_path / "pointer.pt", tmp_path)
     assert "neither a file nor a folder" in refused(tmp_path / "absent.pt", tmp_path)
     (tmp_path / "folder").mkdir()
     assert "holds neither model.safetensors" in refused(tmp_path / "folder", tmp_path)
@@ -236,6 +238,8 @@ def test_layers_that_skip_a_number_or_claim_a_billion(params, tmp_path):
         ({"image_size": 4}, "smaller than a patch"),
         ({"patch_size": 4}, "EVA's layout only"),
         ({"adapter_input_norm": "standardize"}, "adapter_input_norm"),
+        ({"dtype": "int8"}, "dtype=torch.int8 is not one of"),
+        ({"dtype": "half-ish"}, "dtype='half-ish' is not one of"),
         ({"lora_adapters": [golden.GOLDEN_DIR]}, "no LLM"),
         ({"prompt_template": "{text}"}, "text_model"),
         ({"text_model": golden.GOLDEN_DIR / "g5_text_pipeline_hf"}, "embeddings of 32, and the text adapter takes 24"),
