@@ -78,6 +78,7 @@ class View:
 
 
 def random_view(rng: random.Random) -> View:
+    """Draw each part of a view by `rng`, every choice as likely as the others."""
     return View(
         background=rng.choice(list(BACKGROUNDS)),
         place=rng.choice(list(PLACES)),

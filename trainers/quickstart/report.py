@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -70,15 +71,16 @@ def write_pictures(
         1 / results["num_language_concepts"],
         folder / "languages.png",
     )
-    rows = []
-    for query, first, second in zip(task.example_queries, rankings["CLIP"], rankings["ProCLIP"], strict=True):
-        found = [
-            [
-                (render(task.concepts[p.concept], p.view, side=112), index == query)
-                for index in ranking
-                for p in [task.retrieval[index]]
-            ]
-            for ranking in (first, second)
-        ]
-        rows.append((task.retrieval[query].long, *found))
-    plot_retrieval(rows, folder / "retrieval.png")
+
+    def found(query: int, ranking: Sequence[int]) -> list[tuple[Image.Image, bool]]:
+        pictures = [task.retrieval[index] for index in ranking]
+        drawings = [render(task.concepts[picture.concept], picture.view, side=112) for picture in pictures]
+        return list(zip(drawings, [index == query for index in ranking], strict=True))
+
+    plot_retrieval(
+        [
+            (task.retrieval[query].long, found(query, first), found(query, second))
+            for query, first, second in zip(task.example_queries, rankings["CLIP"], rankings["ProCLIP"], strict=True)
+        ],
+        folder / "retrieval.png",
+    )

@@ -33,11 +33,11 @@ from .task import SIZES, PictureDataset, make_task
 
 # Two residual blocks of the papers' four: a 135M-parameter LLM and 600 concepts do not need more. This LLM has had no
 # caption-contrastive tuning, so its embeddings are standardised.
-ADAPTER = {"adapter_num_layers": 2, "adapter_expansion": 2, "adapter_input_norm": "standardize"}
-INHERITANCE = {"learning_rate": 1e-3, "per_device_train_batch_size": 256}
-TUNING = {"learning_rate": 1e-4, "per_device_train_batch_size": 128}
+ADAPTER: dict[str, Any] = {"adapter_num_layers": 2, "adapter_expansion": 2, "adapter_input_norm": "standardize"}
+INHERITANCE: dict[str, Any] = {"learning_rate": 1e-3, "per_device_train_batch_size": 256}
+TUNING: dict[str, Any] = {"learning_rate": 1e-4, "per_device_train_batch_size": 128}
 # LLM2CLIP and LiT start from a fresh adapter, which wants larger steps than an inherited one; the image encoder's stay the same.
-FRESH_ADAPTER = {"adapter_learning_rate": 1e-3}
+FRESH_ADAPTER: dict[str, Any] = {"adapter_learning_rate": 1e-3}
 
 
 def quickstart(output_dir: Path, size: str = "full", seed: int = 0) -> dict[str, Any]:
