@@ -125,7 +125,7 @@ def test_the_task_follows_from_the_seed():
     texts = one.all_texts()
     assert len(texts) == len(set(texts))
     assert {picture.long for picture in one.retrieval} <= set(texts)
-    assert not {picture.long for picture in one.test} & {picture.long for picture in one.alignment}
+    assert not {picture.view for picture in one.test} & {picture.view for picture in one.alignment}
 
 
 def test_drawings_are_where_the_view_says():
