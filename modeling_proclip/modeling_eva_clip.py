@@ -97,6 +97,8 @@ class EvaCLIPEmbeddings(nn.Module):
 
 
 class EvaCLIPAttention(nn.Module):
+    """Self-attention with rotary positions on the patches (EVA02) or none (EVA01), and a layer norm before its output (sub-LN)."""
+
     def __init__(self, config: EvaCLIPVisionConfig):
         super().__init__()
         self.config = config
@@ -164,6 +166,8 @@ class EvaCLIPGatedMLP(nn.Module):
 
 
 class EvaCLIPLayer(GradientCheckpointingLayer):
+    """Pre-norm attention and MLP, each residual scaled by a learned vector where the checkpoint has one (EVA01's layer scale)."""
+
     def __init__(self, config: EvaCLIPVisionConfig):
         super().__init__()
         size, eps, scale = config.hidden_size, config.layer_norm_eps, config.layer_scale_init_value
