@@ -1,0 +1,93 @@
+"""`proclip convert`: published checkpoints into Transformers folders."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+
+def convert(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A .pt, .bin or .safetensors file, a folder, or one of these on the Hub: owner/name, owner/name/path/in/it."
+        ),
+    ],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the result; new, or empty.")],
+    text_model: Annotated[
+        str | None,
+        typer.Option(help="Folder or Hub name of the LLM: named in the result, its tokenizer saved with it."),
+    ] = None,
+    text_model_revision: Annotated[str | None, typer.Option(help="Its revision on the Hub.")] = None,
+    prompt_template: Annotated[
+        str | None, typer.Option(help="Of the LLM, with {text} in it. By default that of its chat markers.")
+    ] = None,
+    vision_processor: Annotated[
+        str | None, typer.Option(help="Folder or Hub name of an image processor. By default the tower's usual one.")
+    ] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option(help="PEFT adapter to merge into an LLM; once for each, in order.")
+    ] = None,
+    head_width: Annotated[int, typer.Option(min=1, help="Width of an attention head of the vision tower.")] = 64,
+    quick_gelu: Annotated[
+        bool | None, typer.Option(help="Of OpenAI's tower. By default it has QuickGELU, as OpenAI's weights need.")
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Pixels a side, if not as stored: positions are resized.")
+    ] = None,
+    patch_size: Annotated[
+        int | None, typer.Option(min=1, help="Pixels a side of EVA's patches, if not as stored.")
+    ] = None,
+    rope_pretrained_grid: Annotated[
+        int, typer.Option(min=1, help="Patches a side that EVA02's rotary positions were made for.")
+    ] = 16,
+    adapter_input_norm: Annotated[
+        Literal["l2", "none"] | None, typer.Option(help="Of the text adapter. By default as published for the layout.")
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "float16", "bfloat16"] | None, typer.Option(help="Of the result. By default as stored.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Of a source on the Hub.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what is there, and write nothing.")] = False,
+) -> None:
+    """Turn a published ProCLIP or LLM2CLIP checkpoint, or its LLM, into a Transformers folder that needs no remote code.
+
+    Sizes are read from the tensors' shapes. Nothing in the file is run: a pickle that needs more than tensors is refused. Costs one pass
+    over the file, and at most its size and one tensor of memory.
+    """
+    from rich.console import Console
+    from rich.table import Column, Table
+    from rich.text import Text
+
+    from modeling_proclip import convert as run
+
+    report = run(
+        source,
+        output,
+        head_width=head_width,
+        quick_gelu=quick_gelu,
+        image_size=image_size,
+        patch_size=patch_size,
+        rope_pretrained_grid=rope_pretrained_grid,
+        adapter_input_norm=adapter_input_norm,
+        vision_processor=vision_processor,
+        text_model=text_model,
+        text_model_revision=text_model_revision,
+        prompt_template=prompt_template,
+        lora_adapters=lora or (),
+        revision=revision,
+        dtype=dtype,
+        dry_run=dry_run,
+    )
+    verb = "wrote" if report.written else "would write"
+    rows = [
+        *report.facts.items(),
+        *((f"{verb} {name}", f"{size / 1e6:,.1f} MB") for name, size in report.files.items()),
+    ]
+    if report.ignored:
+        rows.append(("not needed", f"{len(report.ignored)} tensors, such as {report.ignored[0]}"))
+    table = Table("found", Column(Text(str(report.source))))
+    for name, value in [*rows, *(("note", note) for note in report.notes)]:
+        table.add_row(Text(name), Text(value))  # not markup: names come from the file
+    Console().print(table)
+    typer.echo(f"{verb} {report.output}")
