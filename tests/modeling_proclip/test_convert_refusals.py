@@ -214,9 +214,9 @@ def test_no_tensor_can_be_left_out_or_misshapen(case, tmp_path):
         if "rope" in name or name == optional:
             continue
         torch.save({key: tensor for key, tensor in params.items() if key != name}, tmp_path / "odd.pt")
-        refused(tmp_path / "odd.pt", tmp_path, **options)
+        assert "odd.pt" in refused(tmp_path / "odd.pt", tmp_path, **options)
         torch.save(params | {name: torch.zeros(*params[name].shape, 2)}, tmp_path / "odd.pt")
-        refused(tmp_path / "odd.pt", tmp_path, **options)
+        assert "odd.pt" in refused(tmp_path / "odd.pt", tmp_path, **options)
 
 
 def test_a_vision_tower_alone(params, tmp_path):
