@@ -1,0 +1,123 @@
+"""Gradient caching: a loss over a whole batch, exact, at the memory of one micro-batch (Gao et al., arXiv 2101.06983).
+
+A contrastive loss compares all rows of a batch, so its gradient is not the mean of the micro-batches' gradients. But it reaches the
+encoders through the embeddings alone, and those are small:
+
+1. embed all micro-batches without gradient;
+2. compute the loss and its gradient on the joined embeddings;
+3. embed the micro-batches once more, now with gradient, and send each one the gradient of its own embeddings.
+
+It costs one more forward pass, and is exact: both passes see the same random state, so dropout drops the same.
+"""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import nn
+from torch.utils.checkpoint import get_device_states, set_device_states
+
+
+def cached_backward(
+    embed: Callable[[Any], tuple[torch.Tensor, ...]],
+    micro_batches: Sequence[Any],
+    loss_fn: Callable[..., torch.Tensor],
+    *,
+    accelerator: Accelerator,
+    model: nn.Module,
+) -> torch.Tensor:
+    """
+    What `loss = loss_fn(*embed(whole batch)); accelerator.backward(loss)` does, at the memory of one micro-batch.
+
+    Gradients are added to `.grad` of the parameters, averaged over the processes as by any backward pass. Parameters that only `loss_fn`
+    uses, such as a logit scale, get theirs too. Works with autocast and float16's gradient scaling, which happen in here: call it
+    outside `accelerator.autocast()`.
+
+    Args:
+        embed: from a micro-batch to a tuple of embeddings `(rows, dim)` each; called twice for every micro-batch, first without and then
+            with gradient. It calls `model`, the wrapped one. All of its randomness must come from torch.
+        micro_batches: the batch in parts, one after the other, at least one. Processes may have different numbers of them, except under
+            FSDP, whose processes run every forward pass together.
+        loss_fn: from the joined embeddings `(batch_size, dim)`, float32 or float64, to the loss `()`; it may gather them from all
+            processes. Called once.
+        accelerator: of the trainer.
+        model: as `accelerator.prepare` returned it.
+
+    Returns:
+        The loss `()`, detached.
+
+    Raises:
+        ValueError: If there are no micro-batches, or under DeepSpeed, whose backward pass ends in an optimizer step.
+    """
+    if not micro_batches:
+        raise ValueError("There are no micro-batches to train on.")
+    refuse_deepspeed(accelerator)
+
+    random_states, parts = [], []
+    for micro_batch in micro_batches:
+        random_states.append(_RandomState(accelerator.device))
+        with torch.no_grad(), accelerator.autocast():
+            parts.append(embed(micro_batch))
+    after_first_pass = _RandomState(accelerator.device)
+
+    # In at least float32, so that gradients are not rounded on their way.
+    joined = [_upcast(torch.cat(side)).requires_grad_() for side in zip(*parts, strict=True)]
+    rows = [len(part[0]) for part in parts]
+    del parts
+    loss = loss_fn(*joined)
+    # Not loss.backward(): DDP must see the gradient of every parameter, also of those that the loss uses directly, in the last
+    # micro-batch's backward pass and only there.
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    grads = torch.autograd.grad(loss, [*joined, *parameters], allow_unused=True)
+    embed_grads = [
+        (torch.zeros_like(side) if grad is None else grad).split(rows)
+        for side, grad in zip(joined, grads[: len(joined)], strict=True)
+    ]
+    direct = [(p, g) for p, g in zip(parameters, grads[len(joined) :], strict=True) if g is not None]
+    loss = loss.detach()
+    del joined, grads
+
+    for i, micro_batch in enumerate(micro_batches):
+        last = i == len(micro_batches) - 1
+        with contextlib.nullcontext() if last else accelerator.no_sync(model):
+            random_states[i].restore()
+            with accelerator.autocast():
+                embeds = embed(micro_batch)
+            # Its gradient is the one that the loss has: d/dw sum(e(w) g) = g de/dw.
+            surrogate = sum((_upcast(e) * grad[i]).sum() for e, grad in zip(embeds, embed_grads, strict=True))
+            if last:
+                surrogate = surrogate + sum((parameter * grad).sum() for parameter, grad in direct)
+            accelerator.backward(surrogate)
+    # As after one pass, also where a data worker or a callback draws next.
+    after_first_pass.restore()
+    return loss
+
+
+def refuse_deepspeed(accelerator: Accelerator) -> None:
+    """Raises ValueError under DeepSpeed, where gradients cannot be cached."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ValueError(
+            "Gradient caching runs several backward passes in a step, and DeepSpeed's engine steps the optimizer after each: leave "
+            "gradient_caching_batch_size out, or train with DDP or FSDP."
+        )
+
+
+class _RandomState:
+    """Torch's random state now, of the CPU and of the accelerator that is trained on."""
+
+    def __init__(self, device: torch.device):
+        self.cpu = torch.get_rng_state()
+        # Finds out itself which kind of device the tensor is on; there is nothing to keep for the CPU.
+        self.device_type = device.type
+        self.devices, self.states = get_device_states(torch.empty(0, device=device))
+
+    def restore(self) -> None:
+        torch.set_rng_state(self.cpu)
+        set_device_states(self.devices, self.states, device_type=self.device_type)
+
+
+def _upcast(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
