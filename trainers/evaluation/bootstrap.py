@@ -55,7 +55,9 @@ class Outcomes:
             raise ValueError(f"hits, trials and strata must be of the same items, but have {sorted(lengths)} rows.")
         if (self.trials < 1).any() or (self.hits < 0).any() or (self.hits > self.trials).any():
             wrong = (self.trials < 1) | (self.hits < 0) | (self.hits > self.trials)
-            raise ValueError(f"item {int(wrong.argmax())} has no trial, or hits that are not between 0 and its trials.")
+            raise ValueError(
+                f"item {int(wrong.argmax())} has no trial, or hits that are not between 0 and its trials."
+            )
 
     def __len__(self) -> int:
         return len(self.hits)
@@ -177,7 +179,9 @@ def interval(value: float, resampled: np.ndarray, num_items: int, confidence: fl
     return Interval(value, float(low), float(high))
 
 
-def score_interval(outcomes: Outcomes, confidence: float = 0.95, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
+def score_interval(
+    outcomes: Outcomes, confidence: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
+) -> Interval:
     """The score of one model with its interval, cut to 0 ... 1."""
     found = interval(outcomes.value, resample([outcomes], resamples, seed)[:, 0], len(outcomes), confidence)
     return Interval(found.value, max(found.low, 0.0), min(found.high, 1.0))
