@@ -1,7 +1,9 @@
-"""Model cards for ProCLIP checkpoints: what the Hub shows beside the weights."""
+"""Cards for what ProCLIP makes: what the Hub shows beside checkpoints and text stores."""
 
 from .card import quickstart_card
 from .converted import converted_card
+from .model import model_card
+from .validity import check_card
 
 
-__all__ = ["converted_card", "quickstart_card"]
+__all__ = ["check_card", "converted_card", "model_card", "quickstart_card"]

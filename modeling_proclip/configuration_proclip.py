@@ -66,6 +66,9 @@ class ProCLIPConfig(PreTrainedConfig):
         text_model_name_or_path (`str`, *optional*): Where the LLM came from. A lean checkpoint loads it from there.
         text_model_revision (`str`, *optional*): Commit of that repository.
         text_model_sha256 (`str`, *optional*): Content hash of the LLM's weights; see [`weights_sha256`]. A lean checkpoint refuses any other.
+        vision_model_name_or_path (`str`, *optional*): Where the image encoder came from, for the model card. Nothing is loaded from there.
+        training (`list[dict]`, *optional*): How the checkpoint came to be, a record a training stage, for the model card. The trainers write
+            it.
         lean (`bool`, defaults to `False`):
             Whether the checkpoint leaves the LLM's weights out, as `save_pretrained(..., lean=True)` does.
 
@@ -100,6 +103,8 @@ class ProCLIPConfig(PreTrainedConfig):
     text_model_name_or_path: str | None = None
     text_model_revision: str | None = None
     text_model_sha256: str | None = None
+    vision_model_name_or_path: str | None = None
+    training: list[dict[str, Any]] | None = None
     lean: bool = False
 
     def __post_init__(self, **kwargs):

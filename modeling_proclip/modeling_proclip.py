@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .configuration_proclip import TOWERS, ProCLIPConfig, check_tower_keys
 from .lean_checkpoint import record_text_model, recorded_text_model
-from .pretrained_towers import of_tower, take_text, take_vision, tower_dtypes
+from .pretrained_towers import absolute, of_tower, take_text, take_vision, tower_dtypes
 from .text_adapter import TextAdapter
 from .text_tower import check_bidirectional, pool_tokens
 
@@ -326,6 +326,7 @@ class ProCLIPModel(PreTrainedModel):
         """
         for argument in (dtype, attn_implementation):
             check_tower_keys(argument)
+        vision_name = vision.name_or_path if isinstance(vision, PreTrainedModel) else vision
         vision_model, projection, logit_scale = take_vision(
             vision, vision_revision, of_tower(dtype, "vision_config"), of_tower(attn_implementation, "vision_config")
         )
@@ -338,6 +339,7 @@ class ProCLIPModel(PreTrainedModel):
             "vision_projection_bias": projection is not None and projection.bias is not None,
             "text_model_name_or_path": name_or_path,
             "text_model_revision": commit,
+            "vision_model_name_or_path": absolute(vision_name) or None,
         }
         if logit_scale is not None:
             defaults["logit_scale_init_value"] = logit_scale

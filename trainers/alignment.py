@@ -12,11 +12,13 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
+from hub_cards import model_card
 from modeling_proclip import ProCLIPModel
 
 from .collators import DrawnCaptions
 from .distributed import world_size
 from .losses import global_structure_alignment_loss, instance_alignment_loss
+from .training_record import training_record
 
 
 logger = logging.getLogger(__name__)
@@ -74,7 +76,10 @@ class AlignmentTrainer(Trainer):
     - Checkpoints leave the LLM out, which takes no part; `train(resume_from_checkpoint=True)` goes on from the last *complete* one, to the
       same bits as a run that was not interrupted.
     - The loss's parts are logged beside the loss, averaged over steps and processes as it is.
+    - Settings, steps and losses of the stage are kept in the model's configuration, and its card is rendered from them.
     """
+
+    stage: str  # its name, on the card
 
     def __init__(
         self,
@@ -93,6 +98,7 @@ class AlignmentTrainer(Trainer):
         super().__init__(model=model, args=args, train_dataset=self.rows, eval_dataset=eval_dataset, **kwargs)
         # Trainer sets it on every model. It is no key of ours, and a checkpoint that holds it would be refused.
         model.config.__dict__.pop("use_cache", None)
+        self._earlier_stages = model.config.training or []
         self._check_sizes()
         hidden_size = model.config.text_config.hidden_size
         check_store(
@@ -141,9 +147,32 @@ class AlignmentTrainer(Trainer):
         model, text_model = self.model, self.model.text_model
         model.text_model = None
         try:
-            return super().train(resume_from_checkpoint, **kwargs)
+            output = super().train(resume_from_checkpoint, **kwargs)
+            self._record_training()
+            return output
         finally:
             model.text_model = text_model
+
+    def _record_training(self) -> None:
+        """Write into the model's configuration what its card says of this stage."""
+        if self.state.global_step:
+            self.model.config.training = [*self._earlier_stages, training_record(self, self.stage, len(self.rows))]
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        self._record_training()
+        super()._save(output_dir, state_dict)
+
+    def create_model_card(self, **kwargs: Any) -> None:
+        """
+        Write `README.md` to `output_dir`, from what was saved there: [`~hub_cards.model_card`].
+
+        Args:
+            kwargs: Of that function, such as `license` and `datasets`. `model_name` is understood too.
+        """
+        if self.is_world_process_zero():
+            model_name = kwargs.pop("model_name", None)
+            kwargs.setdefault("repo_id", self.hub_model_id or model_name)
+            model_card(self.args.output_dir, **kwargs).save(Path(self.args.output_dir) / "README.md")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.args.should_save:

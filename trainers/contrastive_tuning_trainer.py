@@ -56,6 +56,8 @@ class ContrastiveTuningTrainer(AlignmentTrainer):
     >>> trainer.train()
     ```"""
 
+    stage = "contrastive tuning"
+
     def __init__(
         self,
         model: ProCLIPModel,

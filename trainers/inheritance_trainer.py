@@ -46,6 +46,8 @@ class RepresentationInheritanceTrainer(AlignmentTrainer):
     >>> trainer.train()
     ```"""
 
+    stage = "representation inheritance"
+
     def __init__(
         self,
         model: ProCLIPModel,

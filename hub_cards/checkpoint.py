@@ -1,0 +1,152 @@
+"""What a checkpoint's folder says of itself: its configuration, its tensors' headers, the cards of what it was made from."""
+
+import json
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import metadata_load, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+
+PARTS = {
+    "vision_model": "image encoder",
+    "visual_projection": "image encoder",
+    "text_model": "LLM",
+    "text_adapter": "adapter",
+}
+
+
+@dataclass
+class Checkpoint:
+    """
+    The state of a ProCLIP checkpoint on the disk.
+
+    Attributes:
+        folder: Where it lies.
+        config: What `config.json` holds.
+        processor: What `processor_config.json` holds; empty if there is no processor.
+        num_parameters: Of "image encoder", "LLM" and "adapter", as far as their tensors are there.
+        num_bytes: Of all its safetensors files.
+        dtypes: Of its tensors, as safetensors names them ("F32", "BF16").
+        remote_code: Whether the folder brings the classes' own code (`auto_map`), so that `trust_remote_code=True` loads it.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    processor: dict[str, Any]
+    num_parameters: dict[str, int] = field(default_factory=dict)
+    num_bytes: int = 0
+    dtypes: list[str] = field(default_factory=list)
+
+    @property
+    def remote_code(self) -> bool:
+        return "auto_map" in self.config
+
+    @property
+    def lean(self) -> bool:
+        return bool(self.config.get("lean"))
+
+    @property
+    def loads_text(self) -> bool:
+        """Whether the folder, or what it names, is enough to embed texts: the LLM is inside or named, and there is a processor."""
+        return bool(self.processor) and (not self.lean or self.config.get("text_model_name_or_path") is not None)
+
+    @property
+    def training(self) -> list[dict[str, Any]]:
+        """One record a training stage, as the trainers wrote them; empty where nothing is recorded."""
+        return self.config.get("training") or []
+
+    @property
+    def base_models(self) -> dict[str, str]:
+        """Names of what the towers were loaded from, under "vision" and "text": Hub names or folders, as far as they are recorded."""
+        names = {
+            "vision": self.config.get("vision_model_name_or_path"),
+            "text": self.config.get("text_model_name_or_path"),
+        }
+        return {tower: name for tower, name in names.items() if name}
+
+
+def read_checkpoint(folder: str | Path) -> Checkpoint:
+    """
+    Read a ProCLIP checkpoint's folder without loading a weight.
+
+    Raises:
+        ValueError: If the folder holds no ProCLIP checkpoint, or a file of it is damaged; names the file.
+    """
+    folder = Path(folder)
+    config = _read_json(folder / "config.json")
+    if config is None or config.get("model_type") != "proclip":
+        kind = (
+            "it has no config.json"
+            if config is None
+            else f"its config.json is of model_type {config.get('model_type')!r}"
+        )
+        raise ValueError(f"{folder} is no ProCLIP checkpoint: {kind}. Write one with model.save_pretrained")
+    checkpoint = Checkpoint(folder, config, _read_json(folder / "processor_config.json") or {})
+    dtypes = set()
+    for file in sorted(folder.glob("model*.safetensors")):
+        checkpoint.num_bytes += file.stat().st_size
+        for name, tensor in _read_header(file).items():
+            size = 1
+            for length in tensor["shape"]:
+                size *= length
+            dtypes.add(tensor["dtype"])
+            part = PARTS.get(name.split(".")[0])
+            if part is not None:
+                checkpoint.num_parameters[part] = checkpoint.num_parameters.get(part, 0) + size
+    checkpoint.dtypes = sorted(dtypes)
+    return checkpoint
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether `name` reads as a repository `owner/name` on the Hub and is no folder here: only such a name is of use to others."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return name.count("/") == 1 and not Path(name).exists()
+
+
+def shown_name(name: str) -> str:
+    """A Hub name as it is; of a folder the last part, as the rest is of no use to others."""
+    return name if is_hub_name(name) else Path(name).name
+
+
+def base_card(name_or_path: str, revision: str | None = None) -> dict[str, Any]:
+    """
+    Metadata of the card of a base model, from its folder or from the Hub's local cache; nothing is fetched. Empty if there is none.
+    """
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        file: Any = folder / "README.md"
+    elif is_hub_name(name_or_path):
+        file = try_to_load_from_cache(name_or_path, "README.md", revision=revision)
+    else:
+        return {}
+    if not isinstance(file, (str, Path)) or not Path(file).is_file():
+        return {}
+    return metadata_load(file) or {}
+
+
+def _read_json(file: Path) -> dict[str, Any] | None:
+    if not file.is_file():
+        return None
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON ({error}): save the checkpoint again") from error
+
+
+def _read_header(file: Path) -> dict[str, dict[str, Any]]:
+    """Names, dtypes and shapes of a safetensors file: a length in 8 bytes, then JSON."""
+    with file.open("rb") as stream:
+        try:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length) if length <= file.stat().st_size else b"")
+        except (struct.error, ValueError) as error:
+            raise ValueError(f"{file} is no safetensors file or is cut short: save the checkpoint again") from error
+    header.pop("__metadata__", None)
+    return header

@@ -1,0 +1,144 @@
+"""The card of any ProCLIP checkpoint, from what its folder and its results hold."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from .card import TEMPLATES
+from .checkpoint import base_card, is_hub_name, read_checkpoint, shown_name
+from .citations import citations
+from .results import RESULTS_FILE, model_index, not_measured, read_results, shown_dataset
+from .validity import check_card
+
+
+UNKNOWN = "unknown"
+_TOWERS = {"vision": "image encoder", "text": "LLM"}
+
+
+def model_card(
+    folder: str | Path,
+    *,
+    repo_id: str | None = None,
+    results: Iterable[str | Path] | None = None,
+    license: str | None = None,
+    license_name: str | None = None,
+    license_link: str | None = None,
+    base_models: Mapping[str, str] | None = None,
+    base_licenses: Mapping[str, str] | None = None,
+    languages: Sequence[str] | None = None,
+    datasets: Mapping[str, str | None] | None = None,
+    limits: Sequence[str] = (),
+) -> ModelCard:
+    """
+    Render the card of a checkpoint from its state on the disk: configuration, tensors' headers, the record of its training, results.
+
+    It states no number that these do not hold, and says of what is not known that it is not known.
+
+    Args:
+        folder: The checkpoint.
+        repo_id: Name on the Hub that the card's snippets load it by; by default they name a folder.
+        results: Results of its evaluation, files or folders as `proclip evaluate` and `proclip quickstart` write them. By default every
+            `results.json` in the folder or directly in a sub-folder.
+        license, license_name, license_link: Of the checkpoint; "unknown" by default.
+        base_models: Names on the Hub of what the towers come from, under "vision" and "text", where the checkpoint names folders or
+            nothing.
+        base_licenses: Licences of the towers, under "vision" and "text". By default those that the cards of the base models name, as far as
+            they are in their folders or in the Hub's local cache.
+        languages: ISO 639 codes of the languages that the model is for. By default those that the LLM's card names.
+        datasets: What it was trained on: names, on the Hub where they are there, and the licence of each or None if it is not known.
+        limits: Sentences to add to the card's limits.
+
+    Returns:
+        `ModelCard` whose metadata [`check_card`] accepts. Nothing is written.
+
+    Raises:
+        ValueError: If the folder holds no ProCLIP checkpoint, a licence or language code is none of the
+            Hub's, or a key is unknown.
+        FileNotFoundError: If a result is missing.
+    """
+    checkpoint = read_checkpoint(folder)
+    for name, given in (("base_models", base_models), ("base_licenses", base_licenses)):
+        if unknown := set(given or {}) - set(_TOWERS):
+            raise ValueError(f"{name} has no key {sorted(unknown)[0]!r}; the keys are {', '.join(_TOWERS)}")
+    if results is None:
+        results = [file for pattern in ("", "*/") for file in sorted(Path(folder).glob(pattern + RESULTS_FILE))]
+    measured = [result for file in results for result in read_results(file)]
+    named = {**checkpoint.base_models, **(base_models or {})}
+    bases = {tower: named[tower] for tower in _TOWERS if tower in named}
+    base_cards = {
+        tower: base_card(name, checkpoint.config.get(f"{tower}_model_revision")) for tower, name in bases.items()
+    }
+    if languages is None:
+        languages = _listed(base_cards.get("text", {}).get("language"))
+    name = repo_id or f"path/of/{Path(folder).resolve().name}"
+    data = ModelCardData(
+        model_name=name.split("/")[-1],
+        library_name="transformers",
+        pipeline_tag="zero-shot-image-classification",
+        license=license or UNKNOWN,
+        license_name=license_name,
+        license_link=license_link,
+        language=list(languages) or None,
+        base_model=[name for name in bases.values() if is_hub_name(name)] or None,
+        datasets=[name for name in datasets or {} if is_hub_name(name)] or None,
+        tags=["proclip", "clip", "image-text-retrieval", "feature-extraction", "sentence-transformers"],
+        eval_results=model_index(measured) or None,
+    )
+    methods = {stage["settings"]["method"] for stage in checkpoint.training if "method" in stage["settings"]}
+    card = ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATES / "model_card.md"),
+        name=name,
+        title=name.split("/")[-1],
+        checkpoint=checkpoint,
+        config=checkpoint.config,
+        towers=[
+            {
+                "title": title,
+                "base": shown_name(bases[tower]) if tower in bases else None,
+                "license": (base_licenses or {}).get(tower) or _license_of(base_cards.get(tower, {})),
+            }
+            for tower, title in _TOWERS.items()
+        ],
+        trust=", trust_remote_code=True" if checkpoint.remote_code else "",
+        loads_text=checkpoint.loads_text,
+        checkpoint_license=license_name or license or UNKNOWN,
+        datasets={shown_dataset(name): licence or UNKNOWN for name, licence in (datasets or {}).items()},
+        languages=list(languages),
+        tasks=_tasks(measured),
+        not_measured=not_measured(measured),
+        limits=list(limits),
+        citations=citations(methods, checkpoint.config["vision_config"]["model_type"]),
+    )
+    check_card(card)
+    return card
+
+
+def _license_of(metadata: Mapping[str, Any]) -> str:
+    return str(metadata.get("license_name") or ", ".join(_listed(metadata.get("license"))) or UNKNOWN)
+
+
+def _tasks(results: Iterable[Any]) -> list[dict[str, Any]]:
+    """One row a task: its data and its numbers, the primary one first."""
+    tasks: dict[tuple[str, str], dict[str, Any]] = {}
+    for result in results:
+        row = tasks.setdefault(
+            (result.task, result.dataset),
+            {
+                "task": result.task,
+                "dataset": shown_dataset(result.dataset),
+                "split": result.split,
+                "num_items": result.num_items,
+                "values": [],
+            },
+        )
+        row["values"].insert(0 if result.primary else len(row["values"]), (result.metric, result.value))
+    return list(tasks.values())
+
+
+def _listed(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]

@@ -1,0 +1,75 @@
+"""What the Hub checks of a card's metadata, without the Hub."""
+
+import math
+import re
+from typing import Any
+
+from huggingface_hub import RepoCard
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
+from huggingface_hub.utils import validate_repo_id
+
+
+# https://huggingface.co/docs/hub/repositories-licenses
+LICENSES = frozenset(
+    """
+    afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0 bigscience-openrail-m bsd
+    bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-nc-2.0 cc-by-nc-3.0
+    cc-by-nc-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cc-by-nd-4.0 cc-by-sa-3.0 cc-by-sa-4.0
+    cc0-1.0 cdla-permissive-1.0 cdla-permissive-2.0 cdla-sharing-1.0 creativeml-openrail-m deepfloyd-if-license ecl-2.0 epl-1.0 epl-2.0
+    etalab-2.0 eupl-1.1 gemma gfdl gpl gpl-2.0 gpl-3.0 intel-research isc lgpl lgpl-2.1 lgpl-3.0 lgpl-lr llama2 llama3 llama3.1 llama3.2
+    llama3.3 lppl-1.3c mit mpl-2.0 ms-pl ncsa odbl odc-by ofl-1.1 openrail openrail++ osl-3.0 other pddl postgresql unknown unlicense wtfpl
+    zlib
+    """.split()
+)
+_LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*|multilingual|code")
+
+
+def check_card(card: RepoCard) -> RepoCard:
+    """
+    Refuse a card whose metadata the Hub would refuse or show wrongly, before anything is sent.
+
+    Checked are licences, language codes, names of base models and data sets, and that `model-index` holds finite numbers and is the same
+    after the Hub's library has read and written it.
+
+    Returns:
+        The same card.
+
+    Raises:
+        ValueError: Naming the field and the remedy.
+    """
+    data = card.data
+    for name in _listed(data.get("license")):
+        if name not in LICENSES:
+            raise ValueError(
+                f"license {name!r} is none of the Hub's identifiers (https://huggingface.co/docs/hub/repositories-licenses): take one of them, "
+                '"unknown", or "other" with license_name and license_link'
+            )
+    for code in _listed(data.get("language")):
+        if not isinstance(code, str) or not _LANGUAGE.fullmatch(code):
+            raise ValueError(f"language {code!r} is no ISO 639 code of two or three letters, such as 'en'")
+    for key in ("base_model", "datasets"):
+        for name in _listed(data.get(key)):
+            try:
+                validate_repo_id(name)
+            except HFValidationError as error:
+                raise ValueError(f"{key} {name!r} is no name on the Hub: {error}") from error
+    index = data.to_dict().get("model-index")
+    if index is not None:
+        name, results = model_index_to_eval_results(index)
+        for result in results:
+            value = result.metric_value
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise ValueError(f"the value of {result.metric_name!r} is {value!r}, which is no finite number")
+        if eval_results_to_model_index(name, results) != index:
+            raise ValueError(
+                "two results of model-index agree in task, type, configuration, split and revision of their data set, so the Hub's library "
+                "would merge them: name their configurations differently"
+            )
+    return card
+
+
+def _listed(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]

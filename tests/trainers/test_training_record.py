@@ -1,0 +1,35 @@
+"""What a trained checkpoint records of its training, and the card that the trainers write of it."""
+
+from huggingface_hub import ModelCard
+
+from modeling_proclip import ProCLIPConfig
+from tests.trainers.tiny_training import inheritance_trainer, tiny_model, tuning_trainer
+
+
+def test_the_trainers_card_tells_of_its_run(tmp_path):
+    """`push_to_hub` calls it after it saved the model."""
+    trainer = tuning_trainer(tmp_path, tiny_model(load_text_model=True), max_steps=2)
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card(model_name="mine", license="mit")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.license == "mit" and "# mine" in card.text
+    assert "**contrastive tuning** (`ContrastiveTuningTrainer`): 2 steps of 6 rows" in card.text
+
+
+def test_checkpoints_record_the_stages_before_and_the_steps_so_far(tmp_path):
+    model = tiny_model(load_text_model=True)
+    inheritance_trainer(tmp_path / "1", model, max_steps=3).train()
+    tuning_trainer(tmp_path / "2", model, max_steps=4, save_strategy="steps", save_steps=2).train()
+    config = ProCLIPConfig.from_pretrained(tmp_path / "2" / "checkpoint-2")
+    assert [(stage["stage"], stage["steps"]) for stage in config.training] == [
+        ("representation inheritance", 3),
+        ("contrastive tuning", 2),
+    ]
+    assert [stage["steps"] for stage in model.config.training] == [3, 4]
+
+
+def test_a_model_that_was_not_trained_records_nothing(tmp_path):
+    trainer = tuning_trainer(tmp_path, tiny_model(load_text_model=True), max_steps=2)
+    trainer.save_model()
+    assert ProCLIPConfig.from_pretrained(tmp_path).training is None
