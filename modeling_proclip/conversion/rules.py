@@ -69,7 +69,7 @@ class Options:
 def shape_of(tensors: Mapping[str, StoredTensor], name: str, dims: int) -> tuple[int, ...]:
     """The shape of the published tensor `name`, which must have `dims` dimensions, none of them 0."""
     if name not in tensors:
-        raise ConversionError(f"The checkpoint has no tensor {name!r}; {describe_names(tensors)}.")
+        raise ConversionError(f"{_file(tensors)} has no tensor {name!r}; {describe_names(tensors)}.")
     shape = tensors[name].shape
     if len(shape) != dims or 0 in shape:
         raise ConversionError(f"{tensors[name].file}: tensor {name!r} of shape {shape} should have {dims} dimensions.")
@@ -164,8 +164,7 @@ def check(
     if wrong:
         problems.append(f"of the wrong shape: {_listed(wrong)}")
     if problems:
-        file = next(iter(tensors.values())).file
-        raise ConversionError(f"{file} does not fit: " + "; ".join(problems) + ".")
+        raise ConversionError(f"{_file(tensors)} does not fit: " + "; ".join(problems) + ".")
     return left
 
 
@@ -182,6 +181,11 @@ def describe_names(tensors: Mapping[str, StoredTensor]) -> str:
     """The beginnings of the published names, for an error message."""
     tops = sorted({".".join(name.split(".")[:2]) for name in tensors})
     return f"its names begin with {_listed(tops)}" if tops else "it has no tensors at all"
+
+
+def _file(tensors: Mapping[str, StoredTensor]) -> str:
+    """The checkpoint's file, or the first of several, for an error message."""
+    return str(next(iter(tensors.values())).file) if tensors else "The checkpoint"
 
 
 def _listed(names: list[str]) -> str:
