@@ -16,8 +16,7 @@ from hub_cards import model_card
 from modeling_proclip import ProCLIPModel
 
 from .collators import DrawnCaptions
-from .distributed import world_size
-from .losses import global_structure_alignment_loss, instance_alignment_loss
+from .losses import global_instance_alignment_loss, global_structure_alignment_loss
 from .training_record import training_record
 
 
@@ -256,9 +255,7 @@ def distillation_loss(
     """
     loss, parts = student.new_zeros(()), {}
     if args.lambda_ins:
-        parts["instance_loss"] = instance_alignment_loss(student, teacher, args.reduction)
-        if args.reduction == "sum":
-            parts["instance_loss"] = parts["instance_loss"] * world_size()  # each process sums its own rows only
+        parts["instance_loss"] = global_instance_alignment_loss(student, teacher, args.reduction)
         loss = loss + args.lambda_ins * parts["instance_loss"]
     if args.lambda_struct:
         parts["structure_loss"] = global_structure_alignment_loss(

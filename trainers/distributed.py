@@ -9,31 +9,47 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def gather_with_grad(x: torch.Tensor) -> torch.Tensor:
+def row_counts(x: torch.Tensor) -> list[int]:
+    """How many rows `len(x)` each rank brings, in rank order."""
+    if world_size() == 1:
+        return [len(x)]
+    rows = torch.tensor([len(x)], device=x.device)
+    counts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, rows)
+    return torch.cat(counts).tolist()
+
+
+def gather_with_grad(x: torch.Tensor, counts: list[int] | None = None) -> torch.Tensor:
     """Concatenates the `x` of all ranks along dim 0, in rank order, with exact gradients to the rank a row came from.
 
     Backward *sums* over the ranks what each of them sends back to a row. The gradient of `x` on rank r is therefore
     that of the sum of all ranks' losses, and once DDP has averaged the parameters' gradients they are those of the
     *mean* of all ranks' losses. So they equal the gradients of one process with the joined batch in both common forms:
 
-    - each rank takes the mean over its own rows (against gathered columns): these losses average to the global one;
+    - each rank sums over its own rows (against gathered columns) and divides by the mean number of rows of a rank:
+      these losses average to the global mean;
     - each rank computes the same global loss from gathered rows.
 
-    Neither needs a factor of the world size. Every rank has to take part in forward and in backward.
+    Neither needs another factor of the world size. Every rank has to take part in forward and in backward.
 
     Args:
-        x: `(rows, ...)`, of the same shape and dtype on every rank. The sum of gradients is taken in this dtype.
+        x: `(rows, ...)`, of the same dtype and, but for the rows, the same shape on every rank; a rank may have none.
+            The sum of gradients is taken in this dtype.
+        counts: the numbers of rows of all ranks where they are known already, as `row_counts` tells them.
 
     Returns:
-        `(world_size * rows, ...)`; `x` itself when there is no process group or it has one rank.
-
-    Raises:
-        ValueError: the ranks bring different numbers of rows; raised on every rank.
+        `(sum(counts), ...)`; `x` itself when there is no process group or it has one rank.
     """
     if world_size() == 1:
         return x
-    _check_equal_rows(x)
-    return _GatherWithGrad.apply(x)
+    counts = row_counts(x) if counts is None else counts
+    most = max(counts)
+    if min(counts) == most:
+        return _GatherWithGrad.apply(x)
+    # NCCL answers unequal shapes with a hang or with rubbish, so rows of zeros travel along and are cut off again.
+    padded = torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])])
+    parts = _GatherWithGrad.apply(padded).split(most)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
 class _GatherWithGrad(torch.autograd.Function):
@@ -52,16 +68,3 @@ class _GatherWithGrad(torch.autograd.Function):
         grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad)
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
-
-
-def _check_equal_rows(x: torch.Tensor) -> None:
-    # NCCL answers unequal shapes with a hang or with rubbish, so the counts travel first.
-    rows = torch.tensor([len(x)], device=x.device)
-    counts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-    dist.all_gather(counts, rows)
-    counts = torch.cat(counts).tolist()
-    if len(set(counts)) > 1:
-        raise ValueError(
-            f"The ranks bring batches of different sizes: {counts}. A loss over the joined batch needs equal ones: "
-            "set dataloader_drop_last=True."
-        )

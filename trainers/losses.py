@@ -3,17 +3,26 @@
 All of them are differentiable in every tensor argument, take float32, bfloat16, float16 or float64, compute in at
 least float32 whatever autocast says, and return a scalar `()` of float32 (float64 for float64 inputs).
 
-The `global_*` forms are for training on several ranks: they compare this rank's rows with the rows of all ranks, so
-memory stays linear in the local batch. Their mean over the ranks, which is also what DDP makes of their gradients, is
-the loss of the joined batch in one process; with one process they are the plain form. `instance_alignment_loss` with
-reduction "mean" needs no such form: it sees one row at a time.
+The `global_*` forms are for training on several ranks: they compare this rank's rows with the rows of all ranks. Their
+mean over the ranks, which is also what DDP makes of their gradients, is the loss of the joined batch in one process,
+also where the ranks bring different numbers of rows, some of them none; with one process they are the plain form.
+
+Memory is linear in the batch: a matrix of all rows against all columns is made a block of rows at a time, and once
+more in the backward pass.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
-from .distributed import gather_with_grad, world_size
+from .distributed import gather_with_grad, row_counts, world_size
+
+
+# Numbers in a block of rows against all columns: 8 MB of float64. Blocks of half or double that size are as fast.
+BLOCK_ELEMENTS = 2**20
 
 
 def instance_alignment_loss(student: torch.Tensor, teacher: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
@@ -80,36 +89,62 @@ def info_nce_loss(
         ValueError: shapes differ or are not 2-D, no rows, or a logit scale that is no scalar.
     """
     _check_pair("image_embeds", image_embeds, "text_embeds", text_embeds)
-    logit_scale = _as_scalar(logit_scale, image_embeds)
-    with torch.autocast(image_embeds.device.type, enabled=False):
-        logits = logit_scale * (_upcast(image_embeds) @ _upcast(text_embeds).T)
-        labels = torch.arange(len(logits), device=logits.device)
+    logit_scale = _as_scalar("logit_scale", logit_scale, image_embeds)
+    images, texts = _upcast(image_embeds), _upcast(text_embeds)
+    rows = len(images)
+    labels = torch.arange(rows, device=images.device)
+    if rows * rows > BLOCK_ELEMENTS:
+        return _info_nce_sum(images, texts, images, texts, labels, logit_scale) / rows
+    with torch.autocast(images.device.type, enabled=False):
+        logits = logit_scale * (images @ texts.T)
         return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
-def global_info_nce_loss(
-    image_embeds: torch.Tensor, text_embeds: torch.Tensor, logit_scale: torch.Tensor | float
+def sigmoid_loss(
+    image_embeds: torch.Tensor,
+    text_embeds: torch.Tensor,
+    logit_scale: torch.Tensor | float,
+    logit_bias: torch.Tensor | float,
 ) -> torch.Tensor:
-    """`info_nce_loss` over the joined batch of all ranks, each computing its own rows against the gathered columns.
+    """SigLIP's loss: each image with each text is a binary question, "do they belong together?" (arXiv 2303.15343, Algorithm 1).
 
-    Args and errors as for `info_nce_loss`, with the local rows; every rank must bring the same number of them.
+    Args:
+        image_embeds: `(batch_size, dim)`, unit-length rows; image i belongs to text i alone.
+        text_embeds: `(batch_size, dim)`, unit-length rows.
+        logit_scale: `()`, the multiplier of the cosines itself, not its logarithm.
+        logit_bias: `()`, added to the logits.
 
     Returns:
-        `()`, the mean over the local rows. Its mean over the ranks is `info_nce_loss` of the joined batch.
+        `()`, -(1/N) sum_ij log sigmoid(z_ij (logit_scale x_i . y_j + logit_bias)) with z_ij = 1 for pairs and -1 else: the sum over
+        the texts, averaged over the images, in nats.
+
+    Raises:
+        ValueError: shapes differ or are not 2-D, no rows, or a logit scale or bias that is no scalar.
     """
     _check_pair("image_embeds", image_embeds, "text_embeds", text_embeds)
+    logit_scale = _as_scalar("logit_scale", logit_scale, image_embeds)
+    logit_bias = _as_scalar("logit_bias", logit_bias, image_embeds)
+    labels = torch.arange(len(image_embeds), device=image_embeds.device)
+    total = _sigmoid_sum(_upcast(image_embeds), _upcast(text_embeds), labels, logit_scale, logit_bias)
+    return total / len(image_embeds)
+
+
+def global_instance_alignment_loss(
+    student: torch.Tensor, teacher: torch.Tensor, reduction: str = "mean"
+) -> torch.Tensor:
+    """`instance_alignment_loss` over the joined batch of all ranks, each computing its own rows.
+
+    Args and errors as for `instance_alignment_loss`, with the local rows.
+
+    Returns:
+        `()`. Its mean over the ranks is `instance_alignment_loss` of the joined batch, for either reduction.
+    """
     if world_size() == 1:
-        return info_nce_loss(image_embeds, text_embeds, logit_scale)
-    logit_scale = _as_scalar(logit_scale, image_embeds)
-    image_embeds, text_embeds = _upcast(image_embeds), _upcast(text_embeds)
-    # One collective for both sides: what costs is the wait for the slowest rank.
-    all_images, all_texts = gather_with_grad(torch.cat([image_embeds, text_embeds], dim=1)).chunk(2, dim=1)
-    rows = len(image_embeds)
-    labels = torch.arange(rows, device=image_embeds.device) + dist.get_rank() * rows
-    with torch.autocast(image_embeds.device.type, enabled=False):
-        image_to_text = F.cross_entropy(logit_scale * (image_embeds @ all_texts.T), labels)
-        text_to_image = F.cross_entropy(logit_scale * (text_embeds @ all_images.T), labels)
-    return (image_to_text + text_to_image) / 2
+        return instance_alignment_loss(student, teacher, reduction)
+    _check_pair("student", student, "teacher", teacher, local=True)
+    _check_choice("reduction", reduction, ("mean", "sum"))
+    total = (_upcast(student) - _upcast(teacher)).square().sum() * world_size()
+    return total / sum(row_counts(student)) if reduction == "mean" else total
 
 
 def global_structure_alignment_loss(
@@ -118,21 +153,106 @@ def global_structure_alignment_loss(
     """`structure_alignment_loss` over the joined batch of all ranks.
 
     Pairs across ranks count too; the published code leaves them out. Args and errors as for
-    `structure_alignment_loss`, with the local rows; every rank must bring the same number of them.
+    `structure_alignment_loss`, with the local rows.
 
     Returns:
         `()`. Its mean over the ranks is `structure_alignment_loss` of the joined batch, for either reduction.
     """
-    _check_structure(student, teacher, reduction, distance)
-    ranks = world_size()
-    if ranks == 1:
+    if world_size() == 1:
         return structure_alignment_loss(student, teacher, reduction, distance)
+    _check_structure(student, teacher, reduction, distance, local=True)
     student, teacher = _upcast(student), _upcast(teacher)
-    total = _structure_sum(student, gather_with_grad(student), teacher, gather_with_grad(teacher), distance)
+    counts = row_counts(student)
+    columns = gather_with_grad(student, counts), gather_with_grad(teacher, counts)
     # Each rank holds its rows' share of the sum, and the mean over the ranks divides by their number.
-    total = total * ranks
-    rows = len(student) * ranks
-    return total / (rows * (rows - 1) / 2) if reduction == "mean" else total
+    total = _structure_sum(student, columns[0], teacher, columns[1], distance) * world_size()
+    pairs = sum(counts) * (sum(counts) - 1) / 2
+    return total / max(pairs, 1) if reduction == "mean" else total
+
+
+def global_info_nce_loss(
+    image_embeds: torch.Tensor, text_embeds: torch.Tensor, logit_scale: torch.Tensor | float
+) -> torch.Tensor:
+    """`info_nce_loss` over the joined batch of all ranks, each computing its own rows against the gathered columns.
+
+    Args and errors as for `info_nce_loss`, with the local rows.
+
+    Returns:
+        `()`. Its mean over the ranks is `info_nce_loss` of the joined batch; with equal ranks it is the mean over the local rows.
+    """
+    if world_size() == 1:
+        return info_nce_loss(image_embeds, text_embeds, logit_scale)
+    _check_pair("image_embeds", image_embeds, "text_embeds", text_embeds, local=True)
+    logit_scale = _as_scalar("logit_scale", logit_scale, image_embeds)
+    images, texts = _upcast(image_embeds), _upcast(text_embeds)
+    counts = row_counts(images)
+    # One collective for both sides: what costs is the wait for the slowest rank.
+    all_images, all_texts = gather_with_grad(torch.cat([images, texts], dim=1), counts).chunk(2, dim=1)
+    total = _info_nce_sum(images, texts, all_images, all_texts, _own_columns(images, counts), logit_scale)
+    return total * world_size() / sum(counts)
+
+
+def global_sigmoid_loss(
+    image_embeds: torch.Tensor,
+    text_embeds: torch.Tensor,
+    logit_scale: torch.Tensor | float,
+    logit_bias: torch.Tensor | float,
+) -> torch.Tensor:
+    """`sigmoid_loss` over the joined batch of all ranks, each computing its own images against the gathered texts.
+
+    Args and errors as for `sigmoid_loss`, with the local rows.
+
+    Returns:
+        `()`. Its mean over the ranks is `sigmoid_loss` of the joined batch; with equal ranks it is the mean over the local images.
+    """
+    if world_size() == 1:
+        return sigmoid_loss(image_embeds, text_embeds, logit_scale, logit_bias)
+    _check_pair("image_embeds", image_embeds, "text_embeds", text_embeds, local=True)
+    logit_scale = _as_scalar("logit_scale", logit_scale, image_embeds)
+    logit_bias = _as_scalar("logit_bias", logit_bias, image_embeds)
+    images, texts = _upcast(image_embeds), _upcast(text_embeds)
+    counts = row_counts(images)
+    all_texts = gather_with_grad(texts, counts)
+    total = _sigmoid_sum(images, all_texts, _own_columns(images, counts), logit_scale, logit_bias)
+    return total * world_size() / sum(counts)
+
+
+def _own_columns(rows: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    """Where this rank's rows are among the gathered ones."""
+    return torch.arange(len(rows), device=rows.device) + sum(counts[: dist.get_rank()])
+
+
+def _info_nce_sum(
+    images: torch.Tensor,
+    texts: torch.Tensor,
+    all_images: torch.Tensor,
+    all_texts: torch.Tensor,
+    labels: torch.Tensor,
+    logit_scale: torch.Tensor,
+) -> torch.Tensor:
+    def of_block(images: torch.Tensor, texts: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(images.device.type, enabled=False):
+            image_to_text = F.cross_entropy(logit_scale * (images @ all_texts.T), labels, reduction="sum")
+            text_to_image = F.cross_entropy(logit_scale * (texts @ all_images.T), labels, reduction="sum")
+            return (image_to_text + text_to_image) / 2
+
+    return _sum_over_blocks(of_block, len(all_texts), images, texts, labels)
+
+
+def _sigmoid_sum(
+    images: torch.Tensor,
+    all_texts: torch.Tensor,
+    labels: torch.Tensor,
+    logit_scale: torch.Tensor,
+    logit_bias: torch.Tensor,
+) -> torch.Tensor:
+    def of_block(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(images.device.type, enabled=False):
+            logits = logit_scale * (images @ all_texts.T) + logit_bias
+            signs = torch.full_like(logits, -1.0).scatter_(1, labels[:, None], 1.0)
+            return -F.logsigmoid(signs * logits).sum()
+
+    return _sum_over_blocks(of_block, len(all_texts), images, labels)
 
 
 def _structure_sum(
@@ -142,11 +262,25 @@ def _structure_sum(
     teacher_columns: torch.Tensor,
     distance: str,
 ) -> torch.Tensor:
-    # Halved: with all rows among the columns each pair is met twice, and a row's distance to itself is 0.
-    student_distances = _pairwise_distances(student, student_columns)
-    teacher_distances = _pairwise_distances(teacher, teacher_columns)
     penalty = F.mse_loss if distance == "squared" else F.smooth_l1_loss
-    return penalty(student_distances, teacher_distances, reduction="sum").to(student.dtype) / 2
+
+    def of_block(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        student_distances = _pairwise_distances(student, student_columns)
+        teacher_distances = _pairwise_distances(teacher, teacher_columns)
+        # Halved: with all rows among the columns each pair is met twice, and a row's distance to itself is 0.
+        return penalty(student_distances, teacher_distances, reduction="sum").to(student.dtype) / 2
+
+    return _sum_over_blocks(of_block, len(student_columns), student, teacher)
+
+
+def _sum_over_blocks(of_block: Callable[..., torch.Tensor], num_columns: int, *rows: torch.Tensor) -> torch.Tensor:
+    """Sum of `of_block(*blocks)` over blocks of `rows`, with one block's matrix of rows against columns in memory at a time."""
+    block = max(1, BLOCK_ELEMENTS // num_columns)
+    if len(rows[0]) <= block:
+        return of_block(*rows)
+    blocks = zip(*(side.split(block) for side in rows), strict=True)
+    # Nothing is drawn at random in a block.
+    return sum(checkpoint(of_block, *parts, use_reentrant=False, preserve_rng_state=False) for parts in blocks)
 
 
 def _pairwise_distances(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
@@ -174,21 +308,26 @@ def _upcast(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _as_scalar(logit_scale: torch.Tensor | float, like: torch.Tensor) -> torch.Tensor:
-    logit_scale = torch.as_tensor(logit_scale, device=like.device)
-    if logit_scale.numel() != 1:
-        raise ValueError(f"logit_scale must be one number, but has shape {tuple(logit_scale.shape)}.")
-    return _upcast(logit_scale.reshape(()))
+def _as_scalar(name: str, value: torch.Tensor | float, like: torch.Tensor) -> torch.Tensor:
+    value = torch.as_tensor(value, device=like.device)
+    if value.numel() != 1:
+        raise ValueError(f"{name} must be one number, but has shape {tuple(value.shape)}.")
+    return _upcast(value.reshape(()))
 
 
-def _check_structure(student: torch.Tensor, teacher: torch.Tensor, reduction: str, distance: str) -> None:
-    _check_pair("student", student, "teacher", teacher)
+def _check_structure(
+    student: torch.Tensor, teacher: torch.Tensor, reduction: str, distance: str, local: bool = False
+) -> None:
+    _check_pair("student", student, "teacher", teacher, local)
     _check_choice("reduction", reduction, ("mean", "sum"))
     _check_choice("distance", distance, ("squared", "smooth_l1"))
 
 
-def _check_pair(first_name: str, first: torch.Tensor, second_name: str, second: torch.Tensor) -> None:
-    if first.dim() != 2 or first.shape != second.shape or len(first) == 0:
+def _check_pair(
+    first_name: str, first: torch.Tensor, second_name: str, second: torch.Tensor, local: bool = False
+) -> None:
+    """`local`: the rows of one rank, which may have none."""
+    if first.dim() != 2 or first.shape != second.shape or (len(first) == 0 and not local):
         raise ValueError(
             f"{first_name} and {second_name} must have one and the same shape (batch_size, dim) with at least one "
             f"row, but have {tuple(first.shape)} and {tuple(second.shape)}."

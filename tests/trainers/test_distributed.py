@@ -13,9 +13,12 @@ from tests.golden import Golden, load
 from trainers.distributed import gather_with_grad
 from trainers.losses import (
     global_info_nce_loss,
+    global_instance_alignment_loss,
+    global_sigmoid_loss,
     global_structure_alignment_loss,
     info_nce_loss,
     instance_alignment_loss,
+    sigmoid_loss,
     structure_alignment_loss,
 )
 
@@ -75,11 +78,40 @@ def golden_job(rank: int, world_size: int) -> dict:
     weights = 10.0 * rank + torch.arange(3.0 * world_size)
     result["gather"] = {"values": gathered.detach(), **differentiate((weights * gathered).sum(), x=x)}
     result["transposed"] = gather_with_grad(torch.full((2, 3, 4), float(rank)).transpose(0, 2))
-    try:
-        gather_with_grad(torch.zeros(rank + 2, 4))
-    except ValueError as error:
-        result["unequal"] = str(error)
+    counts = ROWS[world_size]
+    images, texts = (part.split(counts)[rank].requires_grad_() for part in pairs(sum(counts)))
+    for name, (loss_of, _) in LOSSES.items():
+        scale, bias = torch.tensor(9.0, requires_grad=True), torch.tensor(-3.0, requires_grad=True)
+        loss = loss_of(images, texts, scale, bias)
+        grads = torch.autograd.grad(loss, (images, texts, scale, bias), allow_unused=True, materialize_grads=True)
+        result[f"uneven {name}"] = [loss.detach(), *grads]
+    x = torch.full((counts[rank], 2), float(rank), requires_grad=True)
+    gathered = gather_with_grad(x)
+    result["uneven gather"] = [gathered.detach(), *torch.autograd.grad((gathered * (rank + 1)).sum(), x)]
     return result
+
+
+# Rows of each rank, and what is computed of them: on several ranks, and of the joined batch.
+ROWS = {2: [3, 4], 3: [4, 0, 1]}
+LOSSES = {
+    "info_nce": (lambda i, t, s, b: global_info_nce_loss(i, t, s), lambda i, t, s, b: info_nce_loss(i, t, s)),
+    "sigmoid": (global_sigmoid_loss, sigmoid_loss),
+} | {
+    f"{name} {reduction}": (
+        lambda i, t, s, b, loss=several, reduction=reduction: loss(i, t, reduction),
+        lambda i, t, s, b, loss=one, reduction=reduction: loss(i, t, reduction),
+    )
+    for name, several, one in (
+        ("instance", global_instance_alignment_loss, instance_alignment_loss),
+        ("structure", global_structure_alignment_loss, structure_alignment_loss),
+    )
+    for reduction in ("mean", "sum")
+}
+
+
+def pairs(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return tuple(F.normalize(torch.randn(rows, 6, generator=generator), dim=-1) for _ in range(2))
 
 
 @pytest.fixture(scope="module", params=[2, 3], ids=["2 ranks", "3 ranks"])
@@ -101,10 +133,31 @@ def test_gather_sums_the_gradients_of_all_ranks(ranks: list[dict]):
         assert torch.equal(result["gather"]["x"], sum(10.0 * other + row for other in range(len(ranks))))
 
 
-def test_unequal_batches_are_refused_on_every_rank(ranks: list[dict]):
-    for result in ranks:
-        assert str([rank + 2 for rank in range(len(ranks))]) in result["unequal"]
-        assert "dataloader_drop_last=True" in result["unequal"]
+def test_ranks_may_have_different_numbers_of_rows(ranks: list[dict]):
+    """One of three has none."""
+    world_size = len(ranks)
+    counts = ROWS[world_size]
+    rows = torch.repeat_interleave(torch.arange(float(world_size)), torch.tensor(counts))
+    for rank, result in enumerate(ranks):
+        gathered, grad = result["uneven gather"]
+        assert torch.equal(gathered, rows[:, None].expand(-1, 2))
+        # The sum of what the ranks send back: 1 + 2 + ...
+        assert torch.equal(grad, torch.full((counts[rank], 2), world_size * (world_size + 1) / 2))
+
+
+@pytest.mark.parametrize("name", list(LOSSES))
+def test_uneven_ranks_average_to_the_joined_batch(ranks: list[dict], name: str):
+    counts = ROWS[len(ranks)]
+    leaves = [part.requires_grad_() for part in (*pairs(sum(counts)), torch.tensor(9.0), torch.tensor(-3.0))]
+    loss = LOSSES[name][1](*leaves)
+    expected = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+    losses, images, texts, scale, bias = zip(*(result[f"uneven {name}"] for result in ranks), strict=True)
+    torch.testing.assert_close(torch.stack(losses).mean(), loss.detach(), rtol=1e-5, atol=1e-6)
+    averaged = [torch.cat(images) / len(ranks), torch.cat(texts) / len(ranks)]
+    averaged += [torch.stack(scale).mean(), torch.stack(bias).mean()]
+    for actual, gradient in zip(averaged, expected, strict=True):
+        torch.testing.assert_close(actual, gradient, rtol=1e-5, atol=1e-5)
+    assert expected[0].abs().max() > 1e-3
 
 
 def test_info_nce_case(ranks: list[dict]):

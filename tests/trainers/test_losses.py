@@ -1,12 +1,17 @@
 """The losses against the reference's recorded values and gradients, against naive forms, and on degenerate batches."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+from transformers import SiglipConfig, SiglipModel
 
 from tests.golden import Golden, load
 from trainers import losses
-from trainers.losses import info_nce_loss, instance_alignment_loss, structure_alignment_loss
+from trainers.losses import info_nce_loss, instance_alignment_loss, sigmoid_loss, structure_alignment_loss
 
 
 def unit(rows: int, dim: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -304,3 +309,109 @@ def test_bad_input_of_info_nce_loss():
         info_nce_loss(unit(3, 8), unit(4, 8), 1.0)
     with pytest.raises(ValueError, match=r"logit_scale must be one number, but has shape \(2,\)"):
         info_nce_loss(unit(3, 8), unit(3, 8), torch.ones(2))
+
+
+# SigLIP's sigmoid loss
+
+
+def naive_sigmoid_loss(images: torch.Tensor, texts: torch.Tensor, scale: float, bias: float) -> torch.Tensor:
+    total = 0.0
+    for i in range(len(images)):
+        for j in range(len(texts)):
+            logit = scale * (images[i] @ texts[j]) + bias
+            total = total - torch.log(torch.sigmoid(logit if i == j else -logit))
+    return total / len(images)
+
+
+def test_sigmoid_loss_by_hand():
+    # Logits [[1, -1], [-1, 1]]: two right answers a row, each of log(1 + e^-1).
+    embeds = torch.eye(2)
+    assert sigmoid_loss(embeds, embeds, 2.0, -1.0).item() == pytest.approx(2 * math.log(1 + math.exp(-1)), rel=1e-6)
+
+
+def test_sigmoid_loss_is_that_of_siglip():
+    config = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    siglip = SiglipModel(
+        SiglipConfig(
+            text_config={**config, "vocab_size": 20, "projection_size": 8},
+            vision_config={**config, "image_size": 4, "patch_size": 2},
+        )
+    ).eval()
+    with torch.no_grad():
+        siglip.logit_scale.fill_(2.0)
+        siglip.logit_bias.fill_(-4.0)
+    theirs = siglip(input_ids=torch.randint(3, 20, (5, 6)), pixel_values=torch.randn(5, 3, 4, 4), return_loss=True)
+    loss = sigmoid_loss(theirs.image_embeds, theirs.text_embeds, siglip.logit_scale.exp(), siglip.logit_bias)
+    torch.testing.assert_close(loss, theirs.loss, rtol=1e-6, atol=1e-6)
+    parameters = [siglip.logit_scale, siglip.logit_bias, siglip.vision_model.head.probe]
+    ours, expected = (torch.autograd.grad(x, parameters, retain_graph=True) for x in (loss, theirs.loss))
+    for actual, gradient in zip(ours, expected, strict=True):
+        torch.testing.assert_close(actual, gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_sigmoid_loss_refuses():
+    x = unit(3, 4)
+    with pytest.raises(ValueError, match="logit_bias must be one number"):
+        sigmoid_loss(x, x, 1.0, torch.zeros(3))
+    with pytest.raises(ValueError, match="image_embeds and text_embeds must have one and the same shape"):
+        sigmoid_loss(x, x[:2], 1.0, 0.0)
+
+
+# A block of rows at a time
+
+
+@pytest.mark.parametrize("block", [1, 50, 10**9])
+@pytest.mark.parametrize("name", ["info_nce", "sigmoid", "structure"])
+def test_blocks_are_exact(monkeypatch, name, block):
+    """Of 13 rows: one, three, or all at a time, against the plain matrix of all against all."""
+    images, texts = (unit(13, 6, seed, torch.float64).requires_grad_() for seed in (1, 2))
+    scale, bias = torch.tensor(7.0).double().requires_grad_(), torch.tensor(-2.0).double().requires_grad_()
+    logits = scale * images @ texts.T
+    if name == "info_nce":
+        labels = torch.arange(13)
+        expected = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+    elif name == "sigmoid":
+        expected = naive_sigmoid_loss(images, texts, scale, bias)
+    else:
+        expected = naive_structure_loss(images, texts, "mean", "squared")
+    leaves = (images, texts, scale, bias)
+    expected_grads = torch.autograd.grad(expected, leaves, allow_unused=True)
+
+    monkeypatch.setattr(losses, "BLOCK_ELEMENTS", block)
+    loss = {
+        "info_nce": lambda: info_nce_loss(images, texts, scale),
+        "sigmoid": lambda: sigmoid_loss(images, texts, scale, bias),
+        "structure": lambda: structure_alignment_loss(images, texts),
+    }[name]()
+    torch.testing.assert_close(loss, expected)
+    for actual, gradient in zip(torch.autograd.grad(loss, leaves, allow_unused=True), expected_grads, strict=True):
+        assert (actual is None) == (gradient is None)
+        if actual is not None:
+            torch.testing.assert_close(actual, gradient, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["info_nce", "sigmoid", "structure"])
+def test_no_tensor_of_all_rows_against_all_columns(monkeypatch, name):
+    """Neither in the forward nor in the backward pass."""
+    monkeypatch.setattr(losses, "BLOCK_ELEMENTS", 40 * 8)
+    images, texts = (unit(40, 6, seed).requires_grad_() for seed in (1, 2))
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            for tensor in tree_flatten(result)[0]:
+                if isinstance(tensor, torch.Tensor):
+                    largest = max(largest, tensor.numel())
+            return result
+
+    with Watch():
+        loss = {
+            "info_nce": lambda: info_nce_loss(images, texts, 5.0),
+            "sigmoid": lambda: sigmoid_loss(images, texts, 5.0, -1.0),
+            "structure": lambda: structure_alignment_loss(images, texts),
+        }[name]()
+        loss.backward()
+    assert largest == 40 * 8
