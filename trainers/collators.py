@@ -25,7 +25,8 @@ class DrawnCaptions(Dataset):
     def __init__(self, rows: Any, seed: int):
         if isinstance(rows, IterableDataset):
             raise ValueError(
-                f"the dataset is a stream ({type(rows).__name__}): captions are drawn by row number, so pass a dataset with len() and [i]"
+                f"the dataset is a stream ({type(rows).__name__}), which has no row numbers: open it by trainers.data.open_pairs with "
+                "PairSource(..., streaming=True), whose streams can be shared by processes and resumed, or pass a dataset with len() and [i]"
             )
         self.rows, self.seed = rows, seed
         # In shared memory: data workers that live through several epochs have a copy of this object.
@@ -45,13 +46,16 @@ class DrawnCaptions(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = dict(self.rows[index])
-        captions = captions_of(row, f"row {index}")
-        if len(captions) > 1:
-            # Seeded by a string, whose hash mixes all three: neighbouring rows and epochs draw independently.
-            row["text"] = random.Random(f"{self.seed} {self.epoch} {index}").choice(captions)
-        else:
-            row["text"] = captions[0]
+        row["text"] = draw_caption(captions_of(row, f"row {index}"), self.seed, self.epoch, index)
         return row
+
+
+def draw_caption(captions: Sequence[str], seed: int, epoch: int, row: int | str) -> str:
+    """One of `captions`, drawn by seed, epoch and what tells the row from others (ProCLIP, arXiv 2510.18795, Table 8)."""
+    if len(captions) == 1:
+        return captions[0]
+    # Seeded by a string, whose hash mixes all three: neighbouring rows and epochs draw independently.
+    return random.Random(f"{seed} {epoch} {row}").choice(captions)
 
 
 class InheritanceCollator:

@@ -1,0 +1,208 @@
+"""Rows of pictures with captions by number; what a broken row is, and how many of them are borne."""
+
+import hashlib
+import logging
+import os
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import Dataset
+
+from .pair_sources import NAMES, RawRows
+from .pictures import BrokenPicture, decode_picture
+
+
+if TYPE_CHECKING:
+    from .pairs import PairSource
+
+logger = logging.getLogger(__name__)
+
+ENOUGH_ROWS = 1000  # before so many rows are read, one broken row says little about their share
+_NAMED = 3  # broken rows that messages name
+_STAND_INS = 1000  # tried for one broken row
+
+
+class BrokenRow(ValueError):
+    """A row without a caption."""
+
+
+@dataclass
+class SkippedRows:
+    """
+    How many rows were read, and which of them could not be used.
+
+    Attributes:
+        rows: read, broken ones included.
+        broken_pictures: rows whose picture could not be decoded.
+        without_caption: rows without any caption.
+        examples: the first of them, named, with the reason.
+    """
+
+    rows: int = 0
+    broken_pictures: int = 0
+    without_caption: int = 0
+    examples: list[str] = field(default_factory=list)
+
+    @property
+    def skipped(self) -> int:
+        """Rows that could not be used."""
+        return self.broken_pictures + self.without_caption
+
+    def note(self, name: str, error: Exception) -> None:
+        """Counts the broken row `name`, and warns of the first ones."""
+        if isinstance(error, BrokenPicture):
+            self.broken_pictures += 1
+        else:
+            self.without_caption += 1
+        if len(self.examples) < _NAMED:
+            self.examples.append(f"{name}: {error}")
+            logger.warning("passed over %s: %s", name, error)
+
+    def check(self, source: str, most: float, at_least: int = 0) -> None:
+        """ValueError if more than the share `most` of the rows read is broken, where fewer than `at_least` count as `at_least`."""
+        if self.skipped > most * max(self.rows, at_least):
+            raise ValueError(
+                f"{source}: {self}, more than max_broken_fraction = {most:g} allows. The first: {'; '.join(self.examples)}. "
+                "Repair or leave out these rows, or raise max_broken_fraction"
+            )
+
+    def __add__(self, other: "SkippedRows") -> "SkippedRows":
+        return SkippedRows(
+            self.rows + other.rows,
+            self.broken_pictures + other.broken_pictures,
+            self.without_caption + other.without_caption,
+            (self.examples + other.examples)[:_NAMED],
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"{self.broken_pictures:,} broken pictures and {self.without_caption:,} rows without a caption among "
+            f"{self.rows:,} rows"
+        )
+
+
+def texts_of(row: Mapping[str, Any], rows: RawRows) -> list[str]:
+    """
+    The captions of an undecoded row, as they are written; those of white space only are left out.
+
+    Raises:
+        ValueError: If a column holds something that is neither text nor a list of texts; names it.
+    """
+    texts: list[str] = []
+    for column in rows.text_columns:
+        value: Any = row
+        for part in [column] if column in row else column.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if rows.texts_are_files and value is not None:
+            with open(value, encoding="utf-8", errors="replace") as file:
+                value = file.read().splitlines()
+        for text in value if isinstance(value, list) else [value]:
+            if text is not None and not isinstance(text, str):
+                raise ValueError(
+                    f"{rows.name}: column {column!r} holds the {type(text).__name__} {text!r:.80}, where a text was expected"
+                )
+            if text and not text.isspace():
+                texts.append(text)
+    return texts
+
+
+def read_row(row: Mapping[str, Any], rows: RawRows) -> dict[str, Any]:
+    """
+    `{"image": picture, "text": [captions]}` of an undecoded row; `{"text": [captions]}` where pictures are not read.
+
+    Raises:
+        BrokenRow: If it has no caption.
+        BrokenPicture: If its picture cannot be decoded.
+    """
+    texts = texts_of(row, rows)
+    if not texts:
+        raise BrokenRow("it has no caption")
+    if not rows.image_columns:
+        return {"text": texts}
+    return {"image": decode_picture(_undecoded(row, rows), rows.folder), "text": texts}
+
+
+def row_key(row: Mapping[str, Any], rows: RawRows) -> str:
+    """
+    What tells an undecoded row from others, wherever in a stream it comes: a hash of its captions and of its picture's bytes or file name.
+    """
+    picture = _undecoded(row, rows) if rows.image_columns else None
+    if isinstance(picture, Mapping):
+        picture = picture.get("bytes") or picture.get("path")
+    if isinstance(picture, str):
+        picture = os.path.basename(picture).encode("utf-8", "surrogatepass")
+    digest = hashlib.blake2b("\n".join(texts_of(row, rows)).encode("utf-8", "surrogatepass"), digest_size=16)
+    digest.update(picture if isinstance(picture, bytes) else b"")
+    return digest.hexdigest()
+
+
+def row_name(row: Mapping[str, Any], rows: RawRows, number: int) -> str:
+    """What messages call an undecoded row: its key and shard, the path of its picture, or its number, counted from 0."""
+    if all(name in row for name in NAMES):
+        return f"{row['__key__']} of {row['__url__']}"
+    picture = _undecoded(row, rows) if rows.image_columns else None
+    path = picture.get("path") if isinstance(picture, Mapping) else picture
+    return path if isinstance(path, str) and path else f"row {number} of {rows.name}"
+
+
+def _undecoded(row: Mapping[str, Any], rows: RawRows) -> Any:
+    """The picture in the first column that has one."""
+    return next((row[column] for column in rows.image_columns if row.get(column) is not None), None)
+
+
+class PairRows(Dataset):
+    """
+    Rows `{"image": picture (PIL, RGB), "text": [captions]}` by number; `{"text": [captions]}` where pictures are not read.
+
+    A broken row must not shift the batches that come after it, so another one stands in for it: the row whose number is drawn by seed, the
+    broken row's number and attempt alone, whatever was read before.
+
+    Args:
+        rows: the opened source.
+        source: what `rows` was opened from.
+        seed: of the rows that stand in.
+
+    Raises:
+        ValueError: When rows are read: if too many are broken, see [`PairSource`].
+    """
+
+    def __init__(self, rows: RawRows, source: "PairSource", seed: int):
+        self.rows, self.source, self.seed = rows, source, seed
+        # What is known of each row, in memory shared with data workers, each row in a byte of its own: 0 unread, 1 good, 2 broken picture,
+        # 3 no caption.
+        self._known = torch.zeros(len(rows.table), dtype=torch.uint8).share_memory_()
+        self._examples: list[str] = []
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        number = range(len(self))[index]
+        stand_ins = random.Random(f"{self.seed} {number}")
+        for _ in range(_STAND_INS):
+            raw = self.rows.table[number]
+            try:
+                row = read_row(raw, self.rows)
+            except (BrokenRow, BrokenPicture) as error:
+                self._note(row_name(raw, self.rows, number), number, error)
+                number = stand_ins.randrange(len(self))
+            else:
+                self._known[number] = 1
+                return row
+        raise ValueError(f"{self.rows.name}: {_STAND_INS} rows in turn are broken: {self.skipped()}")
+
+    def skipped(self) -> SkippedRows:
+        """What was read so far, by this process and its data workers."""
+        counts = torch.bincount(self._known, minlength=4).tolist()
+        return SkippedRows(sum(counts[1:]), counts[2], counts[3], self._examples)
+
+    def _note(self, name: str, number: int, error: Exception) -> None:
+        known_before = bool(self._known[number] > 1)
+        self._known[number] = 2 if isinstance(error, BrokenPicture) else 3
+        if not known_before:
+            counted = SkippedRows(examples=self._examples)
+            counted.note(name, error)  # names it
+            self.skipped().check(self.rows.name, self.source.max_broken_fraction, min(len(self), ENOUGH_ROWS))
