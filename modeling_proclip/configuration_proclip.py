@@ -27,6 +27,7 @@ _LIBRARY_KEYS = {
     "output_attentions",
     "num_labels",
     "quantization_config",
+    "use_cache",  # transformers.Trainer sets it on the configuration of every model that it trains
 }
 
 

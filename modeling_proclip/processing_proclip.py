@@ -3,6 +3,7 @@
 import difflib
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, TextKw
 from transformers.utils import logging
 
 from .prompt_template import choose_template, templated_tokenizer
+from .sentence_transformers_files import write_sentence_transformers_files
 
 
 logger = logging.get_logger(__name__)
@@ -105,6 +107,15 @@ class ProCLIPProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         return [*self.tokenizer.model_input_names, *self.image_processor.model_input_names]
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """As [`~transformers.ProcessorMixin.save_pretrained`], with the files by which sentence-transformers loads the checkpoint."""
+        if push_to_hub:
+            repo_id = kwargs.pop("repo_id", Path(save_directory).name)
+            self.push_to_hub(repo_id, **kwargs)
+            kwargs = {}
+        super().save_pretrained(save_directory, **kwargs)
+        write_sentence_transformers_files(save_directory)
 
     def _check_arguments(self, kwargs: dict[str, Any]) -> None:
         known = {"common_kwargs", *ProcessingKwargs.__annotations__, *TextKwargs.__annotations__}
