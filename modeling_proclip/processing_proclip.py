@@ -88,7 +88,7 @@ class ProCLIPProcessor(ProcessorMixin):
             raise ValueError("Give text, images or both.")
         self._check_arguments(kwargs)
         if images is not None:
-            images = _to_rgb(images)
+            images = to_rgb(images)
         if text is None:
             return super().__call__(images=images, **kwargs)
         settings = {**self.text_kwargs, **kwargs.get("common_kwargs", {}), **kwargs, **kwargs.get("text_kwargs", {})}
@@ -162,15 +162,15 @@ def _clean(text: Any) -> str | list[str]:
     return [item.rstrip() for item in text]
 
 
-def _to_rgb(images: Any) -> Any:
+def to_rgb(images: Any) -> Any:
     """Pictures as RGB the way a viewer shows them: rotated as the camera says, on white where they are transparent."""
     if isinstance(images, (list, tuple)):
         if not images:
             raise ValueError("images is an empty list.")
-        return [_to_rgb(image) for image in images]
+        return [to_rgb(image) for image in images]
     if isinstance(images, (str, os.PathLike)) and os.path.isfile(images):
         with Image.open(images) as image:
-            return _to_rgb(image)
+            return to_rgb(image)
     if not isinstance(images, Image.Image):
         return images  # arrays, tensors, URLs: the image processor's business
     image = ImageOps.exif_transpose(images)

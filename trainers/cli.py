@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 from .commands.convert import convert
 from .commands.embed import embed
+from .commands.evaluate import evaluate
 from .commands.quickstart import quickstart
 
 
@@ -107,7 +108,7 @@ def main(
     """
 
 
-for command in (quickstart, embed, convert):
+for command in (quickstart, embed, convert, evaluate):
     app.command()(command)
 
 

@@ -90,8 +90,18 @@ def encode_texts(
             if isinstance(model, ProCLIPModel):
                 embeddings = model.get_llm_embeds(**inputs)
             else:
-                embeddings = model.get_text_features(**inputs).pooler_output
+                embeddings = embeddings_of(model.get_text_features(**inputs))
         yield EncodedBatch(indices, embeddings, sum(truncated[i] for i in indices))
+
+
+def embeddings_of(features: Any) -> torch.Tensor:
+    """The `(N, dim)` embeddings in what `get_text_features` or `get_image_features` returned: a tensor, or an output with `pooler_output`."""
+    return features if isinstance(features, torch.Tensor) else features.pooler_output
+
+
+def count_truncated(texts: Sequence[str], model: torch.nn.Module, processor: Any) -> int:
+    """How many of `texts` are longer than the model reads, so that [`encode_texts`] cuts them."""
+    return sum(sum(_tokenize(texts[i : i + 4096], model, processor)[1]) for i in range(0, len(texts), 4096))
 
 
 # Built into torch for x86; elsewhere it may be there without a fast matrix product.
@@ -160,7 +170,7 @@ def encoder_fingerprint(model: torch.nn.Module, processor: Any) -> dict[str, Any
         weights = hashlib.sha256(
             "".join(parts).encode()
         ).hexdigest()  # of the text tower and of its projection, if it has one
-        source, revision = model.name_or_path or None, None
+        source, revision = getattr(model, "name_or_path", None) or None, None
         pooling, template, instruction = "get_text_features", None, None
     return {
         "model": source,
@@ -196,7 +206,7 @@ def _text_tower(model: torch.nn.Module, processor: Any) -> torch.nn.Module:
         raise ValueError(
             f"a ProCLIPModel needs its ProCLIPProcessor, which carries the prompt template, not a {type(processor).__name__}"
         )
-    return model.text_model
+    return model.text_model if isinstance(model, ProCLIPModel) else model
 
 
 def _tokenizer(processor: Any) -> PreTrainedTokenizerBase:
@@ -206,7 +216,14 @@ def _tokenizer(processor: Any) -> PreTrainedTokenizerBase:
 def _max_length(model: torch.nn.Module, processor: Any) -> int:
     if isinstance(model, ProCLIPModel):
         return processor.max_length
-    return model.config.text_config.max_position_embeddings
+    tokenizer_length = _tokenizer(processor).model_max_length
+    text_config = getattr(
+        getattr(model, "config", None), "text_config", None
+    )  # a module of your own need not have a config
+    if text_config is None:
+        return tokenizer_length
+    # RoBERTa has two positions more than its tokenizer may use; CLIP's tokenizer may not know a limit at all.
+    return min(text_config.max_position_embeddings, tokenizer_length)
 
 
 def _tokenize(
@@ -219,7 +236,7 @@ def _tokenize(
     tokenizer, max_length = _tokenizer(processor), _max_length(model, processor)
     if isinstance(model, ProCLIPModel):
         encoded, literally = processor(text=texts, padding=False), {"split_special_tokens": True}
-    elif model.config.model_type in _PADDED_TO_FULL_LENGTH:
+    elif getattr(getattr(model, "config", None), "model_type", None) in _PADDED_TO_FULL_LENGTH:
         encoded, literally = tokenizer(texts, truncation=True, padding="max_length", max_length=max_length), {}
         encoded = {"input_ids": encoded["input_ids"]}
     else:

@@ -46,26 +46,8 @@ def retrieval_recall(
             image without a caption, or a k below 1.
     """
     _check_ks(ks)
-    _check_embeds("image_embeds", image_embeds)
-    _check_embeds("text_embeds", text_embeds)
-    _check_same_dim("image_embeds", image_embeds, "text_embeds", text_embeds)
-    # Apple's GPUs have no float64.
-    device = torch.device("cpu") if image_embeds.device.type == "mps" else image_embeds.device
-    images, texts = image_embeds.to(device), text_embeds.to(device)
-    text_to_image = _check_index("text_to_image", text_to_image, "text", len(texts), "images", len(images)).to(device)
-    without = torch.bincount(text_to_image, minlength=len(images)) == 0
-    if without.any():
-        raise ValueError(
-            f"{int(without.sum())} of {len(images)} images have no caption, the first is image "
-            f"{int(without.nonzero()[0])}. Leave them out of image_embeds and renumber text_to_image."
-        )
-
-    some = zip(texts.split(_COLUMNS), text_to_image.split(_COLUMNS), strict=True)
-    text_targets = torch.cat([(_unit(rows) * _unit(images[own])).sum(-1) for rows, own in some])
-    image_targets = text_targets.new_full((len(images),), -2.0)
-    image_targets.scatter_reduce_(0, text_to_image, text_targets, "amax")
-
-    if device.type == "cpu":
+    images, texts, text_to_image, image_targets, text_targets = _with_targets(image_embeds, text_embeds, text_to_image)
+    if images.device.type == "cpu":
         # Float32 takes half the time of float64 and bounds nearly every rank closely enough; the few queries
         # that it leaves open are done again. GPUs may round "float32" products to ten bits, and have no need.
         image_sure, image_ranks, text_sure, text_ranks = _count_ahead(
@@ -92,6 +74,32 @@ def retrieval_recall(
 
 
 @torch.no_grad()
+def retrieval_ranks(
+    image_embeds: torch.Tensor, text_embeds: torch.Tensor, text_to_image: torch.Tensor | Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many wrong answers come before the right one, for every image and every text; see [`retrieval_recall`].
+
+    [`retrieval_recall`] at k is the share of the ranks below k. It takes half the time, because it need not know a rank
+    exactly to know on which side of k it is.
+
+    Args:
+        image_embeds, text_embeds, text_to_image: as for [`retrieval_recall`].
+
+    Returns:
+        `(num_images,)` and `(num_texts,)` int64 on the CPU, 0 for an item whose right answer is first. An image's rank
+        is that of the best of its captions.
+
+    Raises:
+        ValueError: as [`retrieval_recall`].
+    """
+    # In the order (images, texts, rows, targets, targets) that _count_ahead takes.
+    _, image_ranks, _, text_ranks = _count_ahead(
+        *_with_targets(image_embeds, text_embeds, text_to_image), torch.float64
+    )
+    return image_ranks.long().cpu(), text_ranks.long().cpu()
+
+
+@torch.no_grad()
 def zero_shot_accuracy(
     image_embeds: torch.Tensor,
     class_embeds: torch.Tensor,
@@ -114,21 +122,70 @@ def zero_shot_accuracy(
             k below 1.
     """
     _check_ks(ks)
+    ranks, _ = zero_shot_ranks(image_embeds, class_embeds, labels)
+    return {f"top{k}": int((ranks < k).sum()) / len(ranks) for k in ks}
+
+
+@torch.no_grad()
+def zero_shot_ranks(
+    image_embeds: torch.Tensor, class_embeds: torch.Tensor, labels: torch.Tensor | Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many wrong classes come before the right one, and which class is nearest, for every image.
+
+    Args:
+        image_embeds, class_embeds, labels: as for [`zero_shot_accuracy`].
+
+    Returns:
+        Ranks and predictions, `(num_images,)` int64 on the CPU. Where the right class ties with a wrong one, its rank
+        counts the wrong one as before it, and so the prediction is the nearest of the wrong ones.
+
+    Raises:
+        ValueError: as [`zero_shot_accuracy`].
+    """
     _check_embeds("image_embeds", image_embeds)
     _check_embeds("class_embeds", class_embeds)
     _check_same_dim("image_embeds", image_embeds, "class_embeds", class_embeds)
     device = torch.device("cpu") if image_embeds.device.type == "mps" else image_embeds.device
     images, classes = image_embeds.to(device), _unit(class_embeds.to(device))
     labels = _check_index("labels", labels, "image", len(images), "classes", len(classes)).to(device)
-    hits = dict.fromkeys(ks, 0)
+    ranks, predictions = torch.empty_like(labels), torch.empty_like(labels)
     block = max(1, _ROWS * _COLUMNS // len(classes))
-    for some_images, some_labels in zip(images.split(block), labels.split(block), strict=True):
-        scores = _unit(some_images) @ classes.T
-        target = scores.gather(1, some_labels[:, None])
-        ranks = (scores >= target - _TIE).sum(1) - 1
-        for k in ks:
-            hits[k] += int((ranks < k).sum())
-    return {f"top{k}": count / len(images) for k, count in hits.items()}
+    for start in range(0, len(images), block):
+        rows = slice(start, start + block)
+        scores = _unit(images[rows]) @ classes.T
+        own = labels[rows, None]
+        target = scores.gather(1, own)
+        ranks[rows] = (scores >= target - _TIE).sum(1) - 1
+        nearest_wrong = scores.scatter(1, own, -2.0).argmax(1)
+        predictions[rows] = torch.where(ranks[rows] == 0, labels[rows], nearest_wrong)
+    return ranks.cpu(), predictions.cpu()
+
+
+def mean_per_class_accuracy(correct: torch.Tensor, labels: torch.Tensor | Sequence[int]) -> float:
+    """The mean over the classes of the share of a class's images that are right, so that every class weighs the same.
+
+    It is the metric of Aircraft, Pets, Caltech-101 and Flowers in the zero-shot suite of CLIP (arXiv 2103.00020, appendix A), which
+    ProCLIP's Table 2 follows. A class without images has no share and is left out of the mean.
+
+    Args:
+        correct: `(num_images,)`, whether (bool) each image was right.
+        labels: `(num_images,)` whole numbers from 0, its class.
+
+    Returns:
+        A fraction between 0 and 1.
+
+    Raises:
+        ValueError: no images, or sizes that do not match.
+    """
+    labels = torch.as_tensor(labels)
+    if correct.dim() != 1 or correct.shape != labels.shape or len(labels) == 0:
+        raise ValueError(
+            f"correct and labels must be two rows of equal length and not empty, but have shapes {tuple(correct.shape)} and {tuple(labels.shape)}."
+        )
+    right = torch.bincount(labels, weights=correct.double())
+    counts = torch.bincount(labels)
+    present = counts > 0
+    return float((right[present] / counts[present]).mean())
 
 
 def zero_shot_classifier(text_embeds: torch.Tensor, class_index: torch.Tensor | Sequence[int]) -> torch.Tensor:
@@ -158,6 +215,31 @@ def zero_shot_classifier(text_embeds: torch.Tensor, class_index: torch.Tensor | 
     sums = units.new_zeros(num_classes, units.shape[1]).index_add(0, class_index.to(units.device), units)
     # The sum points where the mean does.
     return F.normalize(sums, dim=-1)
+
+
+def _with_targets(
+    image_embeds: torch.Tensor, text_embeds: torch.Tensor, text_to_image: torch.Tensor | Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The checked arguments of a retrieval, on one device that has float64, and the exact scores of the right answers of
+    the images `(num_images,)` and of the texts `(num_texts,)`."""
+    _check_embeds("image_embeds", image_embeds)
+    _check_embeds("text_embeds", text_embeds)
+    _check_same_dim("image_embeds", image_embeds, "text_embeds", text_embeds)
+    # Apple's GPUs have no float64.
+    device = torch.device("cpu") if image_embeds.device.type == "mps" else image_embeds.device
+    images, texts = image_embeds.to(device), text_embeds.to(device)
+    text_to_image = _check_index("text_to_image", text_to_image, "text", len(texts), "images", len(images)).to(device)
+    without = torch.bincount(text_to_image, minlength=len(images)) == 0
+    if without.any():
+        raise ValueError(
+            f"{int(without.sum())} of {len(images)} images have no caption, the first is image "
+            f"{int(without.nonzero()[0])}. Leave them out of image_embeds and renumber text_to_image."
+        )
+    some = zip(texts.split(_COLUMNS), text_to_image.split(_COLUMNS), strict=True)
+    text_targets = torch.cat([(_unit(rows) * _unit(images[own])).sum(-1) for rows, own in some])
+    image_targets = text_targets.new_full((len(images),), -2.0)
+    image_targets.scatter_reduce_(0, text_to_image, text_targets, "amax")
+    return images, texts, text_to_image, image_targets, text_targets
 
 
 def _count_ahead(

@@ -1,0 +1,124 @@
+"""`proclip evaluate`: benchmarks of a model, beside a baseline."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Folder or Hub name of a ProCLIP, CLIP, SigLIP or a like model.")],
+    suite: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Name of a suite or a benchmark, or a YAML file of yours; once for each. --list names them all."
+        ),
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of pictures of your own, for retrieval. Needs --captions.")
+    ] = None,
+    captions: Annotated[
+        Path | None,
+        typer.Option(
+            help="A .csv, .tsv, .json, .jsonl or .parquet file: a picture's name and a caption in every row."
+        ),
+    ] = None,
+    image_column: Annotated[str, typer.Option(help="Column of --captions with the picture's name.")] = "image",
+    caption_column: Annotated[
+        str, typer.Option(help="Column of --captions with a caption, or a list of them.")
+    ] = "caption",
+    baseline: Annotated[
+        str | None, typer.Option(help="The model to compare with, such as the CLIP that yours was made from.")
+    ] = None,
+    output_dir: Annotated[Path, typer.Option(help="Gets results.json and the outcome of every item.")] = Path(
+        "evaluation"
+    ),
+    source: Annotated[
+        list[str] | None, typer.Option(help="NAME=PATH: a benchmark's local copy, in place of the Hub; once for each.")
+    ] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Folder with local copies under the benchmarks' names.")
+    ] = None,
+    cache_dir: Annotated[
+        Path | None, typer.Option(help="Of embeddings, which a second run reuses. By default in the output directory.")
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=2, help="Draw only so many rows of every benchmark; results are marked as partial."),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Such as cpu or cuda. By default the GPU if there is one.")
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "float16", "bfloat16", "auto"], typer.Option(help="Of the models; auto: as stored.")
+    ] = "float32",
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures in a batch.")] = 64,
+    token_budget: Annotated[
+        int | None,
+        typer.Option(min=1, help="Padded tokens in a batch. By default 1,000 on the CPU and 16,384 on a GPU."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the rows that --limit draws.")] = 0,
+    list_all: Annotated[
+        bool,
+        typer.Option(
+            "--list", is_eager=True, callback=lambda wanted: _print_list(wanted), help="Name suites and benchmarks."
+        ),
+    ] = False,
+) -> None:
+    """Measure retrieval, zero-shot and fine-grained recognition, and what was lost or won against a baseline.
+
+    Data comes from the Hub or from local copies, and is checked: a wrong count or column is an error and not a number. What was embedded
+    is kept, so a run that was stopped goes on where it was. `accelerate launch -m trainers.cli evaluate ...` shares the work among GPUs.
+    Costs one pass of each model over the pictures and the texts of the suite.
+    """
+    from accelerate import PartialState
+
+    from ..evaluation.encoders import Encoder
+    from ..evaluation.manifest import check_unique, load_suite, own_images
+    from ..evaluation.runner import evaluate as run
+    from ..evaluation.table import print_results
+
+    if (images is None) != (captions is None):
+        raise ValueError("--images and --captions belong together")
+    manifests = [manifest for name in suite or () for manifest in load_suite(name).tasks]
+    if images is not None and captions is not None:
+        manifests.append(own_images(images, captions, image_column, caption_column))
+    if not manifests:
+        raise ValueError("nothing to evaluate on: give --suite NAME (--list names them), or --images and --captions")
+    sources = {}
+    for item in source or ():
+        name, equals, path = item.partition("=")
+        if not equals or not path:
+            raise ValueError(f"--source takes NAME=PATH, got {item!r}")
+        sources[name] = path
+    state = PartialState(cpu=device == "cpu")
+    place = state.device if device in (None, "cuda") else device
+    encoders = [Encoder.load(name, place, dtype) for name in (model, baseline) if name is not None]
+    results = run(
+        encoders,
+        check_unique(manifests),
+        output_dir,
+        sources=sources,
+        data_dir=data_dir,
+        cache_dir=cache_dir,
+        limit=limit,
+        batch_size=batch_size,
+        token_budget=token_budget,
+        seed=seed,
+    )
+    if state.is_main_process:
+        print_results(results[0], results[1] if baseline is not None else None)
+        typer.echo(f"{output_dir / 'results.json'}")
+
+
+def _print_list(wanted: bool) -> None:
+    if wanted:
+        from ..evaluation.manifest import load_manifest, load_suite, manifest_names, suite_names
+
+        typer.echo("suites")
+        for name in suite_names():
+            typer.echo(f"  {name:20} {load_suite(name).title}")
+        typer.echo("benchmarks")
+        for name in manifest_names():
+            typer.echo(f"  {name:20} {load_manifest(name)[0].title}")
+        raise typer.Exit()

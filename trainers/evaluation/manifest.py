@@ -1,0 +1,398 @@
+"""Benchmarks as data: what a manifest says, how it is read, and which manifests and suites come with the package.
+
+A manifest is a YAML file that states where a benchmark's data lies, in which columns and how much of it, and how it is scored. Everything
+in it is checked against the data before a number comes out (`trainers.evaluation.sources`). A suite is a list of benchmarks.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+KINDS = ("retrieval", "zero_shot", "fine_grained", "caption_retrieval")
+
+# kind -> (columns that it must name, columns that it may name)
+COLUMNS: dict[str, tuple[set[str], set[str]]] = {
+    "retrieval": ({"image", "captions"}, set()),
+    "zero_shot": ({"image", "label"}, set()),
+    "caption_retrieval": ({"captions"}, set()),
+    "fine_grained": (
+        set(),
+        {"image", "caption", "negative", "image_1", "image_2", "caption_1", "caption_2", "category"},
+    ),
+}
+
+# kind -> the metrics that it computes; the first is the one that represents it unless the manifest says otherwise
+METRICS: dict[str, tuple[str, ...]] = {
+    "retrieval": ("mean_r@1", *(f"{way}_r@{k}" for k in (1, 5, 10) for way in ("i2t", "t2i"))),
+    "zero_shot": ("top1", "top5", "mean_per_class"),
+    "caption_retrieval": (
+        "mean_r@1",
+        *(f"{way}_r@{k}" for k in (1, 5, 10) for way in ("first_to_second", "second_to_first")),
+    ),
+    "fine_grained": ("accuracy", "text_score", "image_score", "group_score"),
+}
+
+_FOLDER = Path(__file__).parent
+MANIFESTS = _FOLDER / "manifests"
+SUITES = _FOLDER / "suites"
+RESOURCES = _FOLDER / "resources"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Where the rows are and how many there must be.
+
+    Attributes:
+        source: dataset on the Hub, or a local file or folder; for "openmoji", the packages that the data is made of.
+        split: its split.
+        config: its configuration, if it has several.
+        revision: commit on the Hub. None takes the newest and records which that was.
+        num_items: rows. A source with another number is refused. None, for your own data, checks nothing.
+        num_captions: captions in all rows together, likewise.
+        layout: "table" (anything `datasets` reads: rows with columns), "caption_file" (a folder of pictures, and a file whose rows name
+            one and its caption), "caption_folder" (pictures in `image/`, a text file of the same name for each in `caption/`) or
+            "openmoji" (drawn here, from the packages of the quickstart; `config` says which part).
+        caption_file: for the layout "caption_file", the .csv, .tsv, .json, .jsonl or .parquet file.
+    """
+
+    source: str
+    split: str = "test"
+    config: str | None = None
+    revision: str | None = None
+    num_items: int | None = None
+    num_captions: int | None = None
+    layout: typing.Literal["table", "caption_file", "caption_folder", "openmoji"] = "table"
+    caption_file: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classes:
+    """The classes of a zero-shot benchmark.
+
+    Attributes:
+        count: how many there are. Labels are whole numbers from 0 up to it, or names among `names`.
+        names: a list; "feature", the names that the label column itself carries; "source:FILE", the lines of a file beside the data; or
+            "resource:FILE", the lines of a file of this package.
+        pick: places in `names` of the classes that this benchmark has (ImageNet-A has 200 of ImageNet's 1,000), in the order of its labels.
+        edit: pairs [regular expression, replacement], applied to every name in this order.
+    """
+
+    count: int
+    names: str | list[str]
+    pick: list[int] | None = None
+    edit: list[list[str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """A benchmark.
+
+    Attributes:
+        name: unique; the name of the task in the results.
+        title: for people.
+        kind: "retrieval", "zero_shot", "fine_grained" or "caption_retrieval".
+        group: under which heading results are shown, such as "long_retrieval" or "robustness".
+        data: where the rows are.
+        columns: what the columns of the data are called. retrieval: `image`, `captions`; zero_shot: `image`, `label`; caption_retrieval:
+            `captions`; fine_grained: `image`, `caption`, `negative` (one picture, a right and a wrong text) or `image_1`, `image_2`,
+            `caption_1`, `caption_2` (two pictures, and the text of each), and perhaps `category`.
+        metric: the one that stands for the benchmark in tables; by default the first of `METRICS`.
+        classes: of a zero-shot benchmark.
+        prompts: of a zero-shot benchmark, each with `{}` where the class name goes: a list, or "resource:FILE". Of a fine-grained one, at
+            most one: the frame of every text.
+        caption_separator: splits one string into several captions.
+        variants: each makes a benchmark of its own; `{variant}` in name, title, source, split, config and columns stands for it.
+        facts: which of the above was read where; what could not be checked says so.
+        protocol: what else somebody must know who compares the number.
+        variant_of: of a variant, the name without it (`xm3600` of `xm3600-ar`); not written in a file.
+    """
+
+    name: str
+    title: str
+    kind: str
+    data: Data
+    columns: dict[str, str]
+    group: str
+    metric: str | None = None
+    classes: Classes | None = None
+    prompts: str | list[str] | None = None
+    caption_separator: str | None = None
+    variants: list[str] | None = None
+    facts: str = ""
+    protocol: str = ""
+    variant_of: str | None = field(default=None, metadata={"in_file": False})
+
+    @property
+    def primary_metric(self) -> str:
+        return self.metric or METRICS[self.kind][0]
+
+    @property
+    def prompt_templates(self) -> list[str]:
+        """The prompts themselves; `["{}"]` where there are none."""
+        if isinstance(self.prompts, str):
+            return resource_lines(self.prompts.removeprefix("resource:"))
+        return self.prompts or ["{}"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """A list of benchmarks; see [`load_suite`]."""
+
+    name: str
+    title: str = ""
+    tasks: list[Manifest]
+
+
+def resource_lines(name: str) -> list[str]:
+    """The lines of a file in `resources/`. ValueError if there is none of that name."""
+    path = RESOURCES / name
+    if not path.is_file():
+        raise ValueError(
+            f"there is no resource {name!r}; there are {', '.join(sorted(p.name for p in RESOURCES.iterdir()))}"
+        )
+    return path.read_text(encoding="utf-8").splitlines()
+
+
+def manifest_names() -> list[str]:
+    """Names of the manifests that come with the package."""
+    return sorted(path.stem for path in MANIFESTS.glob("*.yaml"))
+
+
+def suite_names() -> list[str]:
+    """Names of the suites that come with the package."""
+    return sorted(path.stem for path in SUITES.glob("*.yaml"))
+
+
+def load_manifest(name_or_path: str | Path) -> list[Manifest]:
+    """The benchmarks of one manifest: one, or one for each of its variants.
+
+    Raises:
+        ValueError: If there is no such manifest, or what it says makes no sense; names the file, the key and the remedy.
+    """
+    path = Path(name_or_path)
+    if path.suffix not in (".yaml", ".yml"):
+        path = MANIFESTS / f"{name_or_path}.yaml"
+        if not path.is_file():
+            _unknown("benchmark", str(name_or_path), manifest_names())
+    return parse_manifest(_read_yaml(path), str(path))
+
+
+def load_suite(name_or_path: str | Path) -> Suite:
+    """A suite, from the package by its name or from a YAML file; the name of a single benchmark stands for a suite of it alone.
+
+    A suite file has `name`, perhaps `title`, and `tasks`: names of the package's benchmarks, paths of manifests (seen from the file), or
+    whole manifests.
+
+    Raises:
+        ValueError: If there is none, a key is unknown, or two tasks have one name.
+    """
+    path = Path(name_or_path)
+    if path.suffix not in (".yaml", ".yml"):
+        if str(name_or_path) in manifest_names():
+            return Suite(name=str(name_or_path), tasks=load_manifest(name_or_path))
+        path = SUITES / f"{name_or_path}.yaml"
+        if not path.is_file():
+            _unknown("suite", str(name_or_path), suite_names() + manifest_names())
+    content = _read_yaml(path)
+    if "kind" in content:
+        manifests = parse_manifest(content, str(path))
+        return Suite(name=path.stem, tasks=manifests)
+    _check_keys(content, {"name", "title", "tasks"}, {"name", "tasks"}, str(path))
+    if not isinstance(content["tasks"], list) or not content["tasks"]:
+        raise ValueError(f"{path}: tasks must be a list of benchmarks that is not empty")
+    tasks: list[Manifest] = []
+    for number, task in enumerate(content["tasks"], 1):
+        if isinstance(task, dict):
+            tasks += parse_manifest(task, f"{path}, task {number}")
+        elif not isinstance(task, str):
+            raise ValueError(f"{path}, task {number}: expected a benchmark's name or a manifest, found {task!r}")
+        else:
+            tasks += load_manifest(path.parent / task if task.endswith((".yaml", ".yml")) else task)
+    return Suite(name=str(content["name"]), title=str(content.get("title", "")), tasks=check_unique(tasks))
+
+
+def own_images(images: Path, captions: Path, image_column: str, caption_column: str) -> Manifest:
+    """The benchmark that a folder of pictures and a file of their captions make: retrieval, both ways.
+
+    Raises:
+        FileNotFoundError: If one of them is not there.
+    """
+    if not images.is_dir():
+        raise FileNotFoundError(f"there is no folder {images}")
+    if not captions.is_file():
+        raise FileNotFoundError(f"there is no file {captions}")
+    data = Data(source=str(images), layout="caption_file", caption_file=str(captions))
+    columns = {"image": image_column, "captions": caption_column}
+    return Manifest(
+        name=images.resolve().name, title=str(images), kind="retrieval", group="own", data=data, columns=columns
+    )
+
+
+def check_unique(tasks: list[Manifest]) -> list[Manifest]:
+    """`tasks`; ValueError if two share a name, because each has one place in the results."""
+    names = [task.name for task in tasks]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise ValueError(f"several tasks are called {sorted(twice)[0]!r}: each needs a name of its own")
+    return tasks
+
+
+def parse_manifest(content: Any, where: str) -> list[Manifest]:
+    """The benchmarks that the mapping `content`, read from `where`, describes. ValueError as for [`load_manifest`]."""
+    manifest = _build(Manifest, content, where)
+    _check(manifest, where)
+    if manifest.variants is None:
+        return [manifest]
+    if not manifest.variants or "{variant}" not in manifest.name:
+        raise ValueError(f"{where}: variants need to be a list that is not empty, and a name with {{variant}} in it")
+    return [_fill(manifest, variant) for variant in manifest.variants]
+
+
+def _fill(manifest: Manifest, variant: str) -> Manifest:
+    def fill(value: Any) -> Any:
+        return value.replace("{variant}", variant) if isinstance(value, str) else value
+
+    data = dataclasses.replace(
+        manifest.data, **{name: fill(getattr(manifest.data, name)) for name in ("source", "split", "config")}
+    )
+    columns = {key: fill(value) for key, value in manifest.columns.items()}
+    family = manifest.name.replace("{variant}", "").strip("-")
+    return dataclasses.replace(
+        manifest,
+        name=fill(manifest.name),
+        title=fill(manifest.title),
+        data=data,
+        columns=columns,
+        variants=None,
+        variant_of=family,
+    )
+
+
+def _check(manifest: Manifest, where: str) -> None:
+    if manifest.kind not in KINDS:
+        raise ValueError(f"{where}: kind must be one of {', '.join(KINDS)}, got {manifest.kind!r}")
+    required, optional = COLUMNS[manifest.kind]
+    if manifest.kind == "fine_grained":
+        pairs = "image_1" in manifest.columns
+        required = {"image_1", "image_2", "caption_1", "caption_2"} if pairs else {"image", "caption", "negative"}
+        optional = {"category"}
+        metrics = METRICS["fine_grained"][1:] if pairs else METRICS["fine_grained"][:1]
+        if manifest.primary_metric not in metrics:
+            raise ValueError(f"{where}: with these columns, metric must be one of {', '.join(metrics)}")
+    _check_keys(manifest.columns, required | optional, required, f"{where}, columns")
+    if manifest.primary_metric not in METRICS[manifest.kind]:
+        raise ValueError(
+            f"{where}: metric must be one of {', '.join(METRICS[manifest.kind])}, got {manifest.metric!r}"
+        )
+    if (manifest.kind == "zero_shot") != (manifest.classes is not None):
+        raise ValueError(f"{where}: classes belong to zero_shot, and zero_shot needs them")
+    templates = manifest.prompt_templates
+    if manifest.kind in ("retrieval", "caption_retrieval") and manifest.prompts is not None:
+        raise ValueError(f"{where}: {manifest.kind} has no prompts: the captions are the texts")
+    if manifest.kind == "fine_grained" and len(templates) != 1:
+        raise ValueError(f"{where}: fine_grained takes one prompt, the frame of every text, got {len(templates)}")
+    for template in templates:
+        if template.count("{}") != 1:
+            raise ValueError(f"{where}: a prompt must hold {{}} once, got {template!r}")
+    classes = manifest.classes
+    if classes is not None:
+        if classes.count < 2:
+            raise ValueError(f"{where}: zero-shot needs at least 2 classes, got count: {classes.count}")
+        if isinstance(classes.names, str) and not (
+            classes.names == "feature" or classes.names.startswith(("source:", "resource:"))
+        ):
+            raise ValueError(
+                f"{where}: names must be a list, feature, source:FILE or resource:FILE, got {classes.names!r}"
+            )
+        if classes.pick is not None and len(set(classes.pick)) != classes.count:
+            raise ValueError(f"{where}: pick must hold {classes.count} different places, got {len(set(classes.pick))}")
+        if any(len(pair) != 2 for pair in classes.edit):
+            raise ValueError(f"{where}: edit must be a list of pairs [regular expression, replacement]")
+    if (manifest.data.layout == "caption_file") != (manifest.data.caption_file is not None):
+        raise ValueError(f"{where}: caption_file belongs to the layout caption_file, which needs it")
+
+
+def _build(cls: type, content: Any, where: str) -> Any:
+    """A dataclass from a mapping: unknown and missing keys and wrong types are refused."""
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.metadata.get("in_file", True)}
+    required = {
+        name
+        for name, f in fields.items()
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    }
+    _check_keys(content, set(fields), required, where)
+    hints = typing.get_type_hints(cls)
+    return cls(**{name: _value(hints[name], value, f"{where}, {name}") for name, value in content.items()})
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return _build(hint, value, where)
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:
+        for choice in arguments:
+            if _fits(choice, value):
+                return _value(choice, value, where)
+    elif _fits(hint, value):
+        if origin is list:
+            return [_value(arguments[0], item, where) for item in value]
+        return value
+    wanted = " or ".join(map(repr, arguments)) if origin is typing.Literal else str(getattr(hint, "__name__", hint))
+    raise ValueError(
+        f"{where}: expected {wanted}, got {value!r:.80} (text that YAML could read as something else needs quotes)"
+    )
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    if hint is type(None):
+        return value is None
+    if dataclasses.is_dataclass(hint):
+        return isinstance(value, dict)
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return value in arguments
+    if origin is list:
+        return isinstance(value, list) and all(_fits(arguments[0], item) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(
+            _fits(arguments[0], key) and _fits(arguments[1], item) for key, item in value.items()
+        )
+    return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
+
+
+def _check_keys(content: Any, known: set[str], required: set[str], where: str) -> None:
+    if not isinstance(content, dict):
+        raise ValueError(f"{where}: expected keys with values, found {type(content).__name__} {content!r:.80}")
+    for key in content:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(sorted(known))}"
+            raise ValueError(f"{where}: unknown key {key!r}{hint}")
+    missing = sorted(required - set(content))
+    if missing:
+        raise ValueError(f"{where}: {missing[0]!r} is missing")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"there is no file {path}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected keys with values, found {type(content).__name__}")
+    return content
+
+
+def _unknown(what: str, name: str, known: list[str]) -> None:
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
+    raise ValueError(f"there is no {what} {name!r}; {hint} A path must end in .yaml")

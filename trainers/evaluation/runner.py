@@ -1,0 +1,232 @@
+"""`proclip evaluate`: benchmarks, a model and a baseline, and the numbers of both."""
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import PartialState
+from filelock import FileLock, Timeout
+
+from .embedding import embed_images, embed_texts, embeddings, image_keys
+from .encoders import Encoder
+from .feature_cache import FeatureCache
+from .manifest import Manifest
+from .results import Results
+from .sources import open_data
+from .tasks import Task, prepare_task
+
+
+logger = logging.getLogger(__name__)
+
+SCORING = {
+    "embeddings": "brought to unit length; scores are cosine similarities in float64",
+    "ties": "scores within 1e-12 of each other tie, and a tie counts against the model",
+    "recall": "share of the queries whose right answer is among the first k; of several captions of a picture, the best counts",
+    "prompt_ensemble": "a class is the mean of its prompts' unit-length embeddings, brought to unit length",
+    "mean_per_class": "mean over the classes that have pictures of the share of a class's pictures that are right",
+}
+
+
+def evaluate(
+    encoders: Sequence[Encoder],
+    manifests: Sequence[Manifest],
+    output_dir: str | Path,
+    *,
+    sources: Mapping[str, str] | None = None,
+    data_dir: str | Path | None = None,
+    cache_dir: str | Path | None = None,
+    limit: int | None = None,
+    batch_size: int = 64,
+    token_budget: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> list[dict[str, Any]]:
+    """Evaluates a model, and perhaps a baseline, on benchmarks.
+
+    Under `accelerate launch` every process embeds a part and the first one scores; the numbers are the same. What was embedded stays in
+    the cache, so the same call goes on where a stopped one was.
+
+    Args:
+        encoders: the model; a second one is the baseline.
+        manifests: the benchmarks.
+        output_dir: gets `results.json` and `items/`, of the baseline in `baseline/`.
+        sources: benchmark's name, of its manifest's file or of one variant, -> local copy of its data.
+        data_dir: folder that has a copy under the name of every benchmark whose data is not to come from the Hub.
+        cache_dir: of embeddings; by default `features/` in `output_dir`. Several evaluations may share one, one after the other.
+        limit: draw only so many rows of every benchmark. The results are marked as partial.
+        batch_size: pictures in a batch.
+        token_budget: padded tokens in a batch of texts, see [`trainers.data.text_encoding.encode_texts`].
+        seed: of the rows that `limit` draws.
+        progress: whether to show bars.
+
+    Returns:
+        What `results.json` holds, for each of `encoders`.
+
+    Raises:
+        ValueError: If data does not fit its manifest, an embedding is not finite, or another evaluation writes there.
+        OSError: If data cannot be read.
+    """
+    if not manifests or not 1 <= len(encoders) <= 2:
+        raise ValueError("evaluate needs at least one benchmark, and a model with or without a baseline")
+    if limit is not None and limit < 2:
+        raise ValueError(f"limit must be at least 2, got {limit}")
+    state = PartialState()
+    output_dir = Path(output_dir).resolve()
+    cache_dir = Path(cache_dir).resolve() if cache_dir else output_dir / "features"
+    progress = progress and state.is_local_main_process
+    _check_sources(sources or {}, manifests)
+    with ExitStack() as stack:
+        if state.is_main_process:
+            for folder in dict.fromkeys((output_dir, cache_dir)):
+                stack.callback(_lock(folder).release)
+        state.wait_for_everyone()
+        folders = [output_dir, output_dir / "baseline"]
+        runs = [
+            _Run(encoder, folder, cache_dir, state, limit, seed, batch_size, token_budget, progress)
+            for encoder, folder in zip(encoders, folders, strict=False)
+        ]
+        for manifest in manifests:
+            local = _local_copy(manifest, sources or {}, data_dir)
+            with state.main_process_first():  # one process fetches, the others find it there
+                task = prepare_task(manifest, open_data(manifest, local, limit, seed))
+            keys = image_keys(task, state, progress)
+            for run in runs:
+                run.score(task, keys)
+        return [run.finish() for run in runs]
+
+
+class _Run:
+    """One model's way through the benchmarks."""
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        folder: Path,
+        cache_dir: Path,
+        state: PartialState,
+        limit: int | None,
+        seed: int,
+        batch_size: int,
+        token_budget: int | None,
+        progress: bool,
+    ):
+        self.encoder, self.state, self.batch_size, self.token_budget = encoder, state, batch_size, token_budget
+        self.progress = progress
+        self.images = FeatureCache(cache_dir, "images", encoder.image_fingerprint(), state.process_index)
+        self.texts = FeatureCache(cache_dir, "texts", encoder.text_fingerprint(), state.process_index)
+        if state.is_main_process:
+            self.images.prepare()
+            self.texts.prepare()
+        state.wait_for_everyone()
+        model = {"name": encoder.name, "kind": encoder.kind, "weights_sha256": encoder.weights_sha256}
+        self.results = Results(
+            folder, model, {**encoder.protocol(), **SCORING}, seed, None if limit is None else {"limit": limit}
+        )
+
+    def score(self, task: Task, keys: np.ndarray) -> None:
+        """Embeds what is missing; the main process computes the numbers and writes them."""
+        started = time.perf_counter()
+        embed_images(task, keys, self.encoder, self.images, self.state, self.batch_size, self.progress)
+        text_keys = embed_texts(task, self.encoder, self.texts, self.state, self.token_budget, self.progress)
+        self.state.wait_for_everyone()
+        self.images.refresh()
+        self.texts.refresh()
+        if self.state.is_main_process:
+            image_embeds = embeddings(self.encoder, self.images, keys, project=False) if len(keys) else None
+            text_embeds = embeddings(self.encoder, self.texts, text_keys, project=task.space == "shared")
+            outcome = task.score(image_embeds, text_embeds)
+            manifest, notes = task.manifest, list(outcome.notes)
+            repeated = len(keys) - len(np.unique(keys, axis=0))
+            if repeated and manifest.kind == "retrieval":
+                notes.append(
+                    f"{repeated} pictures are byte for byte another one: they tie, a tie counts against the model, and so text-to-image recall@1 "
+                    "of their captions is 0."
+                )
+            truncated = self.encoder.count_truncated(list(dict.fromkeys(task.texts)))
+            entry = {
+                "name": manifest.name,
+                "title": manifest.title,
+                "kind": manifest.kind,
+                "group": manifest.group,
+                "dataset": {
+                    "source": manifest.data.source,
+                    "read_from": "local copy" if task.data.folder is not None else "source",
+                    "config": manifest.data.config,
+                    "revision": task.data.revision,
+                    "split": manifest.data.split,
+                    "num_items": len(task.data.rows),
+                    "num_items_stated": manifest.data.num_items,
+                    "fingerprint": fingerprint(task, keys),
+                },
+                "protocol": {
+                    **task.facts,
+                    "num_texts": len(task.texts),
+                    "num_truncated": truncated,
+                    "num_repeated_images": repeated,
+                    "text_space": task.space,
+                    "note": manifest.protocol,
+                },
+                "metric": manifest.primary_metric,
+                "value": outcome.metrics[manifest.primary_metric],
+                "metrics": outcome.metrics,
+                "notes": notes,
+                "seconds": round(time.perf_counter() - started, 2),
+            }
+            self.results.add(entry, outcome.items)
+        self.state.wait_for_everyone()
+
+    def finish(self) -> dict[str, Any]:
+        """The results as they are in the file."""
+        if self.state.is_main_process:
+            self.results.write(complete=True)
+        return self.results.as_dict()
+
+
+def fingerprint(task: Task, keys: np.ndarray) -> str:
+    """SHA-256 of what a benchmark consists of, in order: pictures' bytes, texts, labels. The same data has the same one anywhere."""
+    digest = hashlib.sha256(np.ascontiguousarray(keys).astype("<i8").tobytes())
+    digest.update(json.dumps([task.texts, task.identity], ensure_ascii=False).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+def _local_copy(manifest: Manifest, sources: Mapping[str, str], data_dir: str | Path | None) -> str | None:
+    """Where a copy of the data lies: under the benchmark's name, or under that of the file that it is a variant in."""
+    for name in _names(manifest):
+        if name in sources:
+            return str(sources[name])
+    if data_dir is not None:
+        for name in _names(manifest):
+            if (Path(data_dir) / name).exists():
+                return str(Path(data_dir) / name)
+    return None
+
+
+def _names(manifest: Manifest) -> list[str]:
+    return [manifest.name] if manifest.variant_of is None else [manifest.name, manifest.variant_of]
+
+
+def _check_sources(sources: Mapping[str, str], manifests: Sequence[Manifest]) -> None:
+    known = {name for manifest in manifests for name in _names(manifest)}
+    for name in sources:
+        if name not in known:
+            raise ValueError(
+                f"--source names {name!r}, which is no benchmark of this suite: it has {', '.join(m.name for m in manifests)}"
+            )
+
+
+def _lock(folder: Path) -> FileLock:
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(
+            f"another evaluation is writing to {folder}: wait for it, or choose another directory"
+        ) from error
+    return lock

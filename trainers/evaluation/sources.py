@@ -1,0 +1,273 @@
+"""Opens the data of a benchmark and checks it against the manifest: a wrong count, column or label is an error, not a number."""
+
+import csv
+import json
+import random
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from .manifest import Classes, Manifest, resource_lines
+
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+@dataclass
+class OpenedData:
+    """The rows of one benchmark, checked as far as can be without reading a picture.
+
+    Attributes:
+        rows: the dataset; pictures are not decoded.
+        source: where the rows were read: the manifest's source, or the local copy that replaced it.
+        folder: that local folder, None for the Hub.
+        limit: how many of the rows were drawn, None for all.
+        revision: of the Hub, as far as it is known.
+    """
+
+    rows: datasets.Dataset
+    source: str
+    folder: Path | None
+    limit: int | None = None
+    revision: str | None = None
+
+
+def open_data(
+    manifest: Manifest, local: str | Path | None = None, limit: int | None = None, seed: int = 0
+) -> OpenedData:
+    """Opens the rows of `manifest`.
+
+    Args:
+        local: a local copy in place of the manifest's source: a file or folder that `datasets` reads, or a folder in the manifest's layout.
+        limit: draw only so many rows, by `seed`. The results are then of a part, and say so.
+
+    Raises:
+        ValueError: If a column is missing, the number of rows is not the manifest's, or there are none. Names the benchmark.
+        OSError: If the source cannot be read.
+    """
+    data, where = manifest.data, f"benchmark {manifest.name}"
+    source = str(local or data.source)
+    folder = Path(source) if Path(source).exists() else None
+    if local is not None and folder is None:
+        raise FileNotFoundError(f"{where}: there is no {source}")
+    if data.layout == "openmoji" and local is None:
+        from .openmoji_data import openmoji_rows
+
+        rows = openmoji_rows(data.config or "")
+    elif data.layout == "caption_folder":
+        rows = _caption_folder(_local(folder, source, where), manifest)
+    elif data.layout == "caption_file":
+        rows = _caption_file(_local(folder, source, where), manifest)
+    else:
+        rows = _table(source, folder, manifest, where)
+    missing = [column for column in manifest.columns.values() if column not in rows.column_names]
+    if missing:
+        raise ValueError(
+            f"{where}: {source} has no column {missing[0]!r}; the columns are {', '.join(rows.column_names) or 'none'}"
+        )
+    if len(rows) == 0:
+        raise ValueError(f"{where}: {source} has no rows")
+    if data.num_items is not None and len(rows) != data.num_items:
+        raise ValueError(
+            f"{where}: {source} has {len(rows):,} rows where the manifest states {data.num_items:,}: it is another split, version or part, and "
+            "its number would not be the benchmark's. Give the right copy with --source, or write a manifest of your own for this one"
+        )
+    rows = rows.select_columns(list(dict.fromkeys(manifest.columns.values())))
+    for name, feature in rows.features.items():
+        if isinstance(feature, datasets.Image):
+            rows = rows.cast_column(name, datasets.Image(decode=False))
+    if limit is not None and limit < len(rows):
+        rows = rows.select(sorted(random.Random(seed).sample(range(len(rows)), limit)))
+    else:
+        limit = None
+    return OpenedData(rows, source, folder, limit, data.revision if folder is None else None)
+
+
+def class_names(classes: Classes, data: OpenedData, label_feature: Any, where: str) -> list[str]:
+    """The names of the classes in the order of the labels. ValueError if their number is not the manifest's."""
+    if classes.names == "feature":
+        if not isinstance(label_feature, datasets.ClassLabel):
+            raise ValueError(
+                f"{where}: the label column of {data.source} has no class names of its own, but is {label_feature}"
+            )
+        names = list(label_feature.names)
+    elif isinstance(classes.names, list):
+        names = classes.names
+    elif classes.names.startswith("resource:"):
+        names = resource_lines(classes.names.removeprefix("resource:"))
+    else:
+        names = _source_lines(classes.names.removeprefix("source:"), data, where)
+    if classes.pick is not None:
+        if max(classes.pick) >= len(names):
+            raise ValueError(f"{where}: pick has place {max(classes.pick)}, but there are {len(names)} class names")
+        names = [names[place] for place in classes.pick]
+    if len(names) != classes.count:
+        raise ValueError(f"{where}: {data.source} has {len(names)} classes where the manifest states {classes.count}")
+    for pattern, replacement in classes.edit:
+        names = [re.sub(pattern, replacement, name) for name in names]
+    empty = [place for place, name in enumerate(names) if not name.strip()]
+    if empty:
+        raise ValueError(f"{where}: class {empty[0]} of {data.source} has an empty name")
+    if isinstance(label_feature, datasets.ClassLabel) and len(label_feature.names) != classes.count:
+        raise ValueError(
+            f"{where}: the labels of {data.source} are of {len(label_feature.names)} classes where the manifest states {classes.count}"
+        )
+    return names
+
+
+def read_labels(column: Iterable[Any], names: list[str], source_names: list[str] | None, where: str) -> list[int]:
+    """The class of every row as a number. Labels may be numbers or names; ValueError names the first row whose label is neither.
+
+    Args:
+        names: of the classes.
+        source_names: the same as they were before they were edited for prompts, if labels can be names.
+    """
+    place = {name: i for i, name in enumerate(names)} | {name: i for i, name in enumerate(source_names or [])}
+    labels = []
+    for row, label in enumerate(column):
+        number = place.get(label, -1) if isinstance(label, str) else label
+        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < len(names):
+            raise ValueError(
+                f"{where}, row {row}: the label is {label!r}, which is neither a whole number below {len(names)} nor the name of a class"
+            )
+        labels.append(number)
+    return labels
+
+
+def read_captions(column: Iterable[Any], separator: str | None, where: str) -> list[list[str]]:
+    """The captions of every row. ValueError names the first row that has none, or one that is empty or no text."""
+    captions = []
+    for row, value in enumerate(column):
+        texts = [value] if isinstance(value, str) else value
+        if separator is not None and isinstance(value, str):
+            texts = [text for text in value.split(separator) if text.strip()]
+        if not isinstance(texts, list) or not texts:
+            raise ValueError(f"{where}, row {row}: there is no caption, but {value!r:.80}")
+        for text in texts:
+            if not isinstance(text, str):
+                raise ValueError(f"{where}, row {row}: a caption is no text, but {text!r:.80}")
+            if not text.strip():
+                raise ValueError(
+                    f"{where}, row {row}: a caption is empty: leave it out, or the row if it has no other"
+                )
+        captions.append(texts)
+    return captions
+
+
+def _local(folder: Path | None, source: str, where: str) -> Path:
+    if folder is None or not folder.is_dir():
+        raise FileNotFoundError(
+            f"{where}: {source} has to be fetched and unpacked first; then --source NAME=FOLDER says where it lies"
+        )
+    return folder
+
+
+def _table(source: str, folder: Path | None, manifest: Manifest, where: str) -> datasets.Dataset:
+    data = manifest.data
+    remedy = f"a local copy is given with --source {manifest.name}=PATH or --data-dir DIR"
+    try:
+        if folder is None:
+            rows = datasets.load_dataset(source, data.config, split=data.split, revision=data.revision)
+        elif folder.is_file():
+            loader = {".jsonl": "json", ".tsv": "csv"}.get(folder.suffix, folder.suffix[1:])
+            if loader not in ("csv", "json", "parquet", "arrow"):
+                raise ValueError(
+                    f"{where}: {folder} is of an unknown kind: .parquet, .arrow, .csv, .tsv, .json and .jsonl are read"
+                )
+            options = {"sep": "\t"} if folder.suffix == ".tsv" else {}
+            rows = datasets.load_dataset(loader, data_files=str(folder), split="train", **options)
+        elif (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():  # written by save_to_disk
+            rows = datasets.load_from_disk(str(folder))
+            if isinstance(rows, datasets.DatasetDict):
+                if data.split not in rows:
+                    raise ValueError(f"{where}: {folder} has no split {data.split!r}; it has {', '.join(rows)}")
+                rows = rows[data.split]
+        else:
+            # A configuration is a name on the Hub; a local copy is what that configuration holds.
+            rows = datasets.load_dataset(str(folder), split=data.split)
+    except (OSError, datasets.exceptions.DatasetGenerationError) as error:
+        raise OSError(f"{where}: {source} cannot be read ({error}); {remedy}") from error
+    except ValueError as error:
+        raise (
+            error if str(error).startswith("benchmark") else ValueError(f"{where}: {source}: {error}; {remedy}")
+        ) from error
+    return rows
+
+
+def _caption_folder(folder: Path, manifest: Manifest) -> datasets.Dataset:
+    """Rows of `image/NAME.jpg` and `caption/NAME.txt`, sorted by name. Urban-1k is laid out like this."""
+    pictures = {path.stem: path for path in sorted((folder / "image").glob("*")) if path.suffix.lower() in PICTURES}
+    texts = {path.stem: path for path in (folder / "caption").glob("*.txt")}
+    alone = sorted(set(pictures) ^ set(texts))
+    if alone:
+        raise ValueError(
+            f"benchmark {manifest.name}: {folder} must hold a picture in image/ and a text in caption/ under every name, but "
+            f"{alone[0]!r} has only one of them"
+        )
+    names = list(pictures)
+    return datasets.Dataset.from_dict(
+        {
+            manifest.columns["image"]: [str(pictures[name]) for name in names],
+            manifest.columns["captions"]: [[texts[name].read_text(encoding="utf-8").strip()] for name in names],
+        }
+    )
+
+
+def _caption_file(folder: Path, manifest: Manifest) -> datasets.Dataset:
+    """Rows of a caption file whose picture names lie in `folder`; rows that name the same picture become one with all their captions."""
+    where = f"benchmark {manifest.name}"
+    file = Path(str(manifest.data.caption_file))
+    if not file.is_file():
+        raise FileNotFoundError(f"{where}: there is no file {file}")
+    image, captions = manifest.columns["image"], manifest.columns["captions"]
+    grouped: dict[str, list[Any]] = {}
+    for number, row in enumerate(_file_rows(file, where), 1):
+        for column in (image, captions):
+            if column not in row:
+                raise ValueError(
+                    f"{where}: {file}, row {number} has no column {column!r}; it has {', '.join(map(str, row))}"
+                )
+        path = folder / str(row[image])
+        if not path.is_file():
+            raise FileNotFoundError(f"{where}: {file}, row {number} names {row[image]!r}, which is not in {folder}")
+        value = row[captions]
+        grouped.setdefault(str(path), []).extend(value if isinstance(value, list) else [value])
+    return datasets.Dataset.from_dict({image: list(grouped), captions: list(grouped.values())})
+
+
+def _file_rows(file: Path, where: str) -> list[dict[str, Any]]:
+    try:
+        if file.suffix in (".csv", ".tsv"):
+            with open(file, encoding="utf-8-sig", newline="") as lines:
+                return list(csv.DictReader(lines, delimiter="\t" if file.suffix == ".tsv" else ","))
+        if file.suffix == ".jsonl":
+            return [json.loads(line) for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        if file.suffix == ".json":
+            rows = json.loads(file.read_text(encoding="utf-8-sig"))
+            if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+                raise ValueError("it holds no list of objects")
+            return rows
+        if file.suffix == ".parquet":
+            return datasets.Dataset.from_parquet(str(file)).to_list()
+    except (ValueError, csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{where}: {file} cannot be read: {error}") from error
+    raise ValueError(
+        f"{where}: {file} is of an unknown kind: captions are read from .csv, .tsv, .json, .jsonl and .parquet files"
+    )
+
+
+def _source_lines(name: str, data: OpenedData, where: str) -> list[str]:
+    """Lines of a file that lies beside the data: in its local folder, or in its repository on the Hub."""
+    if data.folder is None:
+        from huggingface_hub import hf_hub_download
+
+        path = Path(hf_hub_download(data.source, name, repo_type="dataset", revision=data.revision))
+    else:
+        path = (data.folder if data.folder.is_dir() else data.folder.parent) / name
+        if not path.is_file():
+            raise FileNotFoundError(f"{where}: there is no {path}, which names the classes")
+    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
