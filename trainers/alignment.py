@@ -1,68 +1,28 @@
-"""What both stages of ProCLIP's curriculum share: settings, the loss between student and teacher, exact resuming, and what is logged."""
+"""What both stages of ProCLIP's curriculum share: one batch's loss with or without cached gradients, exact resuming, and what is logged."""
 
-import logging
+import time
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import has_length
 
 from hub_cards import model_card
 from modeling_proclip import ProCLIPModel
 
+from .alignment_checks import check_store, set_input_statistics, train_only
+from .alignment_config import AlignmentConfig
+from .checkpoints import STATE_FILE, last_complete_checkpoint
 from .collators import DrawnCaptions
+from .gradient_caching import cached_backward
 from .losses import global_instance_alignment_loss, global_structure_alignment_loss
 from .training_record import training_record
-
-
-logger = logging.getLogger(__name__)
-
-# The file that Trainer writes last: a checkpoint with it is complete.
-_STATE_FILE = "trainer_state.json"
-
-
-@dataclass
-class AlignmentConfig(TrainingArguments):
-    """Fields and defaults that both stages share; see [`RepresentationInheritanceConfig`] and [`ContrastiveTuningConfig`]."""
-
-    learning_rate: float = 1e-5
-    lr_scheduler_type: str = "cosine"
-    weight_decay: float = 0.05
-    adam_beta2: float = 0.98
-    adam_epsilon: float = 1e-6
-    num_train_epochs: float = 4.0
-    dataloader_drop_last: bool = True
-    remove_unused_columns: bool = False
-    ddp_find_unused_parameters: bool | None = False
-    data_seed: int | None = None
-
-    reduction: str = "mean"
-    structure_distance: str = "squared"
-    lambda_ins: float | None = None
-    lambda_struct: float | None = None
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.data_seed is None:
-            # Else the order of the rows would come from whatever torch was seeded with last.
-            self.data_seed = self.seed
-        for name, choices in (("reduction", ("mean", "sum")), ("structure_distance", ("squared", "smooth_l1"))):
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(map(repr, choices))}, got {getattr(self, name)!r}."
-                )
-        for name in ("lambda_ins", "lambda_struct"):
-            if getattr(self, name) is not None and not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
-        if self.remove_unused_columns:
-            raise ValueError(
-                "remove_unused_columns=True would drop the captions, which the model's forward does not take: leave it False."
-            )
 
 
 class AlignmentTrainer(Trainer):
@@ -74,11 +34,26 @@ class AlignmentTrainer(Trainer):
     - An adapter that standardises its input and was not told how yet gets the statistics of the text store.
     - Checkpoints leave the LLM out, which takes no part; `train(resume_from_checkpoint=True)` goes on from the last *complete* one, to the
       same bits as a run that was not interrupted.
-    - The loss's parts are logged beside the loss, averaged over steps and processes as it is.
+    - With `gradient_caching_batch_size` a batch stays in the host's memory and goes through the model one micro-batch at a time; the
+      gradients are those of the whole batch.
+    - With `dataloader_drop_last=False` the last batch is smaller, on several processes too: what fills it up there does not count.
+    - The loss's parts are logged beside the loss, averaged over steps and processes as it is, and the samples a second.
     - Settings, steps and losses of the stage are kept in the model's configuration, and its card is rendered from them.
     """
 
     stage: str  # its name, on the card
+
+    def embed(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """The embeddings `(batch_size, projection_dim)` that are trained, of unit length, by the wrapped `model`."""
+        raise NotImplementedError
+
+    def embed_frozen(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """The embeddings `(batch_size, projection_dim)` that they are held against and that are not trained."""
+        raise NotImplementedError
+
+    def loss_of(self, embeds: tuple[torch.Tensor, ...], frozen: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """The loss `()` of the joined batch, in the sense that its mean over the processes is that, from this process's embeddings."""
+        raise NotImplementedError
 
     def __init__(
         self,
@@ -91,9 +66,16 @@ class AlignmentTrainer(Trainer):
         trained: Iterable[nn.Parameter],
         **kwargs: Any,
     ):
+        for name in ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func"):
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"{name} would not be called: the loss is this stage's own, and nothing is predicted of single rows. What is measured "
+                    "besides belongs into a TrainerCallback's on_evaluate, with trainers.evaluation."
+                )
         train_only(model, trained)
         self.rows = DrawnCaptions(train_dataset, args.seed)
         self._parts: dict[str, dict[str, list[torch.Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self._joined_rows = 0  # of the batch at hand, of all processes
         super().__init__(model=model, args=args, train_dataset=self.rows, eval_dataset=eval_dataset, **kwargs)
         # Trainer sets it on every model. It is no key of ours, and a checkpoint that holds it would be refused.
         model.config.__dict__.pop("use_cache", None)
@@ -107,22 +89,18 @@ class AlignmentTrainer(Trainer):
         # Each batch's loss is a mean, which Trainer divides by the number of accumulated batches, or a sum, which it must not.
         self.loss_is_scaled_for_ga = args.reduction == "sum"
         self.add_callback(_SetEpoch(self.rows))
+        self._speed = _Speed()
+        self.add_callback(self._speed)
 
     def _check_sizes(self) -> None:
         """A dataset shorter than one batch of all processes would, with its last batch dropped, be empty."""
         args = self.args
-        eval_datasets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
-        sizes = [("train_dataset", self.train_dataset, args.train_batch_size, "per_device_train_batch_size")]
-        sizes += [
-            ("eval_dataset", data, args.eval_batch_size, "per_device_eval_batch_size")
-            for data in eval_datasets.values()
-        ]
-        for name, dataset, batch_size, field in sizes:
-            needed = batch_size * args.world_size
-            if args.dataloader_drop_last and dataset is not None and len(dataset) < needed:
-                raise ValueError(
-                    f"{name} has {len(dataset)} rows, fewer than one batch of {needed} over all processes: lower {field}."
-                )
+        needed = args.train_batch_size * args.world_size
+        if args.dataloader_drop_last and has_length(self.train_dataset) and len(self.train_dataset) < needed:
+            raise ValueError(
+                f"train_dataset has {len(self.train_dataset)} rows, fewer than one batch of {needed} over all processes: lower "
+                "per_device_train_batch_size."
+            )
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """As Trainer, without what is no matrix: logit scale and class embedding, as in the published code."""
@@ -177,13 +155,84 @@ class AlignmentTrainer(Trainer):
         if self.args.should_save:
             # One left by an earlier run in the same folder would make this checkpoint look complete while it is written.
             folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
-            (folder / _STATE_FILE).unlink(missing_ok=True)
+            (folder / STATE_FILE).unlink(missing_ok=True)
         super()._save_checkpoint(model, trial)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         # Every process has written its file before the first one writes the last file of the checkpoint.
         self.accelerator.wait_for_everyone()
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As Trainer; with gradient caching its batches stay in the host's memory."""
+        placement = self.accelerator.device_placement
+        self.accelerator.device_placement = placement and self.args.gradient_caching_batch_size is None
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.accelerator.device_placement = placement
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """As Trainer, of all rows: `dataloader_drop_last` is for training."""
+        drop_last = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
+    def _real_rows(self, rows: int) -> int:
+        """
+        How many of this process's `rows` are no repetitions, with the number of all processes' in `_joined_rows`. accelerate fills a last
+        batch that is not dropped up with rows from the beginning, so that every process has as many as the others.
+        """
+        loaders, world_size = self.accelerator.gradient_state, self.args.world_size
+        self._joined_rows = rows * world_size
+        dropped = self.model.training and self.args.dataloader_drop_last
+        if world_size == 1 or dropped or not loaders.in_dataloader or not loaders.end_of_dataloader:
+            return rows
+        # Not accelerate's `remainder`, which is unset after resuming in the middle of an epoch.
+        self._joined_rows = len(loaders.active_dataloader.dataset) % self._joined_rows or self._joined_rows
+        return min(max(self._joined_rows - self.args.process_index * rows, 0), rows)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """The loss `()` of a batch, and with `return_outputs` the embeddings of `embed` and `embed_frozen`."""
+        frozen, embeds = self.embed_frozen(model, inputs), self.embed(model, inputs)
+        real = self._real_rows(len(embeds[0]))
+        embeds, frozen = tuple(side[:real] for side in embeds), tuple(side[:real] for side in frozen)
+        loss = self.loss_of(embeds, frozen)
+        return (loss, (*embeds, *frozen)) if return_outputs else loss
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """As Trainer; with gradient caching by [`cached_backward`]."""
+        size = self.args.gradient_caching_batch_size
+        rows = len(next(iter(inputs.values())))
+        if size is None or rows <= size:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        parts = [dict(zip(inputs, part, strict=True)) for part in zip(*(side.split(size) for side in inputs.values()))]
+        with torch.no_grad(), self.accelerator.autocast():
+            of_parts = [self.embed_frozen(model, self._prepare_inputs(part)) for part in parts]
+        real = self._real_rows(rows)
+        frozen = tuple(torch.cat(side)[:real] for side in zip(*of_parts, strict=True))
+        return cached_backward(
+            lambda part: self.embed(model, self._prepare_inputs(part)),
+            parts,
+            lambda *embeds: self.loss_of(tuple(side[:real] for side in embeds), frozen),
+            accelerator=self.accelerator,
+            model=model,
+        )
 
     def prediction_step(
         self,
@@ -192,30 +241,37 @@ class AlignmentTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor, None, None]:
-        """The loss of an evaluation batch `()`, and no predictions: [`trainers.evaluation`] has the metrics."""
+        """The loss `()` of an evaluation batch, the same on all processes, and no predictions."""
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, self._prepare_inputs(inputs))
-        return loss.detach(), None, None
+        return self.accelerator.reduce(loss.detach(), reduction="mean"), None, None
 
     def record(self, **parts: torch.Tensor) -> None:
         """Keep parts `()` of this batch's loss for the next log."""
         mode = "train" if self.model.training else "eval"
+        # As Trainer weighs the losses: training's by steps, evaluation's by rows.
+        weight = 1 if self.model.training else self._joined_rows
         for name, value in parts.items():
-            self._parts[mode][name].append(value.detach().float())
+            self._parts[mode][name].append(
+                torch.stack([value.detach().float() * weight, value.new_tensor(weight).float()])
+            )
 
     def _mean_parts(self, mode: str) -> dict[str, float]:
         if not self._parts[mode]:
             return {}
-        means = torch.stack([torch.stack(values).mean() for values in self._parts[mode].values()])
-        means = self.accelerator.reduce(means, reduction="mean").tolist()
+        sums = torch.stack([torch.stack(values).sum(0) for values in self._parts[mode].values()])
+        means = self.accelerator.reduce(sums[:, 0] / sums[:, 1], reduction="mean").tolist()
         names = list(self._parts[mode])
         self._parts[mode].clear()
         return dict(zip(names, means, strict=True))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As Trainer, with the parts of the training loss since the last log."""
+        """As Trainer, with the parts of the training loss and the samples a second since the last log."""
         if "loss" in logs:
             logs.update(self._mean_parts("train"))
+            args = self.args
+            rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            logs["samples_per_second"] = round(rows * self._speed.steps_per_second(self.state.global_step), 3)
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
@@ -232,6 +288,35 @@ class _SetEpoch(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.rows.set_epoch(int(state.epoch or 0))
+
+
+class _Speed(TrainerCallback):
+    """Steps a second since the last log, without what evaluation and saving took."""
+
+    def __init__(self):
+        self._start = self._pause = 0.0
+        self._step = 0
+
+    def steps_per_second(self, step: int) -> float:
+        """Up to `step`, since this was asked last."""
+        now = time.perf_counter()
+        speed = (step - self._step) / (now - self._start)
+        self._start, self._step = now, step
+        return speed
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._start, self._step = time.perf_counter(), state.global_step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._pause = time.perf_counter()
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        now = time.perf_counter()
+        self._start += now - max(self._start, self._pause)
+        self._pause = now
+
+    def on_save(self, args, state, control, **kwargs):
+        self.on_evaluate(args, state, control)
 
 
 def unit(embeds: torch.Tensor) -> torch.Tensor:
@@ -263,56 +348,3 @@ def distillation_loss(
         )
         loss = loss + args.lambda_struct * parts["structure_loss"]
     return loss, parts
-
-
-def train_only(model: nn.Module, trained: Iterable[nn.Parameter]) -> None:
-    """
-    Freeze all of `model` but the `trained` parameters.
-
-    Raises:
-        ValueError: If one of these is in half precision, where steps as small as the learning rate's are lost to rounding.
-    """
-    model.requires_grad_(False)
-    for parameter in trained:
-        parameter.requires_grad_(True)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
-            raise ValueError(
-                f"{name} is to be trained but is {parameter.dtype}: the small steps of training would be lost to rounding. Load the model with "
-                "dtype=torch.float32 (or dtype={'vision_config': torch.float32, 'text_config': ...}) or call .float() on it; bf16=True in "
-                "the trainer's arguments computes in half precision all the same."
-            )
-
-
-def check_store(name: str, store: Any, size: int, rows: DrawnCaptions, remedy: str) -> None:
-    """Look a caption of `rows` up. Raises KeyError if the store does not have it, ValueError if its embeddings are not of `size`."""
-    found = store.lookup([rows[0]["text"]]).shape[1]
-    if found != size:
-        raise ValueError(f"{name} holds embeddings of size {found}, but this model needs {size}: {remedy}")
-
-
-def set_input_statistics(model: ProCLIPModel, text_store: Any) -> None:
-    """Give an adapter that standardises its input and was not told how yet the mean and deviation of the text store."""
-    adapter = model.text_adapter
-    if model.config.adapter_input_norm != "standardize" or adapter.input_mean.any() or (adapter.input_std != 1).any():
-        return
-    adapter.set_input_statistics(*text_store.statistics())
-    logger.warning("The adapter's input statistics were unset; they are now those of the text store.")
-
-
-def last_complete_checkpoint(output_dir: str | Path) -> str:
-    """
-    The checkpoint of the most steps in `output_dir` that was written to its end.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    steps = {int(folder.name.split("-")[1]): folder for folder in Path(output_dir).glob("checkpoint-[0-9]*")}
-    for step in sorted(steps, reverse=True):
-        try:
-            TrainerState.load_from_json(str(steps[step] / _STATE_FILE))
-        except (OSError, ValueError):
-            logger.warning(f"{steps[step]} was not written to its end; looking for the one before it.")
-        else:
-            return str(steps[step])
-    raise ValueError(f"{output_dir} holds no complete checkpoint to resume from: leave resume_from_checkpoint out.")

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .alignment import AlignmentConfig
+from .alignment_config import AlignmentConfig
 
 
 # ProCLIP, arXiv 2510.18795, Table 8: one weight for L_reg, on sums over 512 pairs a device.

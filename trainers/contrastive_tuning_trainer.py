@@ -87,28 +87,35 @@ class ContrastiveTuningTrainer(AlignmentTrainer):
         self.ema = EMATeacher(model, args.ema_decay) if args.lambda_ins or args.lambda_struct else None
         self.add_callback(_AfterStep(self))
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, torch.Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
-        """L_stage2 of `pixel_values (batch_size, 3, height, width)` and `llm_embeds (batch_size, hidden_size)`, row by row pairs: `()`."""
+    def embed(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """v of `pixel_values (batch_size, 3, height, width)` and t of `llm_embeds (batch_size, hidden_size)`; t alone if E_I is frozen."""
+        if self.args.freeze_vision:
+            return (unit(model(llm_embeds=batch["llm_embeds"]).text_model_output.pooler_output),)
+        outputs = model(pixel_values=batch["pixel_values"], llm_embeds=batch["llm_embeds"])
+        return unit(outputs.vision_model_output.pooler_output), unit(outputs.text_model_output.pooler_output)
+
+    def embed_frozen(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """v if E_I is frozen; v* of the EMA teacher, if there is one."""
         if self.args.freeze_vision:
             self.model.vision_model.eval()  # Trainer puts all in training mode, and batch norms would go on learning
-        outputs = model(pixel_values=inputs["pixel_values"], llm_embeds=inputs["llm_embeds"])
-        images, texts = unit(outputs.vision_model_output.pooler_output), unit(outputs.text_model_output.pooler_output)
+            with torch.no_grad():
+                return (unit(model(pixel_values=batch["pixel_values"]).vision_model_output.pooler_output),)
+        if self.ema is None:
+            return ()
+        with self.accelerator.autocast():
+            return (self.ema.embed(batch["pixel_values"]),)
+
+    def loss_of(self, embeds: tuple[torch.Tensor, ...], frozen: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """L_stage2."""
+        images, texts = (*frozen, *embeds) if self.args.freeze_vision else embeds
         logit_scale = self.model.logit_scale.exp()
         loss = global_info_nce_loss(images, texts, logit_scale)
         self.record(info_nce_loss=loss, logit_scale=logit_scale)
         if self.ema is not None:
-            with self.accelerator.autocast():
-                teacher = self.ema.embed(inputs["pixel_values"])
-            distillation, parts = distillation_loss(images, teacher, self.args)
+            distillation, parts = distillation_loss(images, *frozen, self.args)
             loss = loss + distillation
             self.record(**parts)
-        return (loss, outputs) if return_outputs else loss
+        return loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As Trainer, with the text adapter in groups of its own if `adapter_learning_rate` is given."""

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .alignment import AlignmentConfig
+from .alignment_config import AlignmentConfig
 
 
 @dataclass

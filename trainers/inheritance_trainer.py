@@ -7,7 +7,8 @@ from torch import nn
 
 from modeling_proclip import ProCLIPModel
 
-from .alignment import AlignmentTrainer, check_store, distillation_loss, unit
+from .alignment import AlignmentTrainer, distillation_loss, unit
+from .alignment_checks import check_store
 from .collators import InheritanceCollator
 from .inheritance_config import RepresentationInheritanceConfig
 
@@ -77,16 +78,16 @@ class RepresentationInheritanceTrainer(AlignmentTrainer):
             "build it with the CLIP whose image encoder this model has, by `proclip embed`.",
         )
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, torch.Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
-        """L_stage1 of `llm_embeds (batch_size, hidden_size)` and `teacher_embeds (batch_size, projection_dim)`: `()`."""
-        outputs = model(llm_embeds=inputs["llm_embeds"])
-        student, teacher = unit(outputs.text_model_output.pooler_output), unit(inputs["teacher_embeds"])
-        loss, parts = distillation_loss(student, teacher, self.args)
+    def embed(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """t of `llm_embeds (batch_size, hidden_size)`."""
+        return (unit(model(llm_embeds=batch["llm_embeds"]).text_model_output.pooler_output),)
+
+    def embed_frozen(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """e, which is `teacher_embeds (batch_size, projection_dim)`."""
+        return (unit(batch["teacher_embeds"]),)
+
+    def loss_of(self, embeds: tuple[torch.Tensor, ...], frozen: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """L_stage1."""
+        loss, parts = distillation_loss(*embeds, *frozen, self.args)
         self.record(**parts)
-        return (loss, outputs) if return_outputs else loss
+        return loss

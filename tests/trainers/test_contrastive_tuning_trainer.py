@@ -57,8 +57,9 @@ def test_a_frozen_image_encoder_is_in_eval_mode(tmp_path):
     expected = model.eval()(pixel_values=pixels).image_embeds
     trainer = tuning_trainer(tmp_path, model, method="lit")
     model.train()
-    _, outputs = trainer.compute_loss(model, trainer.data_collator(picture_rows(6)), return_outputs=True)
-    assert torch.equal(outputs.image_embeds, expected)
+    _, (texts, images) = trainer.compute_loss(model, trainer.data_collator(picture_rows(6)), return_outputs=True)
+    assert torch.equal(images, expected)
+    assert texts.requires_grad and not images.requires_grad
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -215,7 +216,8 @@ def test_eval_loss(tmp_path):
     metrics = trainer.evaluate()
     batches = [trainer.data_collator(picture_rows()[start : start + 6]) for start in (0, 6)]
     losses = [trainer.model(**batch, return_loss=True).loss.item() for batch in batches]
-    assert metrics["eval_loss"] == metrics["eval_info_nce_loss"] == pytest.approx(sum(losses) / 2, rel=1e-5)
+    expected = pytest.approx(sum(losses) / 2, rel=1e-5)
+    assert metrics["eval_loss"] == expected and metrics["eval_info_nce_loss"] == expected
 
 
 def test_a_checkpoint_loads_without_the_llm_and_carries_the_processor(tmp_path):

@@ -86,10 +86,11 @@ COMMON = {
     "disable_tqdm": True,
     "seed": 7,
 }
+_OF_TRAINER = ("text_store", "teacher_store", "eval_dataset", "processing_class", "compute_metrics", "callbacks")
 
 
 def inheritance_trainer(folder: Path | str, model: ProCLIPModel | None = None, rows=None, **settings):
-    keywords = {key: settings.pop(key) for key in ("text_store", "teacher_store", "eval_dataset") if key in settings}
+    keywords = {key: settings.pop(key) for key in _OF_TRAINER if key in settings}
     keywords = {"text_store": TEXT_STORE, "teacher_store": TEACHER_STORE, **keywords}
     args = RepresentationInheritanceConfig(str(folder), **{**COMMON, **settings})
     return RepresentationInheritanceTrainer(
@@ -98,8 +99,7 @@ def inheritance_trainer(folder: Path | str, model: ProCLIPModel | None = None, r
 
 
 def tuning_trainer(folder: Path | str, model: ProCLIPModel | None = None, rows=None, **settings):
-    names = ("text_store", "eval_dataset", "processing_class")
-    keywords = {key: settings.pop(key) for key in names if key in settings}
+    keywords = {key: settings.pop(key) for key in _OF_TRAINER if key in settings}
     keywords = {"text_store": TEXT_STORE, **keywords}
     args = ContrastiveTuningConfig(str(folder), **{**COMMON, **settings})
     return ContrastiveTuningTrainer(
@@ -132,6 +132,21 @@ def changed_parameters(before: dict[str, torch.Tensor], model: ProCLIPModel) -> 
 
 def copy_state(model: ProCLIPModel) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def training_state(trainer) -> dict[str, torch.Tensor]:
+    """All tensors that training has moved: model, optimizer and EMA teacher."""
+    state = copy_state(trainer.model)
+    for i, moments in trainer.optimizer.state_dict()["state"].items():
+        state |= {f"optimizer.{i}.{name}": value for name, value in moments.items()}
+    if getattr(trainer, "ema", None) is not None:
+        state |= {f"ema.{name}": value for name, value in trainer.ema.averaged.state_dict().items()}
+    return state
+
+
+def assert_same_bits(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(actual[name], expected[name])] == []
 
 
 # Four steps an epoch, a checkpoint in the middle of each. Dropout makes the result depend on the random state too.

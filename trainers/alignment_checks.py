@@ -1,0 +1,50 @@
+"""What is made sure of before a training begins: what is trained, and that the stores of embeddings fit."""
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from modeling_proclip import ProCLIPModel
+
+from .collators import DrawnCaptions
+
+
+logger = logging.getLogger(__name__)
+
+
+def train_only(model: nn.Module, trained: Iterable[nn.Parameter]) -> None:
+    """
+    Freeze all of `model` but the `trained` parameters.
+
+    Raises:
+        ValueError: If one of these is in half precision, where steps as small as the learning rate's are lost to rounding.
+    """
+    model.requires_grad_(False)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(
+                f"{name} is to be trained but is {parameter.dtype}: the small steps of training would be lost to rounding. Load the model with "
+                "dtype=torch.float32 (or dtype={'vision_config': torch.float32, 'text_config': ...}) or call .float() on it; bf16=True in "
+                "the trainer's arguments computes in half precision all the same."
+            )
+
+
+def check_store(name: str, store: Any, size: int, rows: DrawnCaptions, remedy: str) -> None:
+    """Look a caption of `rows` up. Raises KeyError if the store does not have it, ValueError if its embeddings are not of `size`."""
+    found = store.lookup([rows[0]["text"]]).shape[1]
+    if found != size:
+        raise ValueError(f"{name} holds embeddings of size {found}, but this model needs {size}: {remedy}")
+
+
+def set_input_statistics(model: ProCLIPModel, text_store: Any) -> None:
+    """Give an adapter that standardises its input and was not told how yet the mean and deviation of the text store."""
+    adapter = model.text_adapter
+    if model.config.adapter_input_norm != "standardize" or adapter.input_mean.any() or (adapter.input_std != 1).any():
+        return
+    adapter.set_input_statistics(*text_store.statistics())
+    logger.warning("The adapter's input statistics were unset; they are now those of the text store.")

@@ -1,0 +1,61 @@
+"""Settings that both stages of ProCLIP's curriculum share."""
+
+from dataclasses import dataclass
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class AlignmentConfig(TrainingArguments):
+    """Fields and defaults that both stages share; see [`RepresentationInheritanceConfig`] and [`ContrastiveTuningConfig`]."""
+
+    learning_rate: float = 1e-5
+    lr_scheduler_type: str = "cosine"
+    weight_decay: float = 0.05
+    adam_beta2: float = 0.98
+    adam_epsilon: float = 1e-6
+    num_train_epochs: float = 4.0
+    dataloader_drop_last: bool = True
+    remove_unused_columns: bool = False
+    ddp_find_unused_parameters: bool | None = False
+    data_seed: int | None = None
+
+    reduction: str = "mean"
+    structure_distance: str = "squared"
+    lambda_ins: float | None = None
+    lambda_struct: float | None = None
+    gradient_caching_batch_size: int | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.data_seed is None:
+            # Else the order of the rows would come from whatever torch was seeded with last.
+            self.data_seed = self.seed
+        for name, choices in (("reduction", ("mean", "sum")), ("structure_distance", ("squared", "smooth_l1"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(map(repr, choices))}, got {getattr(self, name)!r}."
+                )
+        for name in ("lambda_ins", "lambda_struct"):
+            if getattr(self, name) is not None and not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+        if self.gradient_caching_batch_size is not None and self.gradient_caching_batch_size < 1:
+            raise ValueError(
+                f"gradient_caching_batch_size must be the rows of a micro-batch, at least 1, or None for none; it is "
+                f"{self.gradient_caching_batch_size}."
+            )
+        if self.gradient_caching_batch_size is not None and self.gradient_accumulation_steps > 1:
+            raise ValueError(
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps} with gradient_caching_batch_size="
+                f"{self.gradient_caching_batch_size}: a cached step has one whole batch, per_device_train_batch_size, which may be as large "
+                "as you like; leave gradient_accumulation_steps at 1."
+            )
+        if not self.dataloader_drop_last and self.world_size > 1 and not self.accelerator_config.even_batches:
+            raise ValueError(
+                "even_batches=False with dataloader_drop_last=False: some processes would have no last batch and the others would wait for "
+                "them. Leave even_batches True: what it repeats to fill the last batch does not count in the loss."
+            )
+        if self.remove_unused_columns:
+            raise ValueError(
+                "remove_unused_columns=True would drop the captions, which the model's forward does not take: leave it False."
+            )
