@@ -111,13 +111,13 @@ def text_to_image_outcomes(ranks: np.ndarray, text_to_image: np.ndarray, k: int)
     return Outcomes(hits.astype(np.int64), trials)
 
 
-def resample(outcomes: Sequence[Outcomes], resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
+def resample(outcomes: Sequence[Outcomes], resamples: int = RESAMPLES, seed: int | Sequence[int] = 0) -> np.ndarray:
     """Scores on resampled items: the same items for every entry of `outcomes`.
 
     Args:
         outcomes: of several models and tasks on the same items, so all of one length. Where several have strata, they are the same.
         resamples: how many.
-        seed: of the draws.
+        seed: of the draws, as `numpy.random.default_rng` takes it.
 
     Returns:
         `(resamples, len(outcomes))` float64 fractions.
