@@ -1,0 +1,142 @@
+"""Reads the results folders that `proclip evaluate` writes, and pairs two of them for the verdict."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from ..bootstrap import (
+    Outcomes,
+    accuracy_outcomes,
+    image_to_text_outcomes,
+    mean_per_class_outcomes,
+    text_to_image_outcomes,
+)
+from ..verdict import Task
+
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Results:
+    """One model's results.
+
+    Attributes:
+        folder: where they were read from.
+        content: what results.json holds.
+    """
+
+    folder: Path
+    content: dict[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path) -> "Results":
+        """Read `folder/results.json`.
+
+        Raises:
+            ValueError: if it is missing, broken, or of another format.
+        """
+        path = folder / "results.json"
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise ValueError(f"there is no {path}: run `proclip evaluate` with --output-dir first") from error
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not JSON ({error}): evaluate again") from error
+        if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION:
+            raise ValueError(f"{path} is not of format {FORMAT_VERSION}, the one that this version reads: evaluate again")
+        for key in ("model", "tasks"):
+            if key not in content:
+                raise ValueError(f"{path} has no {key!r}: evaluate again")
+        return cls(folder, content)
+
+    @property
+    def name(self) -> str:
+        return str(self.content["model"]["name"])
+
+    @property
+    def tasks(self) -> dict[str, dict[str, Any]]:
+        """The tasks by name, in their order."""
+        return {task["name"]: task for task in self.content["tasks"]}
+
+    def items(self, task: str) -> dict[str, np.ndarray]:
+        """The outcomes of each item of `task`; empty if none were kept.
+
+        Raises:
+            ValueError: if results.json names a file that is missing or broken.
+        """
+        file = self.tasks[task].get("items_file")
+        if file is None:
+            return {}
+        path = self.folder / file
+        try:
+            return load_file(path)
+        except Exception as error:  # safetensors has an error class of its own, and the file may be missing
+            raise ValueError(f"{path} cannot be read ({error}): evaluate {task!r} again") from error
+
+    def outcomes(self, task: str) -> dict[str, Outcomes]:
+        """Metric -> outcomes of the items, for the metrics of `task` that the report shows; empty for a task without items."""
+        entry, items = self.tasks[task], self.items(task)
+        if not items:
+            return {}
+        try:
+            if "i2t_rank" in items:
+                ranks, index = items["t2i_rank"], items["text_to_image"]
+                return {
+                    "i2t_r@1": image_to_text_outcomes(items["i2t_rank"], 1),
+                    "t2i_r@1": text_to_image_outcomes(ranks, index, 1),
+                }
+            if entry["metric"] == "mean_per_class":
+                return {"mean_per_class": mean_per_class_outcomes(items["correct"], items["label"])}
+            return {entry["metric"]: accuracy_outcomes(items["correct"])}
+        except KeyError as error:
+            raise ValueError(f"{self.folder / entry['items_file']} has no {error}: evaluate {task!r} again") from error
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """What two results have in common.
+
+    Attributes:
+        tasks: scores of both, ready for the verdict.
+        left_out: task -> why it is not compared.
+    """
+
+    tasks: list[Task]
+    left_out: dict[str, str]
+
+
+def pair(model: Results, baseline: Results) -> Pairing:
+    """Pairs the tasks that both were scored on, with the same data and the same items.
+
+    Raises:
+        ValueError: if a file of either is broken.
+    """
+    tasks: list[Task] = []
+    left_out: dict[str, str] = {}
+    for name, entry in model.tasks.items():
+        other = baseline.tasks.get(name)
+        if other is None:
+            left_out[name] = f"{baseline.name} was not scored on it"
+            continue
+        dataset, other_dataset = entry["dataset"], other["dataset"]
+        if dataset["fingerprint"] != other_dataset["fingerprint"]:
+            left_out[name] = "the two were scored on different data (their fingerprints differ)"
+            continue
+        own, others = model.outcomes(name), baseline.outcomes(name)
+        if not own or not others:
+            left_out[name] = "it has no outcomes by item, so no interval"
+            continue
+        for metric in own:
+            if metric not in others:
+                left_out[name] = f"{baseline.name} has another metric for it"
+                continue
+            tasks.append(Task(name, metric, entry["group"], own[metric], others[metric], dataset["fingerprint"]))
+    for name in baseline.tasks:
+        if name not in model.tasks:
+            left_out[name] = f"{model.name} was not scored on it"
+    return Pairing(tasks, left_out)
