@@ -36,7 +36,7 @@ AREAS = {
     "fine_grained": "fine-grained understanding",
     "caption_retrieval": "caption-to-caption retrieval",
 }
-KNOWLEDGE, RETRIEVAL, PROBE = "zero-shot classification", "retrieval", "linear probe"
+KNOWLEDGE, PROBE = "zero-shot classification", "linear probe"
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,11 @@ class Verdict:
     seed: int
 
 
+def area_of(group: str) -> str:
+    """The area in which the tasks of `group` are averaged."""
+    return AREAS.get(group, group.replace("_", " "))
+
+
 def decide(difference: Interval, num_items: int, margin: float = MARGIN) -> str:
     """ "gained", "kept", "lost" or "undecided", by the rules at the top of this file."""
     if num_items < MIN_ITEMS:
@@ -118,7 +123,7 @@ def decide(difference: Interval, num_items: int, margin: float = MARGIN) -> str:
 
 def describe(change: Change, margin: float = MARGIN) -> str:
     """A decision in words, such as "lost 3.1 to 5.4 points", with the ends of the interval rounded outwards to a tenth of a point."""
-    low, high = _floor_points(change.difference.low), _ceil_points(change.difference.high)
+    low, high = floor_points(change.difference.low), ceil_points(change.difference.high)
     if change.num_items < MIN_ITEMS:
         return f"not decided: {change.num_items} items are too few"
     if change.decision == "gained":
@@ -128,7 +133,17 @@ def describe(change: Change, margin: float = MARGIN) -> str:
         return f"kept: {min(max(0.0, -low), 100 * margin):.1f} points lost at most"
     if change.decision == "lost":
         return f"lost {max(0.0, -high):.1f} to {-low:.1f} points"
-    return f"not decided by this data: anything from {-low:.1f} points lost to {max(0.0, high):.1f} gained"
+    return f"not decided by this data: between {-low:.1f} points lost and {max(0.0, high):.1f} gained"
+
+
+def floor_points(fraction: float) -> float:
+    """Points of a fraction, rounded down to a tenth; 1e-9 is rounding of the floats themselves."""
+    return math.floor(1000 * fraction + 1e-9) / 10
+
+
+def ceil_points(fraction: float) -> float:
+    """Points of a fraction, rounded up to a tenth."""
+    return math.ceil(1000 * fraction - 1e-9) / 10
 
 
 def compare(
@@ -170,7 +185,7 @@ def compare(
         )
         for i, task in enumerate(tasks)
     ]
-    areas = [AREAS.get(task.group, task.group.replace("_", " ")) for task in tasks]
+    areas = [area_of(task.group) for task in tasks]
     ordered = sorted(dict.fromkeys(areas), key=[*dict.fromkeys(AREAS.values()), *areas].index)
     averages = []
     for area in ordered:
@@ -219,8 +234,8 @@ def _answer(average: Change | None, tasks: list[Change], margin: float) -> tuple
         return "yes", f"Yes. Zero-shot classification {on_average}{_mean_of(tasks)}."
     if average.decision == "undecided":
         if lost:
-            return "partly", f"In part. {_sentence(of)} lost; the average is {on_average}."
-        return "undecided", f"Undecided. Zero-shot classification: {on_average}."
+            return "partly", f"In part. {_sentence(of)} lost; their average is {on_average}."
+        return "undecided", f"Undecided. Zero-shot classification is {on_average}{_mean_of(tasks)}."
     if lost:
         return "partly", f"In part. Zero-shot classification {on_average}{_mean_of(tasks)}, but {of} lost."
     return "no", f"No. Zero-shot classification {on_average}{_mean_of(tasks)}."
@@ -307,12 +322,3 @@ def _mean_of(tasks: list[Change]) -> str:
 
 def _sentence(words: str) -> str:
     return words[0].upper() + words[1:]
-
-
-def _floor_points(fraction: float) -> float:
-    """Points of a fraction, rounded down to a tenth; 1e-9 is rounding of the floats themselves."""
-    return math.floor(1000 * fraction + 1e-9) / 10
-
-
-def _ceil_points(fraction: float) -> float:
-    return math.ceil(1000 * fraction - 1e-9) / 10

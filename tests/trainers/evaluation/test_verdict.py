@@ -34,8 +34,8 @@ def change(low: float, high: float, num_items: int = 100) -> Change:
         (-0.0099, -0.002, "kept", "kept: 1.0 points lost at most"),
         (-0.0101, -0.002, "lost", "lost 0.2 to 1.1 points"),
         (-0.123, -0.0456, "lost", "lost 4.5 to 12.3 points"),
-        (-0.0101, 0.0, "undecided", "not decided by this data: anything from 1.1 points lost to 0.0 gained"),
-        (-0.2, 0.1234, "undecided", "not decided by this data: anything from 20.0 points lost to 12.4 gained"),
+        (-0.0101, 0.0, "undecided", "not decided by this data: between 1.1 points lost and 0.0 gained"),
+        (-0.2, 0.1234, "undecided", "not decided by this data: between 20.0 points lost and 12.4 gained"),
     ],
 )
 def test_decisions_and_words_by_the_rules(low, high, decision, words):

@@ -15,10 +15,8 @@ from ..bootstrap import (
     mean_per_class_outcomes,
     text_to_image_outcomes,
 )
+from ..results import read_results
 from ..verdict import Task
-
-
-FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -35,24 +33,8 @@ class Results:
 
     @classmethod
     def read(cls, folder: Path) -> "Results":
-        """Read `folder/results.json`.
-
-        Raises:
-            ValueError: if it is missing, broken, or of another format.
-        """
-        path = folder / "results.json"
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise ValueError(f"there is no {path}: run `proclip evaluate` with --output-dir first") from error
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not JSON ({error}): evaluate again") from error
-        if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION:
-            raise ValueError(f"{path} is not of format {FORMAT_VERSION}, the one that this version reads: evaluate again")
-        for key in ("model", "tasks"):
-            if key not in content:
-                raise ValueError(f"{path} has no {key!r}: evaluate again")
-        return cls(folder, content)
+        """Read `folder/results.json`. FileNotFoundError or ValueError as [`read_results`]."""
+        return cls(folder, read_results(folder))
 
     @property
     def name(self) -> str:
@@ -78,6 +60,16 @@ class Results:
         except Exception as error:  # safetensors has an error class of its own, and the file may be missing
             raise ValueError(f"{path} cannot be read ({error}): evaluate {task!r} again") from error
 
+    def examples(self) -> list[dict[str, Any]]:
+        """The retrieval examples that were kept; empty if none were."""
+        path = self.folder / "examples.json"
+        if not path.is_file():
+            return []
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not JSON ({error}): evaluate again") from error
+
     def outcomes(self, task: str) -> dict[str, Outcomes]:
         """Metric -> outcomes of the items, for the metrics of `task` that the report shows; empty for a task without items."""
         entry, items = self.tasks[task], self.items(task)
@@ -86,9 +78,11 @@ class Results:
         try:
             if "i2t_rank" in items:
                 ranks, index = items["t2i_rank"], items["text_to_image"]
+                caption_names = ("first_to_second_r@1", "second_to_first_r@1")
+                first, second = caption_names if entry["kind"] == "caption_retrieval" else ("i2t_r@1", "t2i_r@1")
                 return {
-                    "i2t_r@1": image_to_text_outcomes(items["i2t_rank"], 1),
-                    "t2i_r@1": text_to_image_outcomes(ranks, index, 1),
+                    first: image_to_text_outcomes(items["i2t_rank"], 1),
+                    second: text_to_image_outcomes(ranks, index, 1),
                 }
             if entry["metric"] == "mean_per_class":
                 return {"mean_per_class": mean_per_class_outcomes(items["correct"], items["label"])}
@@ -120,6 +114,8 @@ def pair(model: Results, baseline: Results) -> Pairing:
     left_out: dict[str, str] = {}
     for name, entry in model.tasks.items():
         other = baseline.tasks.get(name)
+        if entry["kind"] == "cka":  # compares the two models by itself
+            continue
         if other is None:
             left_out[name] = f"{baseline.name} was not scored on it"
             continue
@@ -135,7 +131,9 @@ def pair(model: Results, baseline: Results) -> Pairing:
             if metric not in others:
                 left_out[name] = f"{baseline.name} has another metric for it"
                 continue
-            tasks.append(Task(name, metric, entry["group"], own[metric], others[metric], dataset["fingerprint"]))
+            # Tasks on the same pictures, such as the languages of one benchmark, are resampled together.
+            pictures = dataset.get("images_fingerprint") or dataset["fingerprint"]
+            tasks.append(Task(name, metric, entry["group"], own[metric], others[metric], pictures))
     for name in baseline.tasks:
         if name not in model.tasks:
             left_out[name] = f"{model.name} was not scored on it"
