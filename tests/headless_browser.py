@@ -50,7 +50,9 @@ def find_browser() -> str:
     for name in BROWSERS:
         if path := shutil.which(name):
             return path
-    message = f"no browser found (looked for {', '.join(BROWSERS)}): install Debian's package chromium to run this test"
+    message = (
+        f"no browser found (looked for {', '.join(BROWSERS)}): install Debian's package chromium to run this test"
+    )
     if os.environ.get("CI") or os.environ.get("PROCLIP_REQUIRE_BROWSER"):
         pytest.fail(message)
     pytest.skip(message)

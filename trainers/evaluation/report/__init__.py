@@ -8,7 +8,7 @@ from trainers.data.store_files import write_file
 
 from ..verdict import MARGIN
 from .build import build_report
-from .pairing import Results
+from .pairing import ModelResults
 from .render import render
 
 
@@ -39,8 +39,8 @@ def write_report(
     if models is None:
         models = [output_dir]
         baseline = output_dir / "baseline" if (output_dir / "baseline" / "results.json").is_file() else None
-    results = [Results.read(Path(folder)) for folder in models]
-    report = build_report(results, Results.read(Path(baseline)) if baseline else None, margin=margin)
+    results = [ModelResults.read(Path(folder)) for folder in models]
+    report = build_report(results, ModelResults.read(Path(baseline)) if baseline else None, margin=margin)
     html = render(report, results[0].examples())
     output_dir.mkdir(parents=True, exist_ok=True)
     write_file(output_dir / "report.json", (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode("utf-8"))

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..bootstrap import Interval, score_interval
 from ..verdict import CONFIDENCE, MARGIN, RESAMPLES, Change, Verdict, area_of, compare, describe
-from .pairing import Results, pair
+from .pairing import ModelResults, pair
 
 
 REPORT_VERSION = 1
@@ -27,8 +27,8 @@ COVERAGE = {
 
 
 def build_report(
-    models: Sequence[Results],
-    baseline: Results | None,
+    models: Sequence[ModelResults],
+    baseline: ModelResults | None,
     *,
     margin: float = MARGIN,
     confidence: float = CONFIDENCE,
@@ -93,7 +93,7 @@ def _change(change: Change, margin: float) -> dict[str, Any]:
     return {**asdict(change), "area": area_of(change.group), "words": describe(change, margin)}
 
 
-def _scores(runs: Sequence[Results], confidence: float, resamples: int, seed: int) -> list[dict[str, Any]]:
+def _scores(runs: Sequence[ModelResults], confidence: float, resamples: int, seed: int) -> list[dict[str, Any]]:
     """Every score with an interval, in the order of the tasks: one row a task and metric, one value a model (`None`: not scored)."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for number, results in enumerate(runs):
@@ -122,7 +122,7 @@ def _scores(runs: Sequence[Results], confidence: float, resamples: int, seed: in
     return list(rows.values())
 
 
-def _confusions(results: Results) -> list[dict[str, Any]]:
+def _confusions(results: ModelResults) -> list[dict[str, Any]]:
     """Which class is taken for which, the most frequent first, in the task of zero-shot classification with the most mistakes."""
     best: dict[str, Any] | None = None
     for name, task in results.tasks.items():
@@ -149,12 +149,12 @@ def _confusions(results: Results) -> list[dict[str, Any]]:
     return [] if best is None else [best]
 
 
-def _not_measured(results: Results) -> list[str]:
+def _not_measured(results: ModelResults) -> list[str]:
     groups = {task["group"] for task in results.tasks.values()} | {task["kind"] for task in results.tasks.values()}
     return [words for group, words in COVERAGE.items() if group not in groups]
 
 
-def _run(results: Results) -> dict[str, Any]:
+def _run(results: ModelResults) -> dict[str, Any]:
     content = results.content
     return {
         "model": content["model"],

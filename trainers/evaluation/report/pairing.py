@@ -20,7 +20,7 @@ from ..verdict import Task
 
 
 @dataclass(frozen=True)
-class Results:
+class ModelResults:
     """One model's results.
 
     Attributes:
@@ -32,7 +32,7 @@ class Results:
     content: dict[str, Any]
 
     @classmethod
-    def read(cls, folder: Path) -> "Results":
+    def read(cls, folder: Path) -> "ModelResults":
         """Read `folder/results.json`. FileNotFoundError or ValueError as [`read_results`]."""
         return cls(folder, read_results(folder))
 
@@ -104,7 +104,7 @@ class Pairing:
     left_out: dict[str, str]
 
 
-def pair(model: Results, baseline: Results) -> Pairing:
+def pair(model: ModelResults, baseline: ModelResults) -> Pairing:
     """Pairs the tasks that both were scored on, with the same data and the same items.
 
     Raises:

@@ -60,7 +60,7 @@ def render(report: dict[str, Any], examples: Sequence[dict[str, Any]]) -> str:
 
 def charts(report: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """The plots: name -> {"light", "dark": data URIs, "alt": text, "title": what is seen}; languages are a list of them."""
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"changes": None, "scores": None, "languages": [], "cka": None}
     verdicts = [model["verdict"] for model in report["models"] if model["verdict"]]
     tuned = [model["name"] for model in report["models"]]
     if verdicts:
@@ -80,7 +80,6 @@ def charts(report: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
             "title": "Every score, with its interval" + (", except by language" if apart else ""),
             "alt": "Bars of every score of each model. The numbers are in the table below.",
         }
-    found["languages"] = []
     for metric in dict.fromkeys(row["metric"] for row in languages) if apart else ():
         rows = [row for row in languages if row["metric"] == metric]
         classes = {row["num_classes"] for row in rows}
