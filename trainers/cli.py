@@ -18,6 +18,7 @@ from .commands.convert import convert
 from .commands.embed import embed
 from .commands.evaluate import evaluate
 from .commands.quickstart import quickstart
+from .commands.train import train
 
 
 # Threads that wait for each other sleep instead of spinning, unless told otherwise: with another program on one of two cores, a training
@@ -108,7 +109,7 @@ def main(
     """
 
 
-for command in (quickstart, embed, convert, evaluate):
+for command in (quickstart, embed, train, evaluate, convert):
     app.command()(command)
 
 

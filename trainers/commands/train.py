@@ -1,0 +1,83 @@
+"""`proclip train`: a whole curriculum from one recipe."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+
+if TYPE_CHECKING:
+    from ..curriculum import Curriculum
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A .yaml file; recipes/ has those of the papers.", metavar="RECIPE")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="Settings that go before the recipe's, such as output_dir=runs/1 data.train.source=/data/cc3m.",
+        ),
+    ] = None,
+    stage: Annotated[str | None, typer.Option(help="Run this stage only; the one before it must be finished.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
+) -> None:
+    """Run or resume the stages of a recipe, each from the last one's result.
+
+    What is finished is passed over, and what was interrupted goes on from its last checkpoint: after a crash, give the same command again.
+    On several GPUs: `accelerate launch -m trainers.cli train RECIPE`. Relative paths in a recipe are relative to the directory that the
+    command is started in. docs/recipes.md explains every key.
+    """
+    from ..curriculum import Curriculum
+    from ..recipe import load_recipe
+
+    curriculum = Curriculum(load_recipe(recipe, settings or ()))
+    if dry_run:
+        if curriculum.processes.is_main_process:
+            _print_plan(curriculum)
+        return
+    model = curriculum.run(stage)
+    if curriculum.processes.is_main_process:
+        _print_plan(curriculum)
+        typer.echo(f"the model is in {model}")
+
+
+def _print_plan(curriculum: "Curriculum") -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from ..curriculum_plan import plan_stages, plan_stores
+
+    def number(value: int | None) -> str:
+        return "?" if value is None else f"{value:,}"
+
+    console = Console(highlight=False)
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("stage", no_wrap=True)
+    for title in ("rows", "epochs", "steps", "batch", "processes", "a device at once"):
+        table.add_column(title, justify="right")
+    table.add_column("state")
+    for plan in plan_stages(curriculum):
+        at_once = f"{plan.device_batch_size:,}" + (" (gradient caching)" if plan.gradient_caching else "")
+        state = plan.state if plan.seconds is None else f"{plan.state}, {plan.seconds:,.0f} s"
+        table.add_row(
+            plan.name,
+            number(plan.rows),
+            f"{plan.epochs:.3g}",
+            number(plan.steps),
+            number(plan.global_batch_size),
+            number(plan.num_processes),
+            at_once,
+            state,
+        )
+    console.print(table)
+    for store in plan_stores(curriculum):
+        size = "?" if store.num_bytes is None else f"{store.num_bytes / 1e9:,.3g} GB"
+        typer.echo(
+            f"text store {store.name}: {store.path}: {store.stored:,} texts of about {number(store.texts)}, "
+            f"{number(store.dim)} x {store.dtype} each, {size} in all"
+        )
+    typer.echo(
+        f"computes in {curriculum.precision} on {curriculum.processes.device}; results go to {curriculum.output_dir}"
+    )

@@ -1,0 +1,161 @@
+"""What a recipe would do on this machine: steps, batches, steps of training and the size of the text stores, before anything is run."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoConfig
+
+from .curriculum import Curriculum
+from .data.pairs import open_pairs
+from .data.text_store import TextEmbeddingStore
+
+
+# A key of two int64 beside each embedding, and the same again with its row in the index.
+_BYTES_BESIDE_AN_EMBEDDING = 16 + 24
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """
+    One stage.
+
+    Attributes:
+        name: of the stage.
+        state: "finished", "to do", "begun", or "resumes from checkpoint-N".
+        rows: that it trains on; None where they cannot be counted yet.
+        steps: optimizer steps in all; None where `rows` is.
+        epochs: passes over the rows.
+        global_batch_size: rows of a step over all processes.
+        num_processes: that share it.
+        device_batch_size: rows that a device takes at once.
+        gradient_caching: whether its share goes through it in parts.
+        seconds: that it took, if it is finished.
+    """
+
+    name: str
+    state: str
+    rows: int | None
+    steps: int | None
+    epochs: float
+    global_batch_size: int
+    num_processes: int
+    device_batch_size: int
+    gradient_caching: bool
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class StorePlan:
+    """
+    One text store.
+
+    Attributes:
+        name: "llm" or "teacher".
+        path: its folder.
+        stored: texts that are in it.
+        texts: about how many different ones it will hold; None where they cannot be counted yet.
+        dim: size of an embedding; None if the encoder's config cannot be read.
+        dtype: of the embeddings.
+    """
+
+    name: str
+    path: Path
+    stored: int
+    texts: int | None
+    dim: int | None
+    dtype: str
+
+    @property
+    def num_bytes(self) -> int | None:
+        """About how large it will be."""
+        if self.texts is None or self.dim is None:
+            return None
+        return self.texts * (self.dim * _BYTES[self.dtype] + _BYTES_BESIDE_AN_EMBEDDING)
+
+
+def plan_stages(curriculum: Curriculum) -> list[StagePlan]:
+    """
+    The stages of a recipe, in their order. Rows that the recipe does not number are counted, which for a large dataset means to open it.
+
+    Raises:
+        RecipeError: If a stage was run with another recipe.
+    """
+    return [_plan_stage(curriculum, name) for name in curriculum.recipe.stages]
+
+
+def plan_stores(curriculum: Curriculum) -> list[StorePlan]:
+    """The text stores that the recipe's stages read."""
+    return [_plan_store(curriculum, which) for which in ("llm", "teacher") if curriculum.needs_store(which)]
+
+
+def _plan_stage(curriculum: Curriculum, name: str) -> StagePlan:
+    settings, arguments = curriculum.recipe.stages[name], curriculum.arguments[name]
+    state, seconds = curriculum.state_of(name), None
+    if state == "finished":
+        seconds = json.loads((curriculum.output_dir / name / "complete.json").read_text())["seconds"]
+    elif (checkpoint := curriculum.checkpoint_of(name)) is not None:
+        state = f"resumes from {Path(checkpoint).name}"
+    rows = _count(curriculum, name)
+    steps = arguments.max_steps if arguments.max_steps > 0 else None
+    if steps is None and rows is not None:
+        steps = int(arguments.num_train_epochs * (rows // settings.global_batch_size))
+    epochs = arguments.num_train_epochs
+    if steps is not None and rows is not None and arguments.max_steps > 0:
+        epochs = steps * settings.global_batch_size / rows
+    share = arguments.per_device_train_batch_size
+    cached = getattr(arguments, "gradient_caching_batch_size", None)
+    return StagePlan(
+        name,
+        state,
+        rows,
+        steps,
+        epochs,
+        settings.global_batch_size,
+        curriculum.processes.num_processes,
+        cached or share,
+        cached is not None,
+        seconds,
+    )
+
+
+def _count(curriculum: Curriculum, stage: str) -> int | None:
+    source, key = curriculum.source_of(stage)
+    stated = getattr(curriculum.recipe.data, key)
+    if stated is not None or source.streaming:
+        return stated
+    try:
+        return len(open_pairs(source, images=stage == "contrastive_tuning"))
+    except FileNotFoundError:
+        return None
+
+
+def _plan_store(curriculum: Curriculum, which: str) -> StorePlan:
+    path, data = curriculum.store_path(which), curriculum.recipe.data
+    stored = len(TextEmbeddingStore(path)) if (path / "store.json").is_file() else 0
+    rows = 0
+    for stage in ("inheritance", "contrastive_tuning"):
+        if stage in curriculum.recipe.stages and (which == "llm" or stage == "inheritance"):
+            counted = _count(curriculum, stage)
+            if counted is None:
+                rows = 0
+                break
+            # Both stages read the same captions unless stage 1 has texts of its own.
+            rows = rows + counted if data.texts is not None else max(rows, counted)
+    texts = rows * data.captions_per_pair or None
+    dtype = getattr(curriculum.recipe.text_stores, which).dtype
+    return StorePlan(which, path, stored, texts, _dim(curriculum, which), dtype)
+
+
+def _dim(curriculum: Curriculum, which: str) -> int | None:
+    model = curriculum.recipe.model
+    try:
+        if which == "llm":
+            return AutoConfig.from_pretrained(model.text, revision=model.text_revision).get_text_config().hidden_size
+        config = AutoConfig.from_pretrained(model.teacher or model.vision, revision=model.teacher_revision or "main")
+    except OSError:
+        return None
+    # CLIP projects its texts; SigLIP's text encoder has its own projection, to the size of its pictures' embeddings.
+    projected = getattr(config, "projection_dim", None)
+    return projected or getattr(config.text_config, "projection_size", None)
