@@ -272,11 +272,12 @@ class Curriculum:
             processor.save_pretrained(staging)
             shutil.rmtree(folder / "model", ignore_errors=True)
             staging.rename(folder / "model")
-            logs = [log for log in trainer.state.log_history if "loss" in log]
+            history = trainer.state.log_history
             facts = {
                 "steps": trainer.state.global_step,
-                "seconds": round(time.perf_counter() - started, 1),
-                "last_log": logs[-1] if logs else {},
+                "seconds": round(time.perf_counter() - started, 1),  # since it was last resumed
+                "last_log": next((log for log in reversed(history) if "loss" in log), {}),
+                "last_evaluation": next((log for log in reversed(history) if "eval_loss" in log), {}),
                 "arguments": self.arguments[stage].to_dict(),
             }
             self._finish(stage, facts)

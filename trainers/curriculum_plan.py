@@ -1,8 +1,9 @@
-"""What a recipe would do on this machine: steps, batches, steps of training and the size of the text stores, before anything is run."""
+"""What a recipe does on this machine, told before anything is run: rows, steps, batches, and how large the text stores become."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoConfig
 
@@ -26,24 +27,26 @@ class StagePlan:
         state: "finished", "to do", "begun", or "resumes from checkpoint-N".
         rows: that it trains on; None where they cannot be counted yet.
         steps: optimizer steps in all; None where `rows` is.
-        epochs: passes over the rows.
+        epochs: passes over the rows; None where a number of steps is given and `rows` is not known.
         global_batch_size: rows of a step over all processes.
         num_processes: that share it.
         device_batch_size: rows that a device takes at once.
         gradient_caching: whether its share goes through it in parts.
-        seconds: that it took, if it is finished.
+        seconds: that it took since it was last resumed, if it is finished.
+        last_evaluation: of the held-out rows, if it is finished and had an `eval_strategy`.
     """
 
     name: str
     state: str
     rows: int | None
     steps: int | None
-    epochs: float
+    epochs: float | None
     global_batch_size: int
     num_processes: int
     device_batch_size: int
     gradient_caching: bool
     seconds: float | None
+    last_evaluation: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -92,20 +95,21 @@ def plan_stores(curriculum: Curriculum) -> list[StorePlan]:
 
 def _plan_stage(curriculum: Curriculum, name: str) -> StagePlan:
     settings, arguments = curriculum.recipe.stages[name], curriculum.arguments[name]
-    state, seconds = curriculum.state_of(name), None
+    state = curriculum.state_of(name)
+    done: dict[str, Any] = {"seconds": None, "last_evaluation": {}}
     if state == "finished":
-        seconds = json.loads((curriculum.output_dir / name / "complete.json").read_text())["seconds"]
+        done = json.loads((curriculum.output_dir / name / "complete.json").read_text(encoding="utf-8"))
     elif (checkpoint := curriculum.checkpoint_of(name)) is not None:
         state = f"resumes from {Path(checkpoint).name}"
     rows = _count(curriculum, name)
     steps = arguments.max_steps if arguments.max_steps > 0 else None
     if steps is None and rows is not None:
         steps = int(arguments.num_train_epochs * (rows // settings.global_batch_size))
-    epochs = arguments.num_train_epochs
-    if steps is not None and rows is not None and arguments.max_steps > 0:
-        epochs = steps * settings.global_batch_size / rows
+    epochs: float | None = arguments.num_train_epochs
+    if arguments.max_steps > 0:
+        epochs = None if rows is None else arguments.max_steps * settings.global_batch_size / rows
     share = arguments.per_device_train_batch_size
-    cached = getattr(arguments, "gradient_caching_batch_size", None)
+    cached = arguments.gradient_caching_batch_size
     return StagePlan(
         name,
         state,
@@ -116,7 +120,8 @@ def _plan_stage(curriculum: Curriculum, name: str) -> StagePlan:
         curriculum.processes.num_processes,
         cached or share,
         cached is not None,
-        seconds,
+        done["seconds"],
+        done["last_evaluation"],
     )
 
 

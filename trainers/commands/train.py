@@ -52,32 +52,40 @@ def _print_plan(curriculum: "Curriculum") -> None:
     def number(value: int | None) -> str:
         return "?" if value is None else f"{value:,}"
 
-    console = Console(highlight=False)
+    stages = plan_stages(curriculum)
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("stage", no_wrap=True)
-    for title in ("rows", "epochs", "steps", "batch", "processes", "a device at once"):
-        table.add_column(title, justify="right")
+    for title in ("rows", "epochs", "steps", "batch", "devices", "at once"):
+        table.add_column(title, justify="right", no_wrap=True)
     table.add_column("state")
-    for plan in plan_stages(curriculum):
-        at_once = f"{plan.device_batch_size:,}" + (" (gradient caching)" if plan.gradient_caching else "")
-        state = plan.state if plan.seconds is None else f"{plan.state}, {plan.seconds:,.0f} s"
+    for plan in stages:
         table.add_row(
             plan.name,
             number(plan.rows),
-            f"{plan.epochs:.3g}",
+            "?" if plan.epochs is None else f"{plan.epochs:.3g}",
             number(plan.steps),
             number(plan.global_batch_size),
             number(plan.num_processes),
-            at_once,
-            state,
+            number(plan.device_batch_size) + ("*" if plan.gradient_caching else ""),
+            plan.state if plan.seconds is None else f"{plan.state}, {plan.seconds:,.0f} s",
         )
+    console = Console(highlight=False)
     console.print(table)
+    if any(plan.gradient_caching for plan in stages):
+        typer.echo(
+            "* the batch goes through a device in parts of so many rows, by gradient caching, with the exact gradient"
+        )
     for store in plan_stores(curriculum):
         size = "?" if store.num_bytes is None else f"{store.num_bytes / 1e9:,.3g} GB"
         typer.echo(
-            f"text store {store.name}: {store.path}: {store.stored:,} texts of about {number(store.texts)}, "
-            f"{number(store.dim)} x {store.dtype} each, {size} in all"
+            f"text store {store.name}: {store.stored:,} of about {number(store.texts)} texts, {number(store.dim)} x {store.dtype} each, "
+            f"{size}: {store.path}"
         )
     typer.echo(
         f"computes in {curriculum.precision} on {curriculum.processes.device}; results go to {curriculum.output_dir}"
     )
+    for plan in stages:
+        held_out = {key: value for key, value in plan.last_evaluation.items() if "r@" in key or key == "eval_loss"}
+        if held_out:
+            numbers = ", ".join(f"{key.removeprefix('eval_')} {value:.4f}" for key, value in held_out.items())
+            typer.echo(f"{plan.name}, held out: {numbers}")
