@@ -390,12 +390,16 @@ class ProCLIPModel(PreTrainedModel):
             config = cls.config_class.from_pretrained(config or pretrained_model_name_or_path, **kwargs)
         # The library loads a whole model in one dtype, but towers that are made in another one are filled in theirs.
         dtypes = tower_dtypes(dtype, config)
+        # AutoModel asks for PEFT adapters this way. They may be on the LLM, which a lean checkpoint brings later.
+        adapters = dict(kwargs.pop("adapter_kwargs", None) or {})
+        late_adapter = adapters.pop("_adapter_model_path", None) if config.lean and load_text_model else None
         loaded = super().from_pretrained(
             pretrained_model_name_or_path,
             *model_args,
             load_text_model=load_text_model,
             dtypes=dtypes,
             dtype=dtypes[""] or "auto",
+            adapter_kwargs=adapters,
             **kwargs,
         )
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info
@@ -404,6 +408,8 @@ class ProCLIPModel(PreTrainedModel):
             model.config.text_config = model.text_model.config
         elif text_model is not None:
             raise ValueError("text_model is for a lean checkpoint; this one has its LLM inside.")
+        if late_adapter is not None:
+            model.load_adapter(late_adapter, adapter_kwargs=adapters)
         if model.text_model is not None:
             check_bidirectional(model.text_model)
         return loaded

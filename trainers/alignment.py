@@ -16,7 +16,7 @@ from transformers.trainer_utils import has_length
 from hub_cards import model_card
 from modeling_proclip import ProCLIPModel
 
-from .alignment_checks import check_store, set_input_statistics, train_only
+from .alignment_checks import check_store, proclip_of, set_input_statistics, train_only
 from .alignment_config import AlignmentConfig
 from .checkpoints import STATE_FILE, last_complete_checkpoint
 from .collators import DrawnCaptions
@@ -77,8 +77,6 @@ class AlignmentTrainer(Trainer):
         self._parts: dict[str, dict[str, list[torch.Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._joined_rows = 0  # of the batch at hand, of all processes
         super().__init__(model=model, args=args, train_dataset=self.rows, eval_dataset=eval_dataset, **kwargs)
-        # Trainer sets it on every model. It is no key of ours, and a checkpoint that holds it would be refused.
-        model.config.__dict__.pop("use_cache", None)
         self._earlier_stages = model.config.training or []
         self._check_sizes()
         hidden_size = model.config.text_config.hidden_size
@@ -121,8 +119,8 @@ class AlignmentTrainer(Trainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
         # Without the LLM, which takes no part, checkpoints are lean and DDP has less to broadcast.
-        model, text_model = self.model, self.model.text_model
-        model.text_model = None
+        model = proclip_of(self.model)
+        text_model, model.text_model = model.text_model, None
         try:
             output = super().train(resume_from_checkpoint, **kwargs)
             self._record_training()

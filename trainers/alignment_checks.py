@@ -34,6 +34,39 @@ def train_only(model: nn.Module, trained: Iterable[nn.Parameter]) -> None:
             )
 
 
+def proclip_of(model: nn.Module) -> ProCLIPModel:
+    """The model itself, of one with PEFT adapters."""
+    return model if isinstance(model, ProCLIPModel) else model.get_base_model()
+
+
+def trained_with_peft(model: nn.Module, freeze_vision: bool) -> list[nn.Parameter]:
+    """
+    What stage 2 trains of a model with PEFT adapters: the adapters, and what its configuration saves with them.
+
+    Raises:
+        ValueError: If the model would not save its logit scale, or an adapter is where this stage trains nothing.
+    """
+    from .peft_model import ProCLIPPeftModel  # peft is an extra
+
+    if not isinstance(model, ProCLIPPeftModel):
+        raise ValueError(
+            f"a {type(model).__name__} would lose the logit scale when it is saved: make the model by "
+            "trainers.peft_model.ProCLIPPeftModel(base, peft_config)"
+        )
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name in trained:
+        if ".text_model." in name:
+            raise ValueError(
+                f"{name} would not be trained: this stage reads the LLM's embeddings from the text store. Name modules of vision_model in "
+                "target_modules"
+            )
+        if freeze_vision and (".vision_model." in name or ".visual_projection." in name):
+            raise ValueError(
+                f"{name} is to be trained, but freeze_vision (method='lit') says that the image encoder is not"
+            )
+    return list(trained.values())
+
+
 def check_store(name: str, store: Any, size: int, rows: DrawnCaptions, remedy: str) -> None:
     """Look a caption of `rows` up. Raises KeyError if the store does not have it, ValueError if its embeddings are not of `size`."""
     found = store.lookup([rows[0]["text"]]).shape[1]

@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 from modeling_proclip import ProCLIPModel
 
 from .alignment import AlignmentTrainer, distillation_loss, unit
+from .alignment_checks import trained_with_peft
 from .collators import ContrastiveTuningCollator
 from .contrastive_tuning_config import ContrastiveTuningConfig
 from .ema import EMATeacher
@@ -29,7 +30,8 @@ class ContrastiveTuningTrainer(AlignmentTrainer):
     The LLM's embeddings are looked up, so it is not needed: load the model with `load_text_model=False`.
 
     Args:
-        model ([`ProCLIPModel`]): After stage 1, or with a fresh adapter for the baselines.
+        model ([`ProCLIPModel`]): After stage 1, or with a fresh adapter for the baselines. Or a [`ProCLIPPeftModel`] with PEFT adapters on the
+            image encoder, which are trained in its place; the EMA teacher averages the adapters' factors.
         args ([`ContrastiveTuningConfig`]): Settings.
         train_dataset:
             Rows by number with "text", a caption or a list of captions of which one is drawn every epoch, and "pixel_values"
@@ -69,9 +71,12 @@ class ContrastiveTuningTrainer(AlignmentTrainer):
         processing_class: Any = None,
         **kwargs: Any,
     ):
-        trained = [*model.text_adapter.parameters(), model.logit_scale]
-        if not args.freeze_vision:
-            trained += [*model.vision_model.parameters(), *model.visual_projection.parameters()]
+        if isinstance(model, ProCLIPModel):
+            trained = [*model.text_adapter.parameters(), model.logit_scale]
+            if not args.freeze_vision:
+                trained += [*model.vision_model.parameters(), *model.visual_projection.parameters()]
+        else:
+            trained = trained_with_peft(model, args.freeze_vision)
         super().__init__(
             model,
             args,

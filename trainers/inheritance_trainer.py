@@ -60,6 +60,11 @@ class RepresentationInheritanceTrainer(AlignmentTrainer):
         teacher_store: Any,
         **kwargs: Any,
     ):
+        if not isinstance(model, ProCLIPModel):
+            raise ValueError(
+                f"stage 1 trains the text adapter alone, so adapters of PEFT have no part in it: pass the ProCLIPModel, not a "
+                f"{type(model).__name__}"
+            )
         super().__init__(
             model,
             args,
