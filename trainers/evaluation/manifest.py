@@ -56,10 +56,14 @@ class Data:
         revision: commit on the Hub. None takes the newest and records which that was.
         num_items: rows. A source with another number is refused. None, for your own data, checks nothing.
         num_captions: captions in all rows together, likewise.
-        layout: "table" (anything `datasets` reads: rows with columns), "caption_file" (a folder of pictures, and a file whose rows name
-            one and its caption), "caption_folder" (pictures in `image/`, a text file of the same name for each in `caption/`) or
+        layout: "table" (anything `datasets` reads: rows with columns), "caption_file" (a file whose rows name pictures in a folder),
+            "caption_folder" (pictures in `image/`, a text file of the same name for each in `caption/`), "mmvp" (that of MMVP-VLM) or
             "openmoji" (drawn here, from the packages of the quickstart; `config` says which part).
-        caption_file: for the layout "caption_file", the .csv, .tsv, .json, .jsonl or .parquet file.
+        caption_file: for the layout "caption_file", the .csv, .tsv, .json, .jsonl or .parquet file, in the source's folder. The columns
+            may then be paths into a row, such as `conversations.1.value`.
+        image_folder: for the layout "caption_file", where in the source's folder the pictures' names begin.
+        where: column -> value: take only the rows that have it.
+        first: take only so many rows, the first.
     """
 
     source: str
@@ -68,8 +72,11 @@ class Data:
     revision: str | None = None
     num_items: int | None = None
     num_captions: int | None = None
-    layout: typing.Literal["table", "caption_file", "caption_folder", "openmoji"] = "table"
+    layout: typing.Literal["table", "caption_file", "caption_folder", "mmvp", "openmoji"] = "table"
     caption_file: str | None = None
+    image_folder: str = ""
+    where: dict[str, str] = field(default_factory=dict)
+    first: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +115,9 @@ class Manifest:
         prompts: of a zero-shot benchmark, each with `{}` where the class name goes: a list, or "resource:FILE". Of a fine-grained one, at
             most one: the frame of every text.
         caption_separator: splits one string into several captions.
-        variants: each makes a benchmark of its own; `{variant}` in name, title, source, split, config and columns stands for it.
+        max_captions: take only so many captions of a picture, the first.
+        variants: each makes a benchmark of its own; `{variant}` in name, title, source, split, config, caption_file and columns stands
+            for it. A list, or for every variant what `num_items` and `num_captions` are.
         facts: which of the above was read where; what could not be checked says so.
         protocol: what else somebody must know who compares the number.
         variant_of: of a variant, the name without it (`xm3600` of `xm3600-ar`); not written in a file.
@@ -124,7 +133,8 @@ class Manifest:
     classes: Classes | None = None
     prompts: str | list[str] | None = None
     caption_separator: str | None = None
-    variants: list[str] | None = None
+    max_captions: int | None = None
+    variants: list[str] | dict[str, dict[str, int]] | None = None
     facts: str = ""
     protocol: str = ""
     variant_of: str | None = field(default=None, metadata={"in_file": False})
@@ -228,7 +238,7 @@ def own_images(images: Path, captions: Path, image_column: str, caption_column: 
         raise FileNotFoundError(f"there is no folder {images}")
     if not captions.is_file():
         raise FileNotFoundError(f"there is no file {captions}")
-    data = Data(source=str(images), layout="caption_file", caption_file=str(captions))
+    data = Data(source=str(images), layout="caption_file", caption_file=str(captions.resolve()))
     columns = {"image": image_column, "captions": caption_column}
     return Manifest(
         name=images.resolve().name, title=str(images), kind="retrieval", group="own", data=data, columns=columns
@@ -251,17 +261,21 @@ def parse_manifest(content: Any, where: str) -> list[Manifest]:
     if manifest.variants is None:
         return [manifest]
     if not manifest.variants or "{variant}" not in manifest.name:
-        raise ValueError(f"{where}: variants need to be a list that is not empty, and a name with {{variant}} in it")
-    return [_fill(manifest, variant) for variant in manifest.variants]
+        raise ValueError(f"{where}: variants must not be empty, and need a name with {{variant}} in it")
+    counts = manifest.variants if isinstance(manifest.variants, dict) else dict.fromkeys(manifest.variants, {})
+    for variant, own in counts.items():
+        _check_keys(own, {"num_items", "num_captions"}, set(), f"{where}, variant {variant}")
+    return [_fill(manifest, variant, own) for variant, own in counts.items()]
 
 
-def _fill(manifest: Manifest, variant: str) -> Manifest:
+def _fill(manifest: Manifest, variant: str, counts: dict[str, int]) -> Manifest:
     def fill(value: Any) -> Any:
         return value.replace("{variant}", variant) if isinstance(value, str) else value
 
-    data = dataclasses.replace(
-        manifest.data, **{name: fill(getattr(manifest.data, name)) for name in ("source", "split", "config")}
-    )
+    changes: dict[str, Any] = {
+        name: fill(getattr(manifest.data, name)) for name in ("source", "split", "config", "caption_file")
+    }
+    data = dataclasses.replace(manifest.data, **changes, **counts)
     columns = {key: fill(value) for key, value in manifest.columns.items()}
     family = manifest.name.replace("{variant}", "").strip("-")
     return dataclasses.replace(
@@ -315,6 +329,9 @@ def _check(manifest: Manifest, where: str) -> None:
             raise ValueError(f"{where}: pick must hold {classes.count} different places, got {len(set(classes.pick))}")
         if any(len(pair) != 2 for pair in classes.edit):
             raise ValueError(f"{where}: edit must be a list of pairs [regular expression, replacement]")
+    for key, value in (("first", manifest.data.first), ("max_captions", manifest.max_captions)):
+        if value is not None and value < 1:
+            raise ValueError(f"{where}: {key} must be at least 1, got {value}")
     if (manifest.data.layout == "caption_file") != (manifest.data.caption_file is not None):
         raise ValueError(f"{where}: caption_file belongs to the layout caption_file, which needs it")
 

@@ -60,10 +60,20 @@ def open_data(
         rows = openmoji_rows(data.config or "")
     elif data.layout == "caption_folder":
         rows = _caption_folder(_local(folder, source, where), manifest)
+    elif data.layout == "mmvp":
+        rows = _mmvp(_local(folder, source, where), where)
     elif data.layout == "caption_file":
         rows = _caption_file(_local(folder, source, where), manifest)
     else:
         rows = _table(source, folder, manifest, where)
+        for column, value in data.where.items():
+            if column not in rows.column_names:
+                raise ValueError(
+                    f"{where}: {source} has no column {column!r} to choose rows by; it has {', '.join(rows.column_names)}"
+                )
+            rows = rows.select([i for i, found in enumerate(rows[column]) if str(found) == value])
+        if data.first is not None:
+            rows = rows.select(range(min(data.first, len(rows))))
     missing = [column for column in manifest.columns.values() if column not in rows.column_names]
     if missing:
         raise ValueError(
@@ -138,13 +148,16 @@ def read_labels(column: Iterable[Any], names: list[str], source_names: list[str]
     return labels
 
 
-def read_captions(column: Iterable[Any], separator: str | None, where: str) -> list[list[str]]:
-    """The captions of every row. ValueError names the first row that has none, or one that is empty or no text."""
+def read_captions(
+    column: Iterable[Any], where: str, separator: str | None = None, most: int | None = None
+) -> list[list[str]]:
+    """The captions of every row, `most` of each. ValueError names the first row that has none, or one that is empty or no text."""
     captions = []
     for row, value in enumerate(column):
         texts = [value] if isinstance(value, str) else value
         if separator is not None and isinstance(value, str):
             texts = [text for text in value.split(separator) if text.strip()]
+        texts = texts[:most] if isinstance(texts, list) else texts
         if not isinstance(texts, list) or not texts:
             raise ValueError(f"{where}, row {row}: there is no caption, but {value!r:.80}")
         for text in texts:
@@ -212,31 +225,68 @@ def _caption_folder(folder: Path, manifest: Manifest) -> datasets.Dataset:
     return datasets.Dataset.from_dict(
         {
             manifest.columns["image"]: [str(pictures[name]) for name in names],
-            manifest.columns["captions"]: [[texts[name].read_text(encoding="utf-8").strip()] for name in names],
+            manifest.columns["captions"]: [_first_line(texts[name]) for name in names],
         }
     )
 
 
+def _first_line(file: Path) -> str:
+    return next((line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()), "")
+
+
 def _caption_file(folder: Path, manifest: Manifest) -> datasets.Dataset:
-    """Rows of a caption file whose picture names lie in `folder`; rows that name the same picture become one with all their captions."""
-    where = f"benchmark {manifest.name}"
-    file = Path(str(manifest.data.caption_file))
+    """Rows of a file that names pictures in `folder`. For retrieval, rows that name the same picture become one with all their captions."""
+    where, data = f"benchmark {manifest.name}", manifest.data
+    file = folder / str(data.caption_file)
     if not file.is_file():
         raise FileNotFoundError(f"{where}: there is no file {file}")
-    image, captions = manifest.columns["image"], manifest.columns["captions"]
-    grouped: dict[str, list[Any]] = {}
-    for number, row in enumerate(_file_rows(file, where), 1):
-        for column in (image, captions):
-            if column not in row:
-                raise ValueError(
-                    f"{where}: {file}, row {number} has no column {column!r}; it has {', '.join(map(str, row))}"
-                )
-        path = folder / str(row[image])
+    rows = _file_rows(file, where)
+    numbered = [(i, row) for i, row in enumerate(rows, 1) if all(str(row.get(k)) == v for k, v in data.where.items())]
+    picked = []
+    for number, row in numbered[: data.first]:
+        values = {
+            key: _pick(row, column, f"{where}: {file}, row {number}") for key, column in manifest.columns.items()
+        }
+        path = folder / data.image_folder / str(values["image"])
         if not path.is_file():
-            raise FileNotFoundError(f"{where}: {file}, row {number} names {row[image]!r}, which is not in {folder}")
-        value = row[captions]
-        grouped.setdefault(str(path), []).extend(value if isinstance(value, list) else [value])
-    return datasets.Dataset.from_dict({image: list(grouped), captions: list(grouped.values())})
+            raise FileNotFoundError(f"{where}: {file}, row {number} names {values['image']!r}, and there is no {path}")
+        picked.append({**values, "image": str(path)})
+    if manifest.kind == "retrieval":
+        grouped: dict[str, list[Any]] = {}
+        for values in picked:
+            some = values["captions"]
+            grouped.setdefault(values["image"], []).extend(some if isinstance(some, list) else [some])
+        picked = [{"image": path, "captions": some} for path, some in grouped.items()]
+    return datasets.Dataset.from_dict(
+        {column: [values[key] for values in picked] for key, column in manifest.columns.items()}
+    )
+
+
+def _pick(row: Any, path: str, where: str) -> Any:
+    """What lies at `path` ("a.1.b": key, place, key) in a row."""
+    value = row
+    for step in path.split("."):
+        try:
+            value = value[int(step)] if isinstance(value, list) else value[step]
+        except (KeyError, IndexError, ValueError, TypeError) as error:
+            there = ", ".join(map(str, row)) if isinstance(row, dict) else repr(row)
+            raise ValueError(f"{where} has no column {path!r}; it has {there}") from error
+    return value
+
+
+def _mmvp(folder: Path, where: str) -> datasets.Dataset:
+    """Rows of pairs from MMVP-VLM's `Questions.csv`: number, kind and statement of a picture in every row, two rows a pair."""
+    rows = list(csv.reader((folder / "Questions.csv").read_text(encoding="utf-8-sig").splitlines()))[1:]
+    if len(rows) % 2:
+        raise ValueError(f"{where}: Questions.csv has {len(rows)} rows, which is not an even number: two are a pair")
+    columns: dict[str, list[str]] = {name: [] for name in ("image_1", "image_2", "caption_1", "caption_2", "category")}
+    for first, second in zip(rows[::2], rows[1::2], strict=True):
+        for place, (number, _, statement) in enumerate((first, second), 1):
+            # Both pictures lie in the folder of the first one's kind.
+            columns[f"image_{place}"].append(str(folder / "MLLM_VLM Images" / first[1] / f"{number}.jpg"))
+            columns[f"caption_{place}"].append(statement)
+        columns["category"].append(first[1])
+    return datasets.Dataset.from_dict(columns)
 
 
 def _file_rows(file: Path, where: str) -> list[dict[str, Any]]:
@@ -244,20 +294,21 @@ def _file_rows(file: Path, where: str) -> list[dict[str, Any]]:
         if file.suffix in (".csv", ".tsv"):
             with open(file, encoding="utf-8-sig", newline="") as lines:
                 return list(csv.DictReader(lines, delimiter="\t" if file.suffix == ".tsv" else ","))
-        if file.suffix == ".jsonl":
-            return [json.loads(line) for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        if file.suffix in (".jsonl", ".jsonlines"):
+            with open(file, encoding="utf-8-sig") as lines:
+                return [json.loads(line) for line in lines if line.strip()]
         if file.suffix == ".json":
             rows = json.loads(file.read_text(encoding="utf-8-sig"))
+            if isinstance(rows, dict):  # number -> row
+                rows = list(rows.values())
             if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-                raise ValueError("it holds no list of objects")
+                raise ValueError("it holds no objects")
             return rows
         if file.suffix == ".parquet":
             return datasets.Dataset.from_parquet(str(file)).to_list()
     except (ValueError, csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{where}: {file} cannot be read: {error}") from error
-    raise ValueError(
-        f"{where}: {file} is of an unknown kind: captions are read from .csv, .tsv, .json, .jsonl and .parquet files"
-    )
+    raise ValueError(f"{where}: {file} is of an unknown kind: .csv, .tsv, .json, .jsonl and .parquet files are read")
 
 
 def _source_lines(name: str, data: OpenedData, where: str) -> list[str]:

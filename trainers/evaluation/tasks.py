@@ -72,7 +72,9 @@ def prepare_task(manifest: Manifest, data: OpenedData) -> Task:
 
 def _retrieval(manifest: Manifest, data: OpenedData) -> Task:
     where = f"benchmark {manifest.name}"
-    captions = read_captions(data.rows[manifest.columns["captions"]], manifest.caption_separator, where)
+    captions = read_captions(
+        data.rows[manifest.columns["captions"]], where, manifest.caption_separator, manifest.max_captions
+    )
     if len(captions) < 2:
         raise ValueError(f"{where}: one picture has nothing to be told from: retrieval needs at least 2")
     text_to_image = torch.tensor([row for row, texts in enumerate(captions) for _ in texts])
@@ -98,7 +100,9 @@ def _retrieval(manifest: Manifest, data: OpenedData) -> Task:
 
 def _caption_retrieval(manifest: Manifest, data: OpenedData) -> Task:
     where = f"benchmark {manifest.name}"
-    captions = read_captions(data.rows[manifest.columns["captions"]], manifest.caption_separator, where)
+    captions = read_captions(
+        data.rows[manifest.columns["captions"]], where, manifest.caption_separator, manifest.max_captions
+    )
     for row, some in enumerate(captions):
         if len(some) < 2:
             raise ValueError(
@@ -176,7 +180,7 @@ def _fine_grained(manifest: Manifest, data: OpenedData) -> Task:
     image_columns = ("image_1", "image_2") if pairs else ("image",)
     sides = []
     for name in text_columns:
-        some = read_captions(data.rows[columns[name]], None, f"benchmark {manifest.name}, column {columns[name]}")
+        some = read_captions(data.rows[columns[name]], f"benchmark {manifest.name}, column {columns[name]}")
         sides.append([template.replace("{}", texts[0]) for texts in some])
     categories = list(data.rows[columns["category"]]) if "category" in columns else None
 
