@@ -1,4 +1,4 @@
-"""ProCLIP for Transformers: importing this package registers its classes with the Auto classes."""
+"""ProCLIP for Transformers: importing this package registers its classes with the Auto classes (the EVA tower's modules do it themselves)."""
 
 from transformers import (
     AutoConfig,
@@ -15,8 +15,6 @@ from .modeling_proclip import ProCLIPModel, ProCLIPOutput
 from .processing_proclip import ProCLIPProcessor
 
 
-AutoConfig.register("proclip_eva_vision", EvaCLIPVisionConfig)
-AutoModel.register(EvaCLIPVisionConfig, EvaCLIPVisionModel)
 AutoConfig.register("proclip", ProCLIPConfig)
 AutoModel.register(ProCLIPConfig, ProCLIPModel)
 AutoModelForZeroShotImageClassification.register(ProCLIPConfig, ProCLIPModel)

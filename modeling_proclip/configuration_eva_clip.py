@@ -1,7 +1,7 @@
 """Configuration of the EVA-CLIP vision tower, which LLM2CLIP and ProCLIP have as `EVA02-L-14`."""
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 
 @strict
@@ -64,5 +64,8 @@ class EvaCLIPVisionConfig(PreTrainedConfig):
                 f"got {self.rope_pretrained_grid}."
             )
 
+
+# Here and not in the package's __init__, which does not travel to the Hub: a ProCLIPConfig finds its towers by their type.
+AutoConfig.register("proclip_eva_vision", EvaCLIPVisionConfig, exist_ok=True)
 
 __all__ = ["EvaCLIPVisionConfig"]

@@ -9,6 +9,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from .configuration_eva_clip import EvaCLIPVisionConfig  # noqa: F401  it registers itself as a tower's type
+
 
 TOWERS = ("vision_config", "text_config")
 

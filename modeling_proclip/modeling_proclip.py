@@ -14,6 +14,7 @@ from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .configuration_proclip import TOWERS, ProCLIPConfig, check_tower_keys
 from .lean_checkpoint import record_text_model, recorded_text_model
+from .modeling_eva_clip import EvaCLIPVisionModel  # noqa: F401  it registers itself as a tower
 from .pretrained_towers import absolute, of_tower, take_text, take_vision, tower_dtypes
 from .text_adapter import TextAdapter
 from .text_tower import check_bidirectional, pool_tokens

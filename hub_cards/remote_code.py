@@ -1,0 +1,31 @@
+"""The code that travels with a checkpoint, so that it loads with `trust_remote_code=True` where this package is not installed."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from transformers.dynamic_module_utils import get_relative_import_files
+
+
+# Which class of which file each Auto class takes. Transformers' own `register_for_auto_class` keeps one of a model's Auto classes only, and
+# the zero-shot pipeline needs the other. AutoProcessor is named in both configurations: which is read depends on what else is there.
+PROCESSOR_AUTO_MAP = {"AutoProcessor": "processing_proclip.ProCLIPProcessor"}
+AUTO_MAP = {
+    "AutoConfig": "configuration_proclip.ProCLIPConfig",
+    "AutoModel": "modeling_proclip.ProCLIPModel",
+    "AutoModelForZeroShotImageClassification": "modeling_proclip.ProCLIPModel",
+    **PROCESSOR_AUTO_MAP,
+}
+
+
+def code_files() -> list[Path]:
+    """
+    The files of `modeling_proclip` that the classes of [`AUTO_MAP`] need, by name.
+
+    They are found as Transformers finds them when it loads them: by their relative imports, which therefore name siblings only. Nothing of
+    the conversion is among them.
+    """
+    spec = find_spec("modeling_proclip")
+    folder = Path(spec.origin).parent
+    entries = {folder / f"{reference.split('.')[0]}.py" for reference in AUTO_MAP.values()}
+    needed = {Path(file) for entry in entries for file in get_relative_import_files(entry)}
+    return sorted(entries | needed)
