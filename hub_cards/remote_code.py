@@ -6,15 +6,14 @@ from pathlib import Path
 from transformers.dynamic_module_utils import get_relative_import_files
 
 
-# Which class of which file each Auto class takes. Transformers' own `register_for_auto_class` keeps one of a model's Auto classes only, and
-# the zero-shot pipeline needs the other. AutoProcessor is named in both configurations: which is read depends on what else is there.
-PROCESSOR_AUTO_MAP = {"AutoProcessor": "processing_proclip.ProCLIPProcessor"}
+# Which class of which file each Auto class takes, by config.json and by processor_config.json. Transformers' own `register_for_auto_class` keeps one of a model's Auto classes only, and
+# the zero-shot pipeline needs the other.
 AUTO_MAP = {
     "AutoConfig": "configuration_proclip.ProCLIPConfig",
     "AutoModel": "modeling_proclip.ProCLIPModel",
     "AutoModelForZeroShotImageClassification": "modeling_proclip.ProCLIPModel",
-    **PROCESSOR_AUTO_MAP,
 }
+PROCESSOR_AUTO_MAP = {"AutoProcessor": "processing_proclip.ProCLIPProcessor"}
 
 
 def code_files() -> list[Path]:
@@ -26,6 +25,6 @@ def code_files() -> list[Path]:
     """
     spec = find_spec("modeling_proclip")
     folder = Path(spec.origin).parent
-    entries = {folder / f"{reference.split('.')[0]}.py" for reference in AUTO_MAP.values()}
+    entries = {folder / f"{reference.split('.')[0]}.py" for reference in (AUTO_MAP | PROCESSOR_AUTO_MAP).values()}
     needed = {Path(file) for entry in entries for file in get_relative_import_files(entry)}
     return sorted(entries | needed)

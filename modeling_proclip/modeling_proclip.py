@@ -454,5 +454,26 @@ class ProCLIPModel(PreTrainedModel):
         finally:
             self.config.lean = was_lean
 
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        r"""
+        Publish the model with the code that loads it anywhere and its card, in one commit: `hub_cards.publish.publish_model`.
+
+        Args:
+            repo_id (`str`): `owner/name`, or a name of your own.
+            kwargs: `processor` (send it too; else the repository keeps the one it has), `private` (new repositories are, unless `False`),
+                `lean`, `revision`, `commit_message`, `max_shard_size` and `token`.
+
+        Returns:
+            `PublishReport`.
+
+        Raises:
+            PublishError: If the model is not complete, or the Hub does not take it.
+        """
+        try:
+            from hub_cards.publish import publish_model
+        except ImportError:  # this file travels to the Hub, where the package is not: there Transformers' own sends it
+            return super().push_to_hub(repo_id, **kwargs)
+        return publish_model(self, repo_id, **kwargs)
+
 
 __all__ = ["ProCLIPModel", "ProCLIPOutput"]

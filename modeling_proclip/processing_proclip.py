@@ -117,6 +117,20 @@ class ProCLIPProcessor(ProcessorMixin):
         super().save_pretrained(save_directory, **kwargs)
         write_sentence_transformers_files(save_directory)
 
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        r"""
+        Publish the processor and its code: `hub_cards.publish.publish_processor`. [`ProCLIPModel.push_to_hub`] takes one along.
+
+        Args:
+            repo_id (`str`): `owner/name`, or a name of your own.
+            kwargs: `private` (new repositories are, unless `False`), `revision`, `commit_message` and `token`.
+        """
+        try:
+            from hub_cards.publish import publish_processor
+        except ImportError:  # this file travels to the Hub, where the package is not: there Transformers' own sends it
+            return super().push_to_hub(repo_id, **kwargs)
+        return publish_processor(self, repo_id, **kwargs)
+
     def _check_arguments(self, kwargs: dict[str, Any]) -> None:
         known = {"common_kwargs", *ProcessingKwargs.__annotations__, *TextKwargs.__annotations__}
         known |= {*ImagesKwargs.__annotations__, *self.image_processor.valid_kwargs.__annotations__}

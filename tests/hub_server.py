@@ -9,6 +9,7 @@ import base64
 import hashlib
 import json
 import re
+import secrets
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from huggingface_hub import constants
 
 
 TOKEN = "hf_" + "S" * 34  # may write as alice
@@ -61,7 +64,7 @@ class Repository:
 
     def commit(self, branch: str, message: str, files: dict[str, Blob]) -> Commit:
         parent = self.branches.get(branch)
-        oid = hashlib.sha1(f"{len(self.commits)} {branch} {parent} {message}".encode()).hexdigest()
+        oid = secrets.token_hex(20)
         self.commits[oid] = Commit(oid, parent, message, files)
         self.branches[branch] = oid
         return self.commits[oid]
@@ -69,7 +72,10 @@ class Repository:
 
 @dataclass
 class Fault:
-    """What goes wrong with the next `times` requests that match: a status, or a connection that ends after some bytes of the body."""
+    """
+    What goes wrong with the next `times` requests that match: a status, or a connection that ends after some bytes of the body, or that
+    stops there (`reached` is set) until `release` is.
+    """
 
     method: str
     path: str
@@ -78,6 +84,9 @@ class Fault:
     drop_after: int | None = None
     headers: dict[str, str] = field(default_factory=dict)
     message: str = "said the stand-in"
+    stall_after: int | None = None
+    reached: threading.Event = field(default_factory=threading.Event)
+    release: threading.Event = field(default_factory=threading.Event)
 
 
 @dataclass(frozen=True)
@@ -125,6 +134,18 @@ class HubServer:
         }
         return {**variables, "HF_TOKEN": token} if token else variables
 
+    def patch(self, monkeypatch: Any, folder: Path, token: str | None = TOKEN) -> None:
+        """The same for this process, whose client is imported already."""
+        for name, value in self.environment(folder, token).items():
+            monkeypatch.setenv(name, value)
+        if token is None:
+            monkeypatch.delenv("HF_TOKEN", raising=False)
+        values = {"ENDPOINT": self.url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}
+        values["HUGGINGFACE_CO_URL_TEMPLATE"] = self.url + "/{repo_id}/resolve/{revision}/{filename}"
+        values |= {"HF_TOKEN_PATH": str(folder / "token"), "HF_HUB_CACHE": str(folder / "hub")}
+        for name, value in values.items():
+            monkeypatch.setattr(constants, name, value)
+
     def fail(self, method: str, path: str, status: int, times: int = 1, **headers: str) -> Fault:
         """Answer the next requests whose path holds the regular expression `path` with `status`."""
         return self._add(
@@ -134,6 +155,10 @@ class HubServer:
     def drop(self, method: str, path: str, after: int, times: int = 1) -> Fault:
         """End the connection after `after` bytes of the body: of the request's if it is one with a body, else of the answer's."""
         return self._add(Fault(method, path, times, drop_after=after))
+
+    def stall(self, method: str, path: str, after: int) -> Fault:
+        """Read no more of a request's body after `after` bytes; the fault's events tell and end it."""
+        return self._add(Fault(method, path, stall_after=after))
 
     def _add(self, fault: Fault) -> Fault:
         self.faults.append(fault)
@@ -287,6 +312,10 @@ class Handler(BaseHTTPRequestHandler):
             if cut is not None and self.received + len(block) > cut:
                 self.received = cut
                 raise Dropped
+            stall = self.fault.stall_after if self.fault else None
+            if stall is not None and self.received + len(block) > stall:
+                self.fault.reached.set()
+                self.fault.release.wait(60)
             self.received += len(block)
             yield block
 

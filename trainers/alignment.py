@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_utils import has_length
 
 from hub_cards import model_card
@@ -22,10 +22,11 @@ from .checkpoints import STATE_FILE, last_complete_checkpoint
 from .collators import DrawnCaptions
 from .gradient_caching import cached_backward
 from .losses import global_instance_alignment_loss, global_structure_alignment_loss
+from .publishing import PublishingTrainer
 from .training_record import training_record
 
 
-class AlignmentTrainer(Trainer):
+class AlignmentTrainer(PublishingTrainer):
     """
     The part of a stage's trainer that is not its loss.
 

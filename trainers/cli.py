@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 from .commands.convert import convert
 from .commands.embed import embed
 from .commands.evaluate import evaluate
+from .commands.publish import publish
 from .commands.quickstart import quickstart
 from .commands.train import train
 
@@ -109,7 +110,7 @@ def main(
     """
 
 
-for command in (quickstart, embed, train, evaluate, convert):
+for command in (quickstart, embed, train, evaluate, convert, publish):
     app.command()(command)
 
 

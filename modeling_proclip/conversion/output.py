@@ -72,20 +72,35 @@ def plan_shards(tensors: list[PlannedTensor], max_bytes: int = MAX_SHARD_BYTES) 
     return {f"model-{i:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards, start=1)}
 
 
-def write_tensors(folder: Path, tensors: list[PlannedTensor]) -> None:
+def write_tensors(folder: Path, tensors: list[PlannedTensor], max_bytes: int = MAX_SHARD_BYTES) -> None:
     """Write `tensors` as safetensors, with an index if there are shards. Holds one tensor in memory at a time."""
-    shards = plan_shards(tensors)
+    shards = plan_shards(tensors, max_bytes)
     for name, shard in shards.items():
         _write_safetensors(folder / name, shard)
+    _write_index(folder, shards)
+
+
+def sketch_tensors(folder: Path, tensors: list[PlannedTensor], max_bytes: int = MAX_SHARD_BYTES) -> None:
+    """The files of [`write_tensors`] in name, header and size, without the tensors: they take no space where the disk has sparse files."""
+    shards = plan_shards(tensors, max_bytes)
+    for name, shard in shards.items():
+        header = _header(shard)
+        with (folder / name).open("wb") as stream:
+            stream.write(header)
+            stream.truncate(len(header) + sum(tensor.num_bytes for tensor in shard))
+    _write_index(folder, shards)
+
+
+def _write_index(folder: Path, shards: dict[str, list[PlannedTensor]]) -> None:
     if len(shards) > 1:
         index = {
-            "metadata": {"total_size": sum(tensor.num_bytes for tensor in tensors)},
+            "metadata": {"total_size": sum(tensor.num_bytes for shard in shards.values() for tensor in shard)},
             "weight_map": {tensor.name: name for name, shard in shards.items() for tensor in shard},
         }
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
-def _write_safetensors(file: Path, tensors: list[PlannedTensor]) -> None:
+def _header(tensors: list[PlannedTensor]) -> bytes:
     # The safetensors library writes from tensors that are all in memory; the format is a length, a JSON header and the bytes in order.
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -98,8 +113,12 @@ def _write_safetensors(file: Path, tensors: list[PlannedTensor]) -> None:
         }
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
+    return len(encoded).to_bytes(8, "little") + encoded
+
+
+def _write_safetensors(file: Path, tensors: list[PlannedTensor]) -> None:
     with file.open("wb") as stream:
-        stream.write(len(encoded).to_bytes(8, "little") + encoded)
+        stream.write(_header(tensors))
         for tensor in tensors:
             made = tensor.make()
             if tuple(made.shape) != tensor.shape or made.dtype != tensor.dtype:

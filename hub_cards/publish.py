@@ -1,0 +1,296 @@
+"""`publish`: a checkpoint becomes a repository on the Hub that anybody can load, with or without this package."""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import RepositoryNotFoundError
+from transformers.utils import logging
+from transformers.utils.hub import convert_file_size_to_int
+
+from .hub_errors import readable_hub_errors
+from .remote_code import PROCESSOR_AUTO_MAP, code_files
+from .staging import PublishError, Staged, stage, write_json
+
+
+logger = logging.get_logger(__name__)
+
+LIBRARY = "proclip-transformers"  # what requests to the Hub say sends them
+MESSAGE = "ProCLIP checkpoint, published by proclip"
+# Weights of an earlier state that Transformers might read in place of the new ones.
+WEIGHTS = ("model.safetensors*", "model-*-of-*.safetensors", "pytorch_model*.bin*")
+
+
+@dataclass(frozen=True)
+class PublishReport:
+    """
+    What was sent or, in a dry run, would be.
+
+    Attributes:
+        repo_id: Name of the repository, its owner included once it was sent.
+        url: Where it is; `None` in a dry run.
+        commit: The commit that holds it; `None` in a dry run.
+        files: Names in the repository and their bytes.
+        removed: Names of files of an earlier state that the commit removed: weights and code that would be mistaken for this one's.
+        left_out: Names in the folder that are not sent.
+        notes: What the person should know.
+        lean: Whether the LLM stays out.
+        text_model_bytes: Size of the LLM that a lean checkpoint names in place of holding it, in the dtype that it runs in.
+    """
+
+    repo_id: str
+    url: str | None
+    commit: str | None
+    files: dict[str, int]
+    removed: list[str]
+    left_out: list[str]
+    notes: list[str]
+    lean: bool
+    text_model_bytes: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all files."""
+        return sum(self.files.values())
+
+
+def publish(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    lean: bool | None = None,
+    revision: str | None = None,
+    message: str = MESSAGE,
+    max_shard_size: int | str | None = None,
+    with_code: bool = True,
+    text_model: str | None = None,
+    text_model_revision: str | None = None,
+    token: str | None = None,
+    dry_run: bool = False,
+) -> PublishReport:
+    """
+    Send a checkpoint to the Hub: weights, configuration, processor, the code that loads it where this package is not installed, and the card.
+
+    The folder is checked first, and only files of a checkpoint are sent. Everything arrives in one commit, so whoever looks finds the
+    repository as it was before or complete. Large files go ahead of the commit, and those that the Hub has are not sent again: a run that was
+    interrupted or killed finishes when it is repeated.
+
+    Args:
+        folder: What `model.save_pretrained` and `processor.save_pretrained` wrote. Its README.md is the card; without one the card is
+            rendered ([`model_card`]).
+        repo_id: `owner/name` on the Hub; a name alone is the user's own.
+        private: Whether only its owner sees a new repository: `None` means yes. One that is there keeps what it is, and is refused if it is
+            public and this is not `False`.
+        lean: Leave the LLM out (`True`) or put it in (`False`); by default as the checkpoint is. See [`ProCLIPModel.save_pretrained`].
+        revision: Branch, made if it is not there. By default "main".
+        message: Of the commit.
+        max_shard_size: Split the weights into files of at most this size, such as `"2GB"`: what an interruption can lose of a file. By
+            default they are as in `folder`.
+        with_code: Send the code. Without it the checkpoint loads only where this package is installed.
+        text_model, text_model_revision: Name on the Hub of the LLM of a lean checkpoint that names a folder of this machine. Its weights are
+            fetched and compared.
+        token: Of the Hub; by default that of `hf auth login` or `HF_TOKEN`. It is never printed.
+        dry_run: Check everything, say what would be sent, and ask the Hub nothing (but for the LLM that `text_model` names).
+
+    Returns:
+        [`PublishReport`].
+
+    Raises:
+        PublishError: If the checkpoint is not complete, or the Hub does not take it; says which and what to do.
+    """
+    if not dry_run:
+        repo_id = full_name(repo_id, token)  # before anything that takes long: it tells whether the token is good
+    rewrites = lean is not None or max_shard_size is not None
+    with _staging_folder(Path(folder), beside=rewrites and not dry_run) as staging:
+        staged = stage(
+            Path(folder),
+            staging,
+            repo_id,
+            lean=lean,
+            max_shard_bytes=None if max_shard_size is None else convert_file_size_to_int(max_shard_size),
+            with_code=with_code,
+            text_model=text_model,
+            text_model_revision=text_model_revision,
+            sketch=dry_run,
+        )
+        if dry_run:
+            return _report(staged, repo_id)
+        return upload(staged, repo_id, private=private, revision=revision, message=message, token=token)
+
+
+def publish_model(
+    model: Any,
+    repo_id: str,
+    *,
+    processor: Any = None,
+    lean: bool | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    max_shard_size: int | str | None = None,
+    token: str | None = None,
+) -> PublishReport:
+    """
+    [`publish`] of a model in memory, as [`ProCLIPModel.push_to_hub`] does. Without `processor` the repository keeps the one that it has.
+
+    Raises:
+        PublishError: As [`publish`].
+    """
+    repo_id = full_name(repo_id, token)
+    with TemporaryDirectory() as saved, TemporaryDirectory() as staging:
+        model.save_pretrained(saved, lean=lean)
+        if processor is not None:
+            processor.save_pretrained(saved)
+        staged = stage(
+            Path(saved),
+            Path(staging),
+            repo_id,
+            max_shard_bytes=None if max_shard_size is None else convert_file_size_to_int(max_shard_size),
+            with_processor=processor is not None,
+        )
+        message = commit_message or MESSAGE
+        return upload(staged, repo_id, private=private, revision=revision, message=message, token=token)
+
+
+def publish_processor(
+    processor: Any,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "ProCLIP processor",
+    token: str | None = None,
+) -> PublishReport:
+    """
+    Send a processor and its code, as [`ProCLIPProcessor.push_to_hub`] does: the other half of what [`publish_model`] sends without one.
+
+    Raises:
+        PublishError: If the Hub does not take it.
+    """
+    repo_id = full_name(repo_id, token)
+    with TemporaryDirectory() as folder:
+        processor.save_pretrained(folder)
+        file = Path(folder, "processor_config.json")
+        write_json(file, json.loads(file.read_text(encoding="utf-8")), PROCESSOR_AUTO_MAP)
+        for code in code_files():
+            shutil.copyfile(code, Path(folder, code.name))
+        staged = Staged(Path(folder), lean=True, files={f.name: f.stat().st_size for f in Path(folder).iterdir()})
+        return upload(staged, repo_id, private=private, revision=revision, message=commit_message, token=token)
+
+
+def upload(
+    staged: Staged, repo_id: str, *, private: bool | None, revision: str | None, message: str, token: str | None
+) -> PublishReport:
+    """
+    Send every file of `staged` in one commit, which also removes what [`publish`] sent before and does not send now.
+
+    Raises:
+        PublishError: If the Hub does not take it.
+    """
+    make_repository(repo_id, private, token)
+    api = HfApi(token=token, library_name=LIBRARY)
+    with readable_hub_errors(repo_id, token):
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        head = api.model_info(repo_id, revision=revision).sha
+        there = api.list_repo_files(repo_id, revision=head)
+        removed = _stale(there, staged)
+        operations = [CommitOperationAdd(name, staged.folder / name) for name in staged.files]
+        operations += [CommitOperationDelete(name) for name in removed]
+        commit = api.create_commit(repo_id, operations, commit_message=message, revision=revision, parent_commit=head)
+    if not {"processor_config.json", "preprocessor_config.json"} & {*there, *staged.files}:
+        logger.warning(f"{repo_id} has no processor yet: processor.push_to_hub({repo_id!r}) sends it.")
+    return _report(staged, repo_id, f"{api.endpoint}/{repo_id}", commit.oid, removed)
+
+
+def full_name(repo_id: str, token: str | None = None) -> str:
+    """
+    `owner/name`, where the user of the token owns what is given as a name alone.
+
+    Raises:
+        PublishError: If the Hub does not know the token.
+    """
+    with readable_hub_errors(repo_id, token):
+        owner = HfApi(token=token, library_name=LIBRARY).whoami()["name"]
+    return repo_id if "/" in repo_id else f"{owner}/{repo_id}"
+
+
+def make_repository(repo_id: str, private: bool | None = None, token: str | None = None) -> None:
+    """
+    Make the repository if it is not there. See [`publish`] for `private`.
+
+    Raises:
+        PublishError: If the Hub says no, or the repository that is there is not as private as it is to be.
+    """
+    api = HfApi(token=token, library_name=LIBRARY)
+    with readable_hub_errors(repo_id, token):
+        try:
+            is_private = api.model_info(repo_id).private
+        except RepositoryNotFoundError:
+            api.create_repo(repo_id, private=private is not False, exist_ok=True)
+            return
+    if is_private and private is False:
+        raise PublishError(
+            f"{repo_id} is there and private, and sending to it would not make it public: make it public in its settings, or leave --public "
+            "(private=False) out."
+        )
+    if not is_private and private is not False:
+        raise PublishError(
+            f"{repo_id} is there and public, so all could see what you send: say --public (private=False) if they shall, or make it private in "
+            "its settings."
+        )
+
+
+def _stale(there: list[str], staged: Staged) -> list[str]:
+    if "config.json" not in staged.files:  # a processor replaces no model
+        return []
+    ours = (*WEIGHTS, *(file.name for file in code_files()))
+    return [name for name in there if name not in staged.files and any(fnmatch(name, pattern) for pattern in ours)]
+
+
+@contextmanager
+def _staging_folder(folder: Path, beside: bool) -> Iterator[Path]:
+    """An empty folder, removed at the end: `beside` the checkpoint where it takes weights, so that a killed run's is found and removed."""
+    if not beside:
+        with TemporaryDirectory(prefix="proclip-publish-") as staging:
+            yield Path(staging)
+        return
+    staging = folder.resolve().with_name(f".{folder.resolve().name}.publish")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    try:
+        yield staging
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise PublishError(
+            f"The disk of {staging} has no space left for the weights as they are to be sent."
+        ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _report(
+    staged: Staged, repo_id: str, url: str | None = None, commit: str | None = None, removed: list[str] | None = None
+) -> PublishReport:
+    return PublishReport(
+        repo_id,
+        url,
+        commit,
+        staged.files,
+        removed or [],
+        staged.left_out,
+        staged.notes,
+        staged.lean,
+        staged.text_model_bytes,
+    )

@@ -1,0 +1,78 @@
+"""`proclip publish`: a checkpoint to the Hub."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def publish(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a ProCLIP checkpoint and its processor.")],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO", help="owner/name on the Hub; a name alone is your own.")],
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="Who sees a new repository. By default only you.")
+    ] = None,
+    lean: Annotated[
+        bool | None,
+        typer.Option("--lean/--full", help="Without the LLM, which is named, or with it. By default as DIR is."),
+    ] = None,
+    revision: Annotated[str | None, typer.Option(metavar="BRANCH", help="Made if it is not there.")] = None,
+    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+    max_shard_size: Annotated[
+        str | None, typer.Option(help="Split the weights into files of at most this size, such as 2GB.")
+    ] = None,
+    with_code: Annotated[
+        bool, typer.Option("--with-code/--no-code", help="Send the code that loads it where this package is not.")
+    ] = True,
+    text_model: Annotated[
+        str | None, typer.Option(help="Name on the Hub of the LLM, where DIR names a folder of this machine.")
+    ] = None,
+    text_model_revision: Annotated[str | None, typer.Option(help="Its revision.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check, say what would be sent, and send nothing.")
+    ] = False,
+) -> None:
+    """Send a checkpoint to the Hub: weights, processor, the code that loads them anywhere, and the card.
+
+    DIR is checked first; only a checkpoint's own files are sent, in one commit. Given again after an interruption it goes on with the large
+    files that the Hub has not. The token is that of `hf auth login` or HF_TOKEN.
+    """
+    from rich.console import Console
+    from rich.table import Column, Table
+    from rich.text import Text
+
+    from hub_cards.publish import MESSAGE
+    from hub_cards.publish import publish as run
+
+    report = run(
+        folder,
+        repo_id,
+        private=private,
+        lean=lean,
+        revision=revision,
+        message=message or MESSAGE,
+        max_shard_size=max_shard_size,
+        with_code=with_code,
+        text_model=text_model,
+        text_model_revision=text_model_revision,
+        dry_run=dry_run,
+    )
+    verb = "would send" if dry_run else "sent"
+    rows = [(f"{verb} {name}", f"{size:,} bytes") for name, size in sorted(report.files.items())]
+    rows.append(("in all", f"{report.num_bytes:,} bytes"))
+    if report.text_model_bytes:
+        rows.append(("the LLM stays out", f"{report.text_model_bytes:,} bytes"))
+    if report.left_out:
+        shown = ", ".join(report.left_out[:8]) + (
+            f" and {len(report.left_out) - 8} more" if len(report.left_out) > 8 else ""
+        )
+        rows.append(("not sent", shown))
+    rows += [(f"removed {name}", "of an earlier state") for name in report.removed]
+    table = Table("lean" if report.lean else "full", Column(Text(report.repo_id)))
+    for name, value in [*rows, *(("note", note) for note in report.notes)]:
+        table.add_row(Text(name), Text(value))  # not markup: names come from the folder
+    Console().print(table)
+    typer.echo(
+        f"{verb} {report.num_bytes:,} bytes to {report.url or report.repo_id}"
+        + (f", commit {report.commit}" if report.commit else "")
+    )
