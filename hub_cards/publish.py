@@ -19,7 +19,7 @@ from transformers.utils.hub import convert_file_size_to_int
 
 from .hub_errors import readable_hub_errors
 from .remote_code import PROCESSOR_AUTO_MAP, code_files
-from .staging import PublishError, Staged, stage, write_json
+from .staging import PublishError, Staged, file_sizes, stage, write_json
 
 
 logger = logging.get_logger(__name__)
@@ -184,7 +184,7 @@ def publish_processor(
         write_json(file, json.loads(file.read_text(encoding="utf-8")), PROCESSOR_AUTO_MAP)
         for code in code_files():
             shutil.copyfile(code, Path(folder, code.name))
-        staged = Staged(Path(folder), lean=True, files={f.name: f.stat().st_size for f in Path(folder).iterdir()})
+        staged = Staged(Path(folder), lean=True, files=file_sizes(Path(folder)))
         return upload(staged, repo_id, private=private, revision=revision, message=commit_message, token=token)
 
 

@@ -150,9 +150,9 @@ def stage(
     if with_card:
         _write_card(source, folder, repo_id)
 
-    staged.files = {name: (folder / name).stat().st_size for name in _all_files(folder)}
+    staged.files = file_sizes(folder)
     read = {tensor.file.name for tensor in tensors.values()} | {WEIGHTS[1]}
-    staged.left_out = sorted(set(_all_files(source)) - set(staged.files) - read)
+    staged.left_out = sorted(set(file_sizes(source)) - set(staged.files) - read)
     if staged.lean and config.text_model_name_or_path is not None:
         with torch.device("meta"):
             llm = AutoModel.from_config(config.text_config, dtype=config.text_config.dtype)
@@ -346,10 +346,15 @@ def _matching(folder: Path, patterns: Iterable[str]) -> list[str]:
     # A pattern's * stays within a folder's name.
     return [
         name
-        for name in _all_files(folder)
+        for name in file_sizes(folder)
         if any(name.count("/") == pattern.count("/") and fnmatch(name, pattern) for pattern in patterns)
     ]
 
 
-def _all_files(folder: Path) -> list[str]:
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Names of all files in `folder` and below, and their bytes."""
+    return {
+        path.relative_to(folder).as_posix(): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
