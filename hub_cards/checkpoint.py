@@ -101,6 +101,31 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
     return checkpoint
 
 
+def own_weights(folder: str | Path) -> set[str]:
+    """
+    Hashes that an evaluation of this checkpoint can name (`own_weights_sha256`): one for each dtype that the model may have been loaded in.
+    """
+    import torch  # a card without results needs none of it
+    from safetensors.torch import load_file
+
+    from modeling_proclip import ProCLIPModel
+    from modeling_proclip.text_tower import own_weights_sha256
+
+    state = {}
+    for file in sorted(Path(folder).glob("model*.safetensors")):
+        state.update({name: tensor for name, tensor in load_file(file).items() if not name.startswith("text_model.")})
+
+    def loaded_in(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        kept = ProCLIPModel._keep_in_fp32_modules_strict
+        return {
+            name: tensor.to(dtype) if tensor.is_floating_point() and name.split(".")[-1] not in kept else tensor
+            for name, tensor in state.items()
+        }
+
+    in_dtypes = [state, *(loaded_in(dtype) for dtype in (torch.bfloat16, torch.float16))]
+    return {own_weights_sha256(tensors) for tensors in in_dtypes}
+
+
 def is_hub_name(name: str) -> bool:
     """Whether `name` reads as a repository `owner/name` on the Hub and is no folder here: only such a name is of use to others."""
     try:

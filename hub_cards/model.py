@@ -7,9 +7,9 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from .card import TEMPLATES
-from .checkpoint import base_card, is_hub_name, read_checkpoint, shown_name
+from .checkpoint import base_card, is_hub_name, own_weights, read_checkpoint, shown_name
 from .citations import citations
-from .results import RESULTS_FILE, model_index, not_measured, read_results, shown_dataset
+from .results import RESULTS_FILE, evaluated_weights, model_index, not_measured, read_results, shown_dataset
 from .validity import check_card
 
 
@@ -40,7 +40,7 @@ def model_card(
         folder: The checkpoint.
         repo_id: Name on the Hub that the card's snippets load it by; by default they name a folder.
         results: Results of its evaluation, files or folders as `proclip evaluate` and `proclip quickstart` write them. By default every
-            `results.json` in the folder or directly in a sub-folder.
+            `results.json` in the folder or directly in a sub-folder that is of these weights.
         license, license_name, license_link: Of the checkpoint; "unknown" by default.
         base_models: Names on the Hub of what the towers come from, under "vision" and "text", where the checkpoint names folders or
             nothing.
@@ -54,7 +54,7 @@ def model_card(
         `ModelCard` whose metadata [`check_card`] accepts. Nothing is written.
 
     Raises:
-        ValueError: If the folder holds no ProCLIP checkpoint, a licence or language code is none of the
+        ValueError: If the folder holds no ProCLIP checkpoint, a result names other weights, a licence or language code is none of the
             Hub's, or a key is unknown.
         FileNotFoundError: If a result is missing.
     """
@@ -62,8 +62,7 @@ def model_card(
     for name, given in (("base_models", base_models), ("base_licenses", base_licenses)):
         if unknown := set(given or {}) - set(_TOWERS):
             raise ValueError(f"{name} has no key {sorted(unknown)[0]!r}; the keys are {', '.join(_TOWERS)}")
-    if results is None:
-        results = [file for pattern in ("", "*/") for file in sorted(Path(folder).glob(pattern + RESULTS_FILE))]
+    results = _of_these_weights(folder, results)
     measured = [result for file in results for result in read_results(file)]
     named = {**checkpoint.base_models, **(base_models or {})}
     bases = {tower: named[tower] for tower in _TOWERS if tower in named}
@@ -116,6 +115,21 @@ def model_card(
     return card
 
 
+def _of_these_weights(folder: str | Path, results: Iterable[str | Path] | None) -> list[str | Path]:
+    """The results to show: those given, or those found in the folder, of which those of other weights are left out."""
+    found = results is None
+    files = [file for pattern in ("", "*/") for file in sorted(Path(folder).glob(pattern + RESULTS_FILE))]
+    files = files if results is None else list(results)
+    named = {file: evaluated_weights(file) for file in files}
+    ours = own_weights(folder) if any(named.values()) else set()
+    others = [file for file, weights in named.items() if weights is not None and weights not in ours]
+    if others and not found:
+        raise ValueError(
+            f"{others[0]} is of other weights than {folder} holds: evaluate this checkpoint, or name its own results"
+        )
+    return [file for file in files if file not in others]
+
+
 def _license_of(metadata: Mapping[str, Any]) -> str:
     return str(metadata.get("license_name") or ", ".join(_listed(metadata.get("license"))) or UNKNOWN)
 
@@ -131,6 +145,7 @@ def _tasks(results: Iterable[Any]) -> list[dict[str, Any]]:
                 "dataset": shown_dataset(result.dataset),
                 "split": result.split,
                 "num_items": result.num_items,
+                "limit": result.limit,
                 "values": [],
             },
         )

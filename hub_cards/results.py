@@ -51,6 +51,7 @@ class Result:
         metric: Name of the metric.
         value: As measured: a fraction for shares.
         primary: Whether it is the number that stands for the task.
+        limit: Rows that were drawn of the data set, if not all were read; the number is then no benchmark's.
     """
 
     task: str
@@ -63,6 +64,7 @@ class Result:
     revision: str | None = None
     num_items: int | None = None
     primary: bool = True
+    limit: int | None = None
 
 
 def read_results(path: str | Path) -> list[Result]:
@@ -79,7 +81,8 @@ def read_results(path: str | Path) -> list[Result]:
     file = _results_file(path)
     content = _load(file)
     if isinstance(content, dict) and "tasks" in content:
-        results = [result for task in content["tasks"] for result in _read_task(task, file)]
+        limit = (content.get("partial") or {}).get("limit")
+        results = [result for task in content["tasks"] for result in _read_task(task, limit, file)]
     elif isinstance(content, dict) and "rows" in content:
         results = _read_quickstart(content, file)
     else:
@@ -94,9 +97,15 @@ def read_results(path: str | Path) -> list[Result]:
     return results
 
 
+def evaluated_weights(path: str | Path) -> str | None:
+    """Hash of the weights that were evaluated, the LLM's aside (`own_weights_sha256`), where the results name it."""
+    model = _load(_results_file(path)).get("model")
+    return model.get("own_weights_sha256") if isinstance(model, dict) else None
+
+
 def model_index(results: Iterable[Result]) -> list[EvalResult]:
     """
-    The results as the Hub's `model-index` holds them.
+    The results as the Hub's `model-index` holds them, without those of drawn rows, which are no benchmark's.
 
     Entries that agree in task, type, configuration, split and revision of the data set are merged by the Hub's library, which keeps one
     name of them; so the task's name is the configuration.
@@ -114,6 +123,7 @@ def model_index(results: Iterable[Result]) -> list[EvalResult]:
             metric_value=result.value,
         )
         for result in results
+        if result.limit is None
     ]
 
 
@@ -146,13 +156,13 @@ def _load(file: Path) -> Any:
         raise ValueError(f"{file} is no JSON: {error}") from error
 
 
-def _read_task(task: dict[str, Any], file: Path) -> list[Result]:
+def _read_task(task: dict[str, Any], limit: int | None, file: Path) -> list[Result]:
     try:
         dataset = task["dataset"]
         metrics = {task["metric"]: task["value"], **task["metrics"]}
         return [
             Result(
-                task=task["name"],
+                task=task.get("title") or task["name"],
                 kind=task["kind"],
                 group=task["group"],
                 dataset=dataset["source"],
@@ -162,6 +172,7 @@ def _read_task(task: dict[str, Any], file: Path) -> list[Result]:
                 metric=metric,
                 value=float(value),
                 primary=metric == task["metric"],
+                limit=limit,
             )
             for metric, value in metrics.items()
         ]

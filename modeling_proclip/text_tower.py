@@ -185,6 +185,12 @@ def state_sha256(state_dict: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
+def own_weights_sha256(state_dict: dict[str, torch.Tensor]) -> str:
+    """Content hash of what of a ProCLIP's state dict is not the LLM's, in float32: the same for a full and for a lean checkpoint of it."""
+    own = {name: tensor.float() for name, tensor in state_dict.items() if not name.startswith("text_model.")}
+    return state_sha256(own)
+
+
 def _update(digest: Any, name: str, tensor: torch.Tensor) -> None:
     digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
     digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())

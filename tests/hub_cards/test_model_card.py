@@ -2,9 +2,11 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard, metadata_load
 from PIL import Image
@@ -17,6 +19,7 @@ from modeling_proclip import ProCLIPModel
 from tests.hub_cards.numbers import held, held_by_file, stated
 from tests.modeling_proclip import tiny
 from tests.trainers.tiny_training import inheritance_trainer, tiny_model, tuning_trainer
+from trainers.evaluation.encoders import Encoder
 
 
 RESULTS = {
@@ -256,3 +259,38 @@ def run_snippets(card: ModelCard, folder: Path, monkeypatch) -> dict:
     for block in blocks:
         exec(block.replace(f"path/of/{folder.name}", str(folder)), names)
     return names
+
+
+def evaluation_of(folder: Path, dtype: str, tmp_path: Path) -> Path:
+    """Results that name the weights in `folder`, loaded as `proclip evaluate` loads them."""
+    identity = Encoder.load(folder, "cpu", dtype).identity()
+    output = tmp_path / f"evaluation-{dtype}"
+    output.mkdir()
+    (output / "results.json").write_text(json.dumps({**RESULTS, "model": identity}))
+    return output
+
+
+@pytest.mark.parametrize(("dtype", "lean"), [("auto", True), ("bfloat16", False)])
+def test_results_are_held_against_the_weights(tmp_path, dtype, lean):
+    model = ProCLIPModel.from_vision_text_pretrained(tiny.clip(), tiny.LLAMA_DIR, adapter_input_norm="standardize")
+    processor = tiny.processor(prompt_template=tiny.LLAMA3, max_length=40)
+    for name, scale in (("mine", 1.0), ("other", 1.001)):
+        with torch.no_grad():
+            model.text_adapter.projection.weight *= scale
+        model.save_pretrained(tmp_path / name, lean=lean)
+        processor.save_pretrained(tmp_path / name)
+    evaluation = evaluation_of(tmp_path / "mine", dtype, tmp_path)
+    assert "0.7123" in model_card(tmp_path / "mine", results=[evaluation]).text
+    with pytest.raises(ValueError, match="other weights"):
+        model_card(tmp_path / "other", results=[evaluation])
+    # Those that are found are shown only where they are of these weights: a folder can hold a baseline's too.
+    for name, shown in (("mine", True), ("other", False)):
+        shutil.copytree(evaluation, tmp_path / name / "evaluation")
+        assert ("0.7123" in model_card(tmp_path / name).text) == shown
+
+
+def test_drawn_rows_are_no_benchmark(trained, tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps({**RESULTS, "partial": {"limit": 10}}))
+    card = model_card(trained, results=[tmp_path])
+    assert "| 1000, drawn: no benchmark's number | t2i_r@1 0.7123" in card.text
+    assert "model-index" not in card.data.to_dict()

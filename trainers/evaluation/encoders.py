@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoProcessor, BatchFeature
 import modeling_proclip  # noqa: F401  registers the classes
 from modeling_proclip import ProCLIPModel
 from modeling_proclip.processing_proclip import to_rgb
-from modeling_proclip.text_tower import state_sha256
+from modeling_proclip.text_tower import own_weights_sha256, state_sha256
 from trainers.data.text_encoding import EncodedBatch, count_truncated, embeddings_of, encode_texts, encoder_fingerprint
 
 
@@ -90,6 +90,16 @@ class Encoder:
     def weights_sha256(self) -> str:
         """Content hash of all weights, as they are in memory: another dtype has another hash."""
         return state_sha256(self.model.state_dict())
+
+    def identity(self) -> dict[str, Any]:
+        """
+        "name", "kind" and "weights_sha256" for the results; of a ProCLIP also "own_weights_sha256": of all but the LLM, in float32, which a
+        checkpoint's files can be held against wherever its LLM is.
+        """
+        identity = {"name": self.name, "kind": self.kind, "weights_sha256": self.weights_sha256}
+        if isinstance(self.model, ProCLIPModel):
+            identity["own_weights_sha256"] = own_weights_sha256(self.model.state_dict())
+        return identity
 
     def image_fingerprint(self) -> dict[str, Any]:
         """What decides a picture's embedding: weights, processor, dtype and device."""

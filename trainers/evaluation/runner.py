@@ -124,9 +124,12 @@ class _Run:
             self.images.prepare()
             self.texts.prepare()
         state.wait_for_everyone()
-        model = {"name": encoder.name, "kind": encoder.kind, "weights_sha256": encoder.weights_sha256}
         self.results = Results(
-            folder, model, {**encoder.protocol(), **SCORING}, seed, None if limit is None else {"limit": limit}
+            folder,
+            encoder.identity(),
+            {**encoder.protocol(), **SCORING},
+            seed,
+            None if limit is None else {"limit": limit},
         )
 
     def score(self, task: Task, keys: np.ndarray) -> None:
