@@ -166,6 +166,7 @@ class _Run:
                     "num_items": len(task.data.rows),
                     "num_items_stated": manifest.data.num_items,
                     "fingerprint": fingerprint(task, keys),
+                    "images_fingerprint": images_fingerprint(keys) if len(keys) else None,
                 },
                 "protocol": {
                     **task.facts,
@@ -191,9 +192,14 @@ class _Run:
         return self.results.as_dict()
 
 
+def images_fingerprint(keys: np.ndarray) -> str:
+    """SHA-256 of the pictures' keys in order: benchmarks on the same pictures, such as the languages of one, share it."""
+    return hashlib.sha256(np.ascontiguousarray(keys).astype("<i8").tobytes()).hexdigest()
+
+
 def fingerprint(task: Task, keys: np.ndarray) -> str:
     """SHA-256 of what a benchmark consists of, in order: pictures' bytes, texts, labels. The same data has the same one anywhere."""
-    digest = hashlib.sha256(np.ascontiguousarray(keys).astype("<i8").tobytes())
+    digest = hashlib.sha256(images_fingerprint(keys).encode())
     digest.update(json.dumps([task.texts, task.identity], ensure_ascii=False).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
 

@@ -167,6 +167,7 @@ def _zero_shot(manifest: Manifest, data: OpenedData) -> Task:
         facts={
             "num_classes": len(names),
             "num_classes_without_images": len(absent),
+            "classes": names,
             "num_prompts": len(templates),
             "prompts": templates,
         },
