@@ -109,6 +109,19 @@ def evaluate(
     if state.is_main_process:
         print_results(results[0], results[1] if baseline is not None else None)
         typer.echo(f"{output_dir / 'results.json'}")
+        _write_report(output_dir)
+
+
+def _write_report(output_dir: Path) -> None:
+    """The page with plots beside the results. Without matplotlib there is none, and the numbers stand all the same."""
+    try:
+        from ..evaluation.report import write_report
+
+        typer.echo(f"{write_report(output_dir)}")
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        typer.echo("no report.html, which needs matplotlib: pip install matplotlib")
 
 
 def _print_list(wanted: bool) -> None:

@@ -135,6 +135,9 @@ class _Run:
     def score(self, task: Task, keys: np.ndarray) -> None:
         """Embeds what is missing; the main process computes the numbers and writes them."""
         started = time.perf_counter()
+        for cache in (self.images, self.texts):  # the other model may have written what this one can use
+            cache.refresh()
+        self.state.wait_for_everyone()  # nobody may write before everybody knows what is missing
         embed_images(task, keys, self.encoder, self.images, self.state, self.batch_size, self.progress)
         text_keys = embed_texts(task, self.encoder, self.texts, self.state, self.token_budget, self.progress)
         self.state.wait_for_everyone()

