@@ -36,8 +36,8 @@ def test_a_dry_run_foretells_and_writes_nothing(recipe, tmp_path):
     result = run(recipe, "--dry-run")
     assert result.exit_code == 0, result.output
     rows = {line.split()[0]: line.split()[1:] for line in result.output.splitlines() if line.strip()}
-    assert rows["inheritance"] == ["40", "1", "5", "8", "1", "8", "to", "do"]
-    assert rows["contrastive_tuning"] == ["24", "2", "6", "8", "1", "4*", "to", "do"]
+    assert rows["inheritance"] == ["40", "1", "5", "8", "1", "×", "8", "to", "do"]
+    assert rows["contrastive_tuning"] == ["24", "2", "6", "8", "1", "×", "4*", "to", "do"]
     assert "gradient caching" in result.output
     assert not (tmp_path / "out").exists()
 

@@ -175,6 +175,22 @@ def test_killed_in_the_middle_of_stage_2_the_same_command_finishes(whole, conten
     assert_same_weights(whole, tmp_path / "out")
 
 
+def test_two_processes_train_as_one(whole, content, tmp_path):
+    changed(content, tmp_path)
+    command = "-m torch.distributed.run --standalone --nproc_per_node 2 -m trainers.cli train".split()
+    finished = subprocess.run(
+        [sys.executable, *command, str(tmp_path / "recipe.yaml"), "--stage", "inheritance"],
+        env={**os.environ, "COLUMNS": "80"},
+        capture_output=True,
+        text=True,
+    )
+    assert finished.returncode == 0, finished.stderr
+    (row,) = (line.split() for line in finished.stdout.splitlines() if line.strip().startswith("inheritance"))
+    assert row[1:9] == ["40", "1", "5", "8", "2", "×", "4", "finished,"]
+    one, two = weights(whole, "inheritance"), weights(tmp_path / "out", "inheritance")
+    assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
+
+
 def test_one_stage_at_a_time(whole, content, tmp_path):
     recipe = changed(content, tmp_path)
     with pytest.raises(RecipeError, match="starts from inheritance, which is not finished: run --stage inheritance"):

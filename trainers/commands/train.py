@@ -53,11 +53,11 @@ def _print_plan(curriculum: "Curriculum") -> None:
         return "?" if value is None else f"{value:,}"
 
     stages = plan_stages(curriculum)
-    table = Table(box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("stage", no_wrap=True)
-    for title in ("rows", "epochs", "steps", "batch", "devices", "at once"):
+    for title in ("rows", "epochs", "steps", "batch", "on devices"):
         table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("state")
+    table.add_column("state", no_wrap=True)
     for plan in stages:
         table.add_row(
             plan.name,
@@ -65,8 +65,7 @@ def _print_plan(curriculum: "Curriculum") -> None:
             "?" if plan.epochs is None else f"{plan.epochs:.3g}",
             number(plan.steps),
             number(plan.global_batch_size),
-            number(plan.num_processes),
-            number(plan.device_batch_size) + ("*" if plan.gradient_caching else ""),
+            f"{plan.num_processes} × {plan.device_batch_size:,}" + ("*" if plan.gradient_caching else ""),
             plan.state if plan.seconds is None else f"{plan.state}, {plan.seconds:,.0f} s",
         )
     console = Console(highlight=False)
