@@ -28,9 +28,9 @@ import torch
 import yaml
 from accelerate import PartialState
 from filelock import FileLock, Timeout
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, Trainer, set_seed
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, Trainer, set_seed
 
-from modeling_proclip import ProCLIPModel, ProCLIPProcessor
+from modeling_proclip import ProCLIPConfig, ProCLIPModel, ProCLIPProcessor
 
 from .alignment import last_complete_checkpoint
 from .contrastive_tuning_trainer import ContrastiveTuningTrainer
@@ -199,7 +199,7 @@ class Curriculum:
         started = time.perf_counter()
         set_seed(self.recipe.seed)
         model = ProCLIPModel.from_vision_text_pretrained(
-            settings.vision,
+            self._vision(),
             settings.text,
             vision_revision=settings.vision_revision,
             text_revision=settings.text_revision,
@@ -231,6 +231,20 @@ class Curriculum:
 
         self._on_main(lambda: _replace_folder(folder / "model", save))
         self._on_main(lambda: self._finish(PREPARATION, {"seconds": round(time.perf_counter() - started, 1)}))
+
+    def _vision(self) -> str | ProCLIPModel:
+        """The model whose image encoder is taken: by name, or loaded if it is a ProCLIP checkpoint, whose LLM is not wanted."""
+        settings = self.recipe.model
+        config = AutoConfig.from_pretrained(settings.vision, revision=settings.vision_revision)
+        if not isinstance(config, ProCLIPConfig):
+            return settings.vision
+        return ProCLIPModel.from_pretrained(
+            settings.vision,
+            revision=settings.vision_revision,
+            load_text_model=False,
+            dtype=torch.float32,
+            attn_implementation=settings.attn_implementation,
+        )
 
     def _build_store(self, which: str, model: torch.nn.Module, processor: Any) -> None:
         # Every process takes part: the first one writes, and the others wait for it at the store's own lock, which has no time limit as the

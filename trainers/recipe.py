@@ -41,7 +41,7 @@ class ModelSettings:
     The two encoders and what joins them.
 
     Attributes:
-        vision: folder or Hub name of the CLIP or SigLIP whose image encoder is taken.
+        vision: folder or Hub name of the CLIP or SigLIP, or of the ProCLIP checkpoint, whose image encoder is taken.
         vision_revision: its commit, tag or branch.
         text: folder or Hub name of the LLM. A checkpoint that needs remote code is converted first (`proclip convert`).
         text_revision: its commit, tag or branch.
