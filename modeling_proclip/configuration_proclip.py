@@ -66,6 +66,8 @@ class ProCLIPConfig(PreTrainedConfig):
         text_pooling (`"mean"`, `"weighted_mean"`, `"last_token"`, `"eos_token"` or `"bos_token"`, defaults to `"mean"`):
             How the LLM's token states become one embedding; see [`pool_tokens`].
         logit_scale_init_value (`float`, defaults to ln(1 / 0.07)): Start of the logit scale, as its logarithm (CLIP, arXiv 2103.00020).
+        logit_bias_init_value (`float`, *optional*):
+            Start of a bias that is added to the logits, for SigLIP's sigmoid loss (-10 in arXiv 2303.15343). None: the model has none.
         text_model_name_or_path (`str`, *optional*): Where the LLM came from. A lean checkpoint loads it from there.
         text_model_revision (`str`, *optional*): Commit of that repository.
         text_model_sha256 (`str`, *optional*): Content hash of the LLM's weights; see [`weights_sha256`]. A lean checkpoint refuses any other.
@@ -103,6 +105,7 @@ class ProCLIPConfig(PreTrainedConfig):
     adapter_layer_norm_eps: float = 1e-5
     text_pooling: Literal["mean", "weighted_mean", "last_token", "eos_token", "bos_token"] = "mean"
     logit_scale_init_value: int | float = 2.6592600769815985
+    logit_bias_init_value: int | float | None = None
     text_model_name_or_path: str | None = None
     text_model_revision: str | None = None
     text_model_sha256: str | None = None
@@ -136,6 +139,8 @@ class ProCLIPConfig(PreTrainedConfig):
             raise ValueError(
                 f"ProCLIPConfig.logit_scale_init_value is a logarithm and must be finite, got {self.logit_scale_init_value}."
             )
+        if self.logit_bias_init_value is not None and not math.isfinite(self.logit_bias_init_value):
+            raise ValueError(f"ProCLIPConfig.logit_bias_init_value must be finite, got {self.logit_bias_init_value}.")
         for name in TOWERS:
             sub_config = getattr(self, name)
             if not isinstance(getattr(sub_config, "hidden_size", None), int) or sub_config.is_encoder_decoder:

@@ -29,7 +29,7 @@ class ProCLIPOutput(ModelOutput):
     Args:
         loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `return_loss=True`): Symmetric InfoNCE loss of the batch.
         logits_per_image (`torch.FloatTensor` of shape `(num_images, num_texts)`, *optional*):
-            Cosine similarities times `logit_scale.exp()`, in float32.
+            Cosine similarities times `logit_scale.exp()`, in float32, plus `logit_bias` if the model has one.
         logits_per_text (`torch.FloatTensor` of shape `(num_texts, num_images)`, *optional*): Its transpose.
         text_embeds (`torch.FloatTensor` of shape `(num_texts, projection_dim)`, *optional*): Text embeddings of unit length, in float32.
         image_embeds (`torch.FloatTensor` of shape `(num_images, projection_dim)`, *optional*): Image embeddings of unit length, in float32.
@@ -75,7 +75,7 @@ class ProCLIPModel(PreTrainedModel):
     _supports_attention_backend = True
     # The logit scale is a logarithm whose exponential multiplies every logit: half precision would round the scale by up to 4 %. The
     # statistics centre embeddings that lie close together: half precision would cancel what tells them apart.
-    _keep_in_fp32_modules_strict = ["logit_scale", "input_mean", "input_std"]
+    _keep_in_fp32_modules_strict = ["logit_scale", "logit_bias", "input_mean", "input_std"]
     _no_split_modules = ["TextAdapterBlock"]
 
     def __init__(
@@ -111,6 +111,9 @@ class ProCLIPModel(PreTrainedModel):
             self._keys_to_ignore_on_load_unexpected = [r"^text_model\."]
         self.text_adapter = TextAdapter(config)
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
+        self.logit_bias = None
+        if config.logit_bias_init_value is not None:
+            self.logit_bias = nn.Parameter(torch.tensor(float(config.logit_bias_init_value)))
         self.post_init()
 
     @torch.no_grad()
@@ -131,6 +134,8 @@ class ProCLIPModel(PreTrainedModel):
                 if self.config.vision_projection_bias:
                     init.zeros_(module.visual_projection.bias)
             init.constant_(module.logit_scale, float(self.config.logit_scale_init_value))
+            if module.logit_bias is not None:
+                init.constant_(module.logit_bias, float(self.config.logit_bias_init_value))
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
@@ -286,6 +291,8 @@ class ProCLIPModel(PreTrainedModel):
         if has_text and has_image:
             scale = self.logit_scale.exp().to(text_embeds.device)
             logits_per_text = scale * (text_embeds @ image_embeds.to(text_embeds.device).T)
+            if self.logit_bias is not None:
+                logits_per_text = logits_per_text + self.logit_bias.to(text_embeds.device)
             logits_per_image = logits_per_text.T
         if return_loss:
             if logits_per_text is None or logits_per_text.shape[0] != logits_per_text.shape[1]:

@@ -242,8 +242,16 @@ class AlignmentTrainer(PublishingTrainer):
     ) -> tuple[torch.Tensor, None, None]:
         """The loss `()` of an evaluation batch, the same on all processes, and no predictions."""
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+            loss = self.evaluate_batch(model, self._prepare_inputs(inputs))
         return self.accelerator.reduce(loss.detach(), reduction="mean"), None, None
+
+    def evaluate_batch(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The loss `()` of a batch of an evaluation; a stage may keep more of it for `evaluation_metrics`."""
+        return self.compute_loss(model, batch)
+
+    def evaluation_metrics(self) -> dict[str, float]:
+        """What is measured in an evaluation besides the loss; called once at its end, on all processes."""
+        return self._mean_parts("eval")
 
     def record(self, **parts: torch.Tensor) -> None:
         """Keep parts `()` of this batch's loss for the next log."""
@@ -274,9 +282,9 @@ class AlignmentTrainer(PublishingTrainer):
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """As Trainer, with the parts of the loss among the metrics."""
+        """As Trainer, with `evaluation_metrics` among the metrics."""
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        output.metrics.update({f"{metric_key_prefix}_{name}": v for name, v in self._mean_parts("eval").items()})
+        output.metrics.update({f"{metric_key_prefix}_{name}": v for name, v in self.evaluation_metrics().items()})
         return output
 
 

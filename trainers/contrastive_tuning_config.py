@@ -44,6 +44,9 @@ class ContrastiveTuningConfig(AlignmentConfig):
         method (`"proclip"`, `"llm2clip"` or `"lit"`, defaults to `"proclip"`):
             "proclip": L_info + lambda_ins L_ins + lambda_struct L_struct against the EMA teacher, after stage 1. "llm2clip" (arXiv 2411.04997):
             L_info alone, no teacher, from a fresh adapter. "lit" (arXiv 2111.07991): the same with the image encoder frozen.
+        loss (`"info_nce"` or `"sigmoid"`, defaults to `"info_nce"`):
+            L_info: symmetric InfoNCE over the joined batch (ProCLIP, LLM2CLIP, LiT), or SigLIP's sigmoid loss (arXiv 2303.15343), for SigLIP
+            towers: it trains the model's `logit_bias` too, and does not bound the logit scale, which is above 100 in SigLIP.
         ema_decay (`float`, defaults to 0.999): alpha of the EMA teacher.
         reduction (`"mean"` or `"sum"`, defaults to `"mean"`):
             How L_ins and L_struct are reduced. "mean" does not depend on the batch. "sum" is the paper's formula; it sums over the joined
@@ -56,13 +59,17 @@ class ContrastiveTuningConfig(AlignmentConfig):
         freeze_vision (`bool`, *optional*): Whether the image encoder (tower and projection) is frozen. True for "lit", else False.
         adapter_learning_rate (`float`, *optional*):
             Of the text adapter, if it is not to be `learning_rate`. One that is much higher destroys what stage 1 inherited.
+        gradient_caching_batch_size (`int`, *optional*):
+            Rows of a micro-batch. The batch of `per_device_train_batch_size` rows stays in the host's memory and goes through the model that
+            many rows at a time, twice; loss and gradients are those of the whole batch ([`cached_backward`], arXiv 2101.06983). So one
+            device trains with the papers' batch at the memory of a micro-batch.
 
     Defaults that differ from [`~transformers.TrainingArguments`]. ProCLIP, arXiv 2510.18795, Table 8: `per_device_train_batch_size` 512,
     `learning_rate` 1e-5, `lr_scheduler_type` "cosine", `weight_decay` 0.05, `adam_beta2` 0.98, `adam_epsilon` 1e-6, `num_train_epochs`
     4, `ema_decay` 0.999. Ours: `per_device_eval_batch_size` 512, as a contrastive loss is compared at equal batches;
-    `dataloader_drop_last` True, as an uneven last batch has another loss and cannot be gathered over processes;
-    `remove_unused_columns` False, as captions are no input of the model; `ddp_find_unused_parameters` False, as every trained parameter
-    has a gradient in every step.
+    `dataloader_drop_last` True, as a smaller last batch has another loss (False is exact too, on any number of processes; evaluation reads
+    all rows in any case); `remove_unused_columns` False, as captions are no input of the model; `ddp_find_unused_parameters` False, as
+    every trained parameter has a gradient in every step.
 
     Raises:
         ValueError: If a choice is unknown, a value contradicts `method`, a number makes no sense, or with `gradient_accumulation_steps`
@@ -73,6 +80,7 @@ class ContrastiveTuningConfig(AlignmentConfig):
     per_device_eval_batch_size: int = PUBLISHED_BATCH
 
     method: str = "proclip"
+    loss: str = "info_nce"
     ema_decay: float = 0.999
     freeze_vision: bool | None = None
     adapter_learning_rate: float | None = None
@@ -81,6 +89,8 @@ class ContrastiveTuningConfig(AlignmentConfig):
         super().__post_init__()
         if self.method not in _METHODS:
             raise ValueError(f"method must be one of {', '.join(map(repr, _METHODS))}, got {self.method!r}.")
+        if self.loss not in ("info_nce", "sigmoid"):
+            raise ValueError(f"loss must be 'info_nce' or 'sigmoid', got {self.loss!r}.")
         self._apply_method()
         if not 0 <= self.ema_decay <= 1:
             raise ValueError(f"ema_decay must be between 0 and 1, got {self.ema_decay}.")
@@ -89,8 +99,8 @@ class ContrastiveTuningConfig(AlignmentConfig):
         if self.gradient_accumulation_steps > 1:
             raise ValueError(
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps}: a contrastive loss compares the pairs of a batch with each "
-                "other, so its mean over small batches is not the loss of the joined batch. Raise per_device_train_batch_size or train with "
-                "more processes."
+                "other, so its mean over small batches is not the loss of the joined batch. Raise per_device_train_batch_size instead, and set "
+                "gradient_caching_batch_size to what fits into memory."
             )
 
     def _apply_method(self) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from modeling_proclip import ProCLIPModel
@@ -14,7 +15,8 @@ from .alignment_checks import trained_with_peft
 from .collators import ContrastiveTuningCollator
 from .contrastive_tuning_config import ContrastiveTuningConfig
 from .ema import EMATeacher
-from .losses import global_info_nce_loss
+from .held_out_retrieval import AllCaptionsCollator, HeldOutRetrieval
+from .losses import global_info_nce_loss, global_sigmoid_loss
 
 
 MAX_LOG_LOGIT_SCALE = math.log(100)  # CLIP, arXiv 2103.00020
@@ -36,19 +38,20 @@ class ContrastiveTuningTrainer(AlignmentTrainer):
         train_dataset:
             Rows by number with "text", a caption or a list of captions of which one is drawn every epoch, and "pixel_values"
             `(3, height, width)` or "image", a picture that `processing_class` makes pixel values of.
-        eval_dataset (*optional*): The same; of several captions the first is read. `eval_loss` and its parts are logged.
+        eval_dataset (*optional*): The same. Logged: `eval_loss` and its parts, for which of several captions the first is read, and
+            `eval_i2t_r@1`, `eval_t2i_r@1` and so on at 5 and 10: retrieval among all its pictures and all their captions.
         text_store ([`TextEmbeddingStore`]): G(text), `(N, hidden_size)`.
         processing_class (*optional*): [`ProCLIPProcessor`] or image processor, for rows with "image"; saved with the checkpoints.
         kwargs: Of [`~transformers.Trainer`].
 
     Raises:
-        ValueError: If the store's embeddings do not fit the model, a trained part is in half precision, or a dataset is shorter than a
-            batch.
+        ValueError: If the store's embeddings do not fit the model, a trained part is in half precision, the training set is shorter than
+            a batch, or the sigmoid loss is to train a model without a logit bias.
         KeyError: If a text is not in the store; names it.
         FileNotFoundError: On resuming from a checkpoint without the EMA teacher.
 
-    Logged: `loss`, `info_nce_loss`, `instance_loss` and `structure_loss` (without their weights), `logit_scale` (the multiplier itself),
-    `grad_norm`, `learning_rate`.
+    Logged: `loss`, `info_nce_loss` or `sigmoid_loss`, `instance_loss` and `structure_loss` (without their weights), `logit_scale` (the
+    multiplier itself), `logit_bias` with the sigmoid loss, `grad_norm`, `learning_rate`, `samples_per_second`.
 
     Example:
 
@@ -77,6 +80,13 @@ class ContrastiveTuningTrainer(AlignmentTrainer):
                 trained += [*model.vision_model.parameters(), *model.visual_projection.parameters()]
         else:
             trained = trained_with_peft(model, args.freeze_vision)
+        if args.loss == "sigmoid":
+            if model.logit_bias is None:
+                raise ValueError(
+                    "loss='sigmoid' trains a logit bias, and this model has none: load or make it with logit_bias_init_value=-10.0, as in "
+                    "ProCLIPModel.from_pretrained(..., logit_bias_init_value=-10.0)."
+                )
+            trained.append(model.logit_bias)
         super().__init__(
             model,
             args,
@@ -91,6 +101,7 @@ class ContrastiveTuningTrainer(AlignmentTrainer):
         # After the model has moved to its device.
         self.ema = EMATeacher(model, args.ema_decay) if args.lambda_ins or args.lambda_struct else None
         self.add_callback(_AfterStep(self))
+        self.text_store, self._held_out = text_store, HeldOutRetrieval()
 
     def embed(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """v of `pixel_values (batch_size, 3, height, width)` and t of `llm_embeds (batch_size, hidden_size)`; t alone if E_I is frozen."""
@@ -114,13 +125,40 @@ class ContrastiveTuningTrainer(AlignmentTrainer):
         """L_stage2."""
         images, texts = (*frozen, *embeds) if self.args.freeze_vision else embeds
         logit_scale = self.model.logit_scale.exp()
-        loss = global_info_nce_loss(images, texts, logit_scale)
-        self.record(info_nce_loss=loss, logit_scale=logit_scale)
+        if self.args.loss == "sigmoid":
+            loss = global_sigmoid_loss(images, texts, logit_scale, self.model.logit_bias)
+            self.record(sigmoid_loss=loss, logit_scale=logit_scale, logit_bias=self.model.logit_bias)
+        else:
+            loss = global_info_nce_loss(images, texts, logit_scale)
+            self.record(info_nce_loss=loss, logit_scale=logit_scale)
         if self.ema is not None:
             distillation, parts = distillation_loss(images, *frozen, self.args)
             loss = loss + distillation
             self.record(**parts)
         return loss
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """As in stage 1, with all captions of a picture."""
+        collator = self.data_collator
+        self.data_collator = AllCaptionsCollator(collator, self.text_store)
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = collator
+
+    def evaluate_batch(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """As in stage 1; keeps the embeddings for the recall."""
+        loss, embeds = self.compute_loss(model, batch, return_outputs=True)
+        images = embeds[1] if self.args.freeze_vision else embeds[0]
+        if "num_captions" in batch:
+            num_captions = batch["num_captions"][: len(images)]
+            captions = batch["caption_embeds"][: num_captions.sum()]
+            self._held_out.add(images, unit(model(llm_embeds=captions).text_model_output.pooler_output), num_captions)
+        return loss
+
+    def evaluation_metrics(self) -> dict[str, float]:
+        """The loss's parts and the recall of retrieval."""
+        return {**super().evaluation_metrics(), **self._held_out.recall(self.args.device)}
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As Trainer, with the text adapter in groups of its own if `adapter_learning_rate` is given."""
@@ -136,11 +174,12 @@ class ContrastiveTuningTrainer(AlignmentTrainer):
         return optimizer
 
     def after_optimizer_step(self) -> None:
-        """Keep the logit scale between 1 and 100 (CLIP; the published code too) and move the EMA teacher."""
+        """Keep the logit scale between 1 and 100 (CLIP; the published code too; not with the sigmoid loss) and move the EMA teacher."""
         if self.accelerator.optimizer_step_was_skipped:
             return  # float16 gradients overflowed
-        with torch.no_grad():
-            self.model.logit_scale.clamp_(0, MAX_LOG_LOGIT_SCALE)
+        if self.args.loss == "info_nce":
+            with torch.no_grad():
+                self.model.logit_scale.clamp_(0, MAX_LOG_LOGIT_SCALE)
         if self.ema is not None:
             self.ema.update(self.model)
 

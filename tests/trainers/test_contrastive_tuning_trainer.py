@@ -277,3 +277,94 @@ def test_a_frozen_half_precision_image_encoder_is_fine(tmp_path):
         tuning_trainer(tmp_path, model)
     tuning_trainer(tmp_path, model, method="lit")
     assert TEXT_STORE.lookup([CAPTIONS[0][0]]).dtype == torch.float32
+
+
+# SigLIP's sigmoid loss
+
+
+def test_sigmoid_loss_trains_the_bias_and_leaves_the_scale_unbounded(tmp_path):
+    model = tiny_model(logit_bias_init_value=-10.0, logit_scale_init_value=math.log(117))
+    rows = [{**row, "text": row["text"][0]} for row in picture_rows(6)]
+    trainer = tuning_trainer(tmp_path, model, rows=rows, loss="sigmoid", max_steps=1)
+    batch = trainer.data_collator(rows)
+    logits = model(**batch).logits_per_image.detach()
+    signs = 2 * torch.eye(6) - 1
+    expected = -torch.nn.functional.logsigmoid(signs * logits).sum(1).mean().item()
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["loss"] == log["sigmoid_loss"] == pytest.approx(expected, rel=1e-5)
+    assert log["logit_bias"] == -10 and log["logit_scale"] == pytest.approx(117, rel=1e-5)
+    assert "info_nce_loss" not in log and model.logit_bias.item() != -10
+    assert model.logit_scale.exp() > 110
+
+
+def test_sigmoid_loss_needs_a_bias(tmp_path):
+    with pytest.raises(ValueError, match=r"has none: .*logit_bias_init_value=-10\.0"):
+        tuning_trainer(tmp_path, loss="sigmoid")
+    with pytest.raises(ValueError, match="loss must be 'info_nce' or 'sigmoid', got 'siglip'"):
+        config(loss="siglip")
+    # The other way round a bias does no harm: it moves all logits alike, and is not trained.
+    model = tiny_model(logit_bias_init_value=-10.0)
+    tuning_trainer(tmp_path, model, max_steps=1).train()
+    assert model.logit_bias.item() == -10 and not model.logit_bias.requires_grad
+
+
+# Retrieval while training
+
+
+def test_recall_of_all_captions_while_training(tmp_path):
+    """Twenty-two pictures, with three captions each but for one, in batches of six."""
+    rows = picture_rows(22)
+    rows[3] = {**rows[3], "text": rows[3]["text"][0]}
+    trainer = tuning_trainer(tmp_path, eval_dataset=rows, max_steps=2, eval_strategy="steps", eval_steps=1)
+    trainer.train()
+    model = trainer.model.eval()
+    captions = [[row["text"]] if isinstance(row["text"], str) else row["text"] for row in rows]
+    of_image = [i for i, of_row in enumerate(captions) for _ in of_row]
+    with torch.no_grad():
+        images = model(pixel_values=torch.stack([row["pixel_values"] for row in rows])).image_embeds
+        texts = model(llm_embeds=TEXT_STORE.lookup(sum(captions, []))).text_embeds
+    scores = images @ texts.T
+    own = torch.tensor([[i == j for j in of_image] for i in range(22)])
+    for k in (1, 5, 10):
+        found = own.gather(1, scores.topk(k).indices).any(1)
+        text_found = own.T.gather(1, scores.T.topk(k).indices).any(1)
+        log = [log for log in trainer.state.log_history if "eval_loss" in log][-1]
+        assert log[f"eval_i2t_r@{k}"] == pytest.approx(found.float().mean().item())
+        assert log[f"eval_t2i_r@{k}"] == pytest.approx(text_found.float().mean().item())
+    assert len(of_image) == 64 and len([log for log in trainer.state.log_history if "eval_loss" in log]) == 2
+
+
+def test_the_best_checkpoint_by_recall(tmp_path):
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+    trainer = tuning_trainer(
+        tmp_path,
+        eval_dataset=picture_rows(12),
+        metric_for_best_model="i2t_r@1",
+        load_best_model_at_end=True,
+        **settings,
+    )
+    trainer.train()
+    recalls = [log["eval_i2t_r@1"] for log in trainer.state.log_history if "eval_loss" in log]
+    assert trainer.state.best_metric == max(recalls)
+
+
+def test_tensorboard_gets_everything(tmp_path, monkeypatch):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    trainer = tuning_trainer(tmp_path, eval_dataset=picture_rows(6), report_to="tensorboard", max_steps=4, **settings)
+    trainer.train()
+    (folder,) = {file.parent for file in (tmp_path / "board").rglob("events.out.tfevents*")}
+    events = event_accumulator.EventAccumulator(str(folder)).Reload()
+    logged = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    for name in (
+        "train/loss train/info_nce_loss train/instance_loss train/structure_loss train/logit_scale train/grad_norm "
+        "train/learning_rate train/samples_per_second"
+    ).split():
+        assert [step for step, _ in logged[name]] == [1, 2, 3, 4], name
+    for name in "eval/loss eval/info_nce_loss eval/i2t_r@1 eval/t2i_r@10".split():
+        assert [step for step, _ in logged[name]] == [2, 4], name
+    history = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    assert [value for _, value in logged["train/loss"]] == pytest.approx(history, rel=1e-6)
+    assert min(value for _, value in logged["train/samples_per_second"]) > 0

@@ -39,6 +39,11 @@ CASES = {
     "stage-2 as published": (tuning_trainer, {**AS_PUBLISHED, "lambda_ins": 0.1, **SHORT}),
     "stage-2 uneven": (tuning_trainer, {**UNEVEN, "moved_teacher": True}),
     "stage-2 uneven as published": (tuning_trainer, {**UNEVEN, **AS_PUBLISHED, "moved_teacher": True}),
+    "sigmoid": (tuning_trainer, {"loss": "sigmoid", "logit_bias_init_value": -3.0, **SHORT}),
+    "sigmoid uneven": (
+        tuning_trainer,
+        {"loss": "sigmoid", "logit_bias_init_value": -3.0, "moved_teacher": True, **UNEVEN},
+    ),
     "lit": (tuning_trainer, {"method": "lit", **SHORT}),
     "lit uneven": (tuning_trainer, {"method": "lit", **UNEVEN}),
 }
@@ -68,7 +73,8 @@ def make_trainer(case: str, caching: bool, folder: Path, world_size: int):
         settings["gradient_caching_batch_size"] = MICRO_BATCH[world_size]
     rows = (text_rows if make is inheritance_trainer else picture_rows)(settings.pop("num_rows", 24))
     moved_teacher = settings.pop("moved_teacher", False)
-    trainer = make(folder, tiny_model(), rows, eval_dataset=rows, **settings)
+    bias = {name: settings.pop(name) for name in ["logit_bias_init_value"] if name in settings}
+    trainer = make(folder, tiny_model(**bias), rows, eval_dataset=rows, **settings)
     if moved_teacher:  # as it starts, the teacher is the student, and the distillation's gradient is 0
         trainer.ema.averaged.load_state_dict(
             {
