@@ -79,6 +79,10 @@ class ContrastiveTuningTrainer(AlignmentTrainer):
             if not args.freeze_vision:
                 trained += [*model.vision_model.parameters(), *model.visual_projection.parameters()]
         else:
+            if args.loss == "sigmoid":
+                raise ValueError(
+                    "loss='sigmoid' trains the logit bias, which files of PEFT adapters do not keep: train without PEFT."
+                )
             trained = trained_with_peft(model, args.freeze_vision)
         if args.loss == "sigmoid":
             if model.logit_bias is None:

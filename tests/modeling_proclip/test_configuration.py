@@ -41,6 +41,7 @@ def test_unknown_keys_are_refused(key, suggestion):
         ({"adapter_expansion": math.nan}, "adapter_expansion must be positive"),
         ({"adapter_layer_norm_eps": 0.0}, "adapter_layer_norm_eps must be positive"),
         ({"adapter_num_layers": -1}, "adapter_num_layers must not be negative"),
+        ({"logit_bias_init_value": math.inf}, "logit_bias_init_value must be finite"),
         ({"logit_scale_init_value": math.inf}, "logit_scale_init_value is a logarithm and must be finite"),
         ({"vision_projection": False}, r"must be the vision tower's hidden_size \(24\). Set vision_projection=True"),
         (

@@ -347,3 +347,30 @@ def test_auto_classes(folder):
     assert type(config) is ProCLIPConfig and config.to_dict() == AutoModel.from_pretrained(folder).config.to_dict()
     assert type(AutoModel.from_config(config)) is ProCLIPModel
     assert ProCLIPOutput.__annotations__["logits_per_image"]
+
+
+# SigLIP's logit bias
+
+
+@torch.no_grad()
+def test_logit_bias(inputs, tmp_path):
+    without, model = tiny.model(), tiny.model(logit_bias_init_value=-10.0)
+    assert without.logit_bias is None and not [key for key in without.state_dict() if "bias" in key and "logit" in key]
+    expected = without(**inputs).logits_per_image - 10
+    assert torch.equal(model(**inputs).logits_per_image, expected)
+    assert torch.equal(model(**inputs).logits_per_text, expected.T)
+
+    model.logit_bias.fill_(-3.25)
+    model.save_pretrained(tmp_path)
+    loaded = ProCLIPModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert loaded.logit_bias.item() == -3.25 and loaded.logit_bias.dtype == torch.float32
+
+
+def test_a_checkpoint_without_a_logit_bias_may_get_one(folder):
+    plain = ProCLIPModel.from_pretrained(folder)
+    assert plain.logit_bias is None
+    assert_same_embeddings(tiny.model(), plain)
+    model = ProCLIPModel.from_pretrained(folder, logit_bias_init_value=-10.0)
+    assert model.logit_bias.item() == -10
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
