@@ -1,4 +1,4 @@
-"""ProCLIP for Transformers: importing this package registers its classes with the Auto classes (the EVA tower's modules do it themselves)."""
+"""ProCLIP for Transformers: importing this package registers its classes with the Auto classes."""
 
 from transformers import (
     AutoConfig,
@@ -15,6 +15,7 @@ from .modeling_proclip import ProCLIPModel, ProCLIPOutput
 from .processing_proclip import ProCLIPProcessor
 
 
+AutoModel.register(EvaCLIPVisionConfig, EvaCLIPVisionModel)  # its configuration registers itself
 AutoConfig.register("proclip", ProCLIPConfig)
 AutoModel.register(ProCLIPConfig, ProCLIPModel)
 AutoModelForZeroShotImageClassification.register(ProCLIPConfig, ProCLIPModel)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -266,7 +266,5 @@ class EvaCLIPVisionModel(PreTrainedModel):
         pooled = self.layer_norm(hidden_states[:, 0])
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
 
-
-AutoModel.register(EvaCLIPVisionConfig, EvaCLIPVisionModel, exist_ok=True)
 
 __all__ = ["EvaCLIPVisionModel"]

@@ -12,9 +12,10 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
+from .configuration_eva_clip import EvaCLIPVisionConfig
 from .configuration_proclip import TOWERS, ProCLIPConfig, check_tower_keys
 from .lean_checkpoint import record_text_model, recorded_text_model
-from .modeling_eva_clip import EvaCLIPVisionModel  # noqa: F401  it registers itself as a tower
+from .modeling_eva_clip import EvaCLIPVisionModel
 from .pretrained_towers import absolute, of_tower, take_text, take_vision, tower_dtypes
 from .text_adapter import TextAdapter
 from .text_tower import check_bidirectional, pool_tokens
@@ -96,7 +97,11 @@ class ProCLIPModel(PreTrainedModel):
                 for module in tower.modules():
                     module._is_hf_initialized = True
         if vision_model is None:
-            vision_model = AutoModel.from_config(config.vision_config, dtype=dtypes["vision_config"])
+            # By type and not by class where the code is ours: Transformers loads a folder's remote code twice, once for the configuration
+            # and once for the model, and this class of the one copy is not that of the other.
+            eva = config.vision_config.model_type == EvaCLIPVisionConfig.model_type
+            new = EvaCLIPVisionModel._from_config if eva else AutoModel.from_config
+            vision_model = new(config.vision_config, dtype=dtypes["vision_config"])
         self.vision_model = vision_model
         if config.vision_projection:
             self.visual_projection = nn.Linear(

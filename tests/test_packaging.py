@@ -2,8 +2,6 @@
 
 import email
 import email.message
-import os
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -11,33 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.environments import PACKAGES, REPOSITORY, run
 from trainers import cli
-
-
-REPOSITORY = Path(__file__).parents[1]
-PACKAGES = ("modeling_proclip", "trainers", "hub_cards")
-
-
-def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
-    """Run `command` in `cwd` with `environment` added; its output is text."""
-    return subprocess.run(command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True)
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """The wheel, built from a copy: a `build` folder of the checkout would bring back files that are deleted since."""
-    source = tmp_path_factory.mktemp("source")
-    for path in REPOSITORY.iterdir():
-        if path.is_file():
-            shutil.copy(path, source)
-    for package in (*PACKAGES, "tests"):
-        shutil.copytree(REPOSITORY / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
-    folder = tmp_path_factory.mktemp("wheel")
-    pip = (sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index")
-    built = run(*pip, "--wheel-dir", folder, source, cwd=folder)
-    assert built.returncode == 0, built.stderr
-    (path,) = folder.glob("*.whl")
-    return path
 
 
 @pytest.fixture(scope="module")
