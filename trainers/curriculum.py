@@ -32,7 +32,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenize
 
 from modeling_proclip import ProCLIPConfig, ProCLIPModel, ProCLIPProcessor
 
-from .alignment import last_complete_checkpoint
+from .checkpoints import last_complete_checkpoint
 from .contrastive_tuning_trainer import ContrastiveTuningTrainer
 from .data.pairs import PairSource, iter_texts, open_pairs
 from .data.store_files import write_file
