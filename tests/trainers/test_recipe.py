@@ -2,6 +2,8 @@ from pathlib import Path
 
 import pytest
 
+from modeling_proclip import ProCLIPConfig
+from trainers.curriculum import Curriculum
 from trainers.recipe import derived_arguments, load_recipe
 from trainers.recipe_files import RecipeError, read_recipe
 
@@ -211,6 +213,16 @@ def test_every_tower_and_size_has_a_recipe():
 def test_every_recipe_is_valid_and_writes_to_a_place_of_its_own(name):
     recipe = load_recipe(RECIPES / name)
     assert recipe.output_dir == f"runs/{name.removesuffix('.yaml')}"
+    curriculum = Curriculum(recipe)  # the trainers accept its values
+    for stage, arguments in curriculum.arguments.items():
+        assert arguments.per_device_train_batch_size == recipe.stages[stage].global_batch_size
+    ProCLIPConfig(**recipe.model.config)
+
+
+def test_the_sigmoid_recipe_has_a_bias_to_train():
+    recipe = load_recipe(RECIPES / "proclip-siglip2-sigmoid-3m.yaml")
+    assert recipe.stages["contrastive_tuning"].arguments["loss"] == "sigmoid"
+    assert recipe.model.config["logit_bias_init_value"] == -10
 
 
 @pytest.mark.parametrize("tower", VISION)
