@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -108,6 +109,13 @@ class PairStream(IterableDataset):
     def for_process(self, process_index: int, num_processes: int) -> "PairStream":
         """The same stream, for one of `num_processes` that share it."""
         return PairStream(self.rows, self.source, self.seed, process_index=process_index, num_processes=num_processes)
+
+    def without_pictures(self) -> "PairStream":
+        """The same stream of captions only: no picture is decoded."""
+        rows = replace(self.rows, image_columns=[])
+        return PairStream(
+            rows, self.source, self.seed, process_index=self.process_index, num_processes=self.num_processes
+        )
 
     def set_epoch(self, epoch: int) -> None:
         """The next iteration is that epoch: another order."""
