@@ -12,6 +12,7 @@ import torch
 from transformers import CLIPVisionModel
 from typer.testing import CliRunner
 
+from tests.trainers.fake_encoder import contents
 from tests.trainers.tiny_encoders import make_texts, tiny_clip, tiny_proclip
 from trainers.cli import app
 from trainers.data import TextEmbeddingStore
@@ -193,5 +194,56 @@ def test_a_killed_command_resumes_to_the_same_bytes(tmp_path, checkpoint):
     resumed = run(*arguments("killed"), "--token-budget", 1)
     assert f"{300 - 15 * left} embedded, {15 * left} in the store before" in resumed.output
     assert run(*arguments("whole"), "--token-budget", 1).exit_code == 0
-    bytes_of = {name: {f.name: f.read_bytes() for f in (tmp_path / name).iterdir()} for name in ("whole", "killed")}
-    assert len(bytes_of["whole"]) == 23 and bytes_of["whole"] == bytes_of["killed"]
+    bytes_of = {name: contents(tmp_path / name) for name in ("whole", "killed")}
+    assert len(bytes_of["whole"]) == 22 and bytes_of["whole"] == bytes_of["killed"]
+
+
+def test_verifies_a_store_and_says_what_to_do(tmp_path, checkpoint):
+    source, store = tmp_path / "a.txt", tmp_path / "store"
+    source.write_text("\n".join(make_texts(40)))
+    arguments = [source, "--model", checkpoint, "--output", store, "--device", "cpu", "--shard-size", 10]
+    assert run(*arguments).exit_code == 0
+    whole = contents(store)
+    assert f"{store}: 40 texts in 4 sound shards\n" in run("--verify", store).output
+    again = run(source, "--model", checkpoint, "--verify", store, "--device", "cpu")
+    assert again.exit_code == 0 and "40 embedded again (smallest cosine 1.00000)" in again.output, again.output
+
+    shard = store / "shard-00002.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-100] ^= 1
+    shard.write_bytes(data)
+    found = run("--verify", store)
+    assert found.exit_code == 1 and "30 texts in 3 sound shards" in found.output
+    assert f"error: {shard} is damaged: its embeds have changed since they were written. Delete this file and run" in (
+        " ".join(found.output.split())
+    )
+    shard.unlink()
+    assert "40 texts: 10 embedded, 30 in the store before" in run(*arguments).output
+    assert contents(store) == whole
+    assert run("--verify", store).exit_code == 0
+
+
+def test_options_that_do_not_go_together_are_refused(tmp_path):
+    for arguments, message in (
+        (["a.txt"], "--model is missing"),
+        (["--model", "m", "--output", "o"], "TEXTS is missing"),
+        (["a.txt", "--verify", tmp_path], "needs both TEXTS and --model"),
+        (["--verify", tmp_path, "--output", "o"], "leave --output out"),
+    ):
+        result = run(*arguments)
+        assert result.exit_code == 2 and message in " ".join(result.output.replace("│", " ").split()), result.output
+    assert refused("--verify", tmp_path).endswith("is no text store: it has no store.json")
+
+
+def test_launched_processes_fill_one_store(tmp_path, checkpoint):
+    """`accelerate launch` and `torchrun` tell each process which one it is by environment variables."""
+    (tmp_path / "a.txt").write_text("\n".join(make_texts(40)))
+    arguments = [tmp_path / "a.txt", "--model", checkpoint, "--output", tmp_path / "store", "--shard-size", 8]
+    for rank in (0, 1):
+        environment = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+        result = CliRunner().invoke(app, ["embed", *map(str, arguments)], env=environment)
+        assert result.exit_code == 0, result.output
+        assert f"process {rank} of 2: " in result.output and " 0 in the store before, 0 repeated" in result.output
+    assert run(*arguments, "--process-index", 1, "--num-processes", 3).exit_code == 0
+    store = TextEmbeddingStore(tmp_path / "store")
+    assert len(store) == 40 and store.lookup(make_texts(40)).shape == (40, 32)

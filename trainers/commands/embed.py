@@ -1,5 +1,6 @@
-"""`proclip embed`: texts into a text store."""
+"""`proclip embed`: texts into a text store, and stores verified."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -8,14 +9,18 @@ import typer
 
 def embed(
     texts: Annotated[
-        str,
+        str | None,
         typer.Argument(
             help="A .txt file (one text a line), a .jsonl, .json, .csv or .parquet file, a folder that `datasets` reads, or a dataset's "
             "name on the Hub."
         ),
-    ],
-    model: Annotated[str, typer.Option(help="Folder or Hub name of a ProCLIP checkpoint, or of a CLIP or SigLIP.")],
-    output: Annotated[Path, typer.Option(help="Directory of the text store. One that is there gets what it lacks.")],
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder or Hub name of a ProCLIP checkpoint, or of a CLIP or SigLIP.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Directory of the text store. One that is there gets what it lacks.")
+    ] = None,
     column: Annotated[
         str | None, typer.Option(help="Column that holds a text, or a list of texts, in every row.")
     ] = None,
@@ -28,10 +33,29 @@ def embed(
         typer.Option(min=1, help="Padded tokens in a batch. By default 1,000 on the CPU and 16,384 on a GPU."),
     ] = None,
     shard_size: Annotated[
-        int, typer.Option(min=1, help="Texts in a shard, which is also what a killed run can lose.")
+        int,
+        typer.Option(
+            min=1,
+            help="Texts in a shard, which is also what a killed run can lose. 65536 for tens of millions of texts.",
+        ),
     ] = 8192,
     device: Annotated[
         str | None, typer.Option(help="Such as cpu or cuda:1. By default the GPU if there is one.")
+    ] = None,
+    process_index: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Which of the processes that fill the store this one is. By default what a launcher says."
+        ),
+    ] = None,
+    num_processes: Annotated[
+        int | None, typer.Option(min=1, help="How many processes fill the store. By default what a launcher says.")
+    ] = None,
+    verify: Annotated[
+        Path | None,
+        typer.Option(
+            help="Verify this store and embed nothing: checksums, keys, index, numbers. With TEXTS and --model also embed a sample again."
+        ),
     ] = None,
 ) -> None:
     """Embed texts once with a frozen text model, into a store that training looks them up in.
@@ -39,20 +63,80 @@ def embed(
     From a ProCLIP checkpoint come the pooled embeddings of its LLM, before the adapter; from a CLIP its projected text embeddings, which
     stage 1 is taught by. A run that was stopped goes on where it was when the same command is given again. Costs one forward pass a text,
     and the size of an embedding times the number of texts on the disk.
+
+    Several processes can fill one store, under `accelerate launch`, `torchrun`, or each with its own --process-index.
     """
+    if verify is not None:
+        if output is not None:
+            raise typer.BadParameter("--verify names the store: leave --output out")
+        if (texts is None) != (model is None):
+            raise typer.BadParameter("to embed a sample again, --verify needs both TEXTS and --model")
+        return _verify(verify, texts, model, column, split, device)
+    for name, value in (("TEXTS", texts), ("--model", model), ("--output", output)):
+        if value is None:
+            raise typer.BadParameter(f"{name} is missing")
+
     from ..data.text_encoding import load_encoder
     from ..data.text_files import read_texts
     from ..data.text_store import TextEmbeddingStore
 
+    # accelerate and torchrun tell each process which one it is.
+    if process_index is None:
+        process_index = int(os.environ.get("RANK", 0))
+    if num_processes is None:
+        num_processes = int(os.environ.get("WORLD_SIZE", 1))
     source = read_texts(texts, column, split)
-    encoder, processor = load_encoder(model, device)
+    encoder, processor = load_encoder(model, device or _device_of_process())
     store = TextEmbeddingStore.build(
-        source, encoder, processor, output, token_budget=token_budget, shard_size=shard_size, dtype=dtype
+        source,
+        encoder,
+        processor,
+        output,
+        token_budget=token_budget,
+        shard_size=shard_size,
+        dtype=dtype,
+        progress=process_index == 0,
+        process_index=process_index,
+        num_processes=num_processes,
     )
     summary = store.build_summary
+    share = f"process {process_index} of {num_processes}: " if num_processes > 1 else ""
     typer.echo(
-        f"{summary.num_texts:,} texts: {summary.num_new:,} embedded, {summary.num_stored:,} in the store before, "
+        f"{share}{summary.num_texts:,} texts: {summary.num_new:,} embedded, {summary.num_stored:,} in the store before, "
         f"{summary.num_repeated:,} repeated, {summary.num_truncated:,} cut to {store.fingerprint['max_length']} tokens"
     )
-    typer.echo(f"{summary.seconds:.1f} seconds, {summary.num_new / summary.seconds:,.1f} texts/s")
-    typer.echo(f"{output}: {len(store):,} embeddings of {store.dim} {dtype}, {store.num_bytes / 1e6:,.1f} MB on disk")
+    typer.echo(f"{share}{summary.seconds:.1f} seconds, {summary.num_new / summary.seconds:,.1f} texts/s")
+    typer.echo(
+        f"{share}{output}: {len(store):,} embeddings of {store.dim} {dtype}, {store.num_bytes / 1e6:,.1f} MB on disk"
+    )
+
+
+def _device_of_process() -> str | None:
+    """The GPU of this process where a launcher has started one for each; None: as ever."""
+    import torch
+
+    if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        return f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
+    return None
+
+
+def _verify(
+    store: Path, texts: str | None, model: str | None, column: str | None, split: str, device: str | None
+) -> None:
+    from ..data.store_verify import verify_store
+    from ..data.text_encoding import load_encoder
+    from ..data.text_files import read_texts
+
+    source, encoder, processor = None, None, None
+    if texts is not None and model is not None:
+        source = read_texts(texts, column, split)
+        encoder, processor = load_encoder(model, device)
+    found = verify_store(store, source, encoder, processor)
+    compared = ""
+    if found.smallest_cosine is not None:
+        compared = f", {found.num_compared:,} embedded again (smallest cosine {found.smallest_cosine:.5f})"
+    typer.echo(f"{store}: {found.num_texts:,} texts in {found.num_shards:,} sound shards{compared}")
+    for problem in found.problems:
+        typer.echo(f"error: {problem}", err=True)
+    if found.problems:
+        raise typer.Exit(1)

@@ -1,26 +1,18 @@
-"""Files and keys of a text store: safetensors written in one piece and read through memory maps; 128-bit keys and how they are found."""
+"""Keys of 128 bits and how they are found; safetensors files that are written in one piece and read by pieces."""
 
 import hashlib
 import json
-import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from safetensors.torch import save
 
 
-logger = logging.getLogger(__name__)
-
-FORMAT_VERSION = 1
-DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # name in torch -> name in safetensors
-LOCK_NAME = "store.lock"
 TEMPORARY_SUFFIX = ".tmp"
 _SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 
@@ -75,29 +67,6 @@ def find_keys(sorted_keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     return found
 
 
-class KeySet:
-    """A set of keys that grows by arrays, at 16 bytes a key: a Python set of 100 million keys would need 10 GB.
-
-    Sorted runs are merged when the last is no longer than the one that comes after it, so there are at most log2(n) of them.
-    """
-
-    def __init__(self):
-        self._runs: list[np.ndarray] = []  # each (2, n), sorted
-
-    def contains(self, keys: np.ndarray) -> np.ndarray:
-        """Which of `keys (n, 2)` are in the set: `(n,)` bool."""
-        known = np.zeros(len(keys), dtype=bool)
-        for run in self._runs:
-            known |= find_keys(run, keys) >= 0
-        return known
-
-    def add(self, keys: np.ndarray) -> None:
-        """Adds `keys (n, 2)`, none of which is in the set yet."""
-        while self._runs and self._runs[-1].shape[1] <= len(keys):
-            keys = np.concatenate([keys, self._runs.pop().T])
-        self._runs.append(np.ascontiguousarray(keys[sort_order(keys)].T))
-
-
 def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
     """Writes `tensors` to `path` so that the file is there as a whole or not at all, also after a power cut.
 
@@ -107,30 +76,49 @@ def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: di
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Writes `data` to a temporary file beside `path`, then renames it. A failed write leaves nothing behind.
+    """Writes `data` to `path` by [`replacing`] it."""
+    with replacing(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A new file to write, beside `path`, that becomes `path` as a whole when the block ends. Errors as of [`writing`]."""
+    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+    with writing(temporary, path) as file:
+        yield file
+    publish(temporary, path)
+
+
+@contextmanager
+def writing(temporary: Path, path: Path) -> Iterator[BinaryIO]:
+    """A file to write at `temporary`, which is on the disk when the block ends, and gone if that fails.
 
     Raises:
-        OSError: If the disk is full or the directory cannot be written; names the file and the remedy.
+        OSError: If the disk is full or the directory cannot be written; names `path`, which the file is to become.
     """
-    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)  # the new name too must be on the disk before anybody relies on it
-        finally:
-            os.close(directory)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise OSError(
-            error.errno,
-            f"could not write {len(data):,} bytes ({error.strerror}); what was written before is kept",
-            str(path),
-        ) from error
+        reason = f"could not be written ({error.strerror}); what was written before is kept"
+        raise OSError(error.errno, reason, str(path)) from error
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Renames `temporary` to `path`, so that the new name too is on the disk before anybody relies on it."""
+    os.replace(temporary, path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
 
 
 def damaged(path: Path, reason: str) -> ValueError:
@@ -142,10 +130,11 @@ def damaged(path: Path, reason: str) -> ValueError:
 
 
 class MappedSafetensors:
-    """A safetensors file whose header is read at once and whose tensors are memory maps: reading rows reads only their pages.
+    """A safetensors file whose header is read at once, and whose tensors are memory maps or are read by rows.
 
+    A map keeps what was read in the memory of the process, as long as the system has room; what is read by rows does not stay there.
     `torch.from_file` rather than `numpy.memmap`: it knows bfloat16, and it keeps no file descriptor, of which a store of 100 million rows
-    (12,000 shards) would run out.
+    would run out.
 
     Args:
         path: the file.
@@ -188,93 +177,22 @@ class MappedSafetensors:
         dtype, shape, begin, end = self._tensors[name]
         return self._data[self._start + begin : self._start + end].view(_SAFETENSORS_DTYPES[dtype]).view(shape)
 
+    def offset(self, name: str) -> int:
+        """Where in the file the tensor `name` begins, in bytes."""
+        return self._start + self._tensors[name][2]
 
-def write_shard(path: Path, embeds: torch.Tensor, keys: np.ndarray) -> None:
-    """Writes the next shard, or the first that is missing: one deleted because it was damaged comes back in its place."""
-    taken = {file.name for file in shard_paths(path)}
-    name = next(name for name in (f"shard-{number:05d}.safetensors" for number in count()) if name not in taken)
-    metadata = {"keys_blake2b": hashlib.blake2b(keys.tobytes(), digest_size=16).hexdigest()}
-    write_safetensors(path / name, {"embeds": embeds, "keys": torch.from_numpy(keys)}, metadata)
-
-
-def shard_paths(path: Path) -> list[Path]:
-    """The shards of the store at `path`, in the order in which their rows are counted."""
-    return sorted(path.glob("shard-*.safetensors"), key=lambda file: (len(file.name), file.name))
-
-
-def open_shard(path: Path, dim: int, dtype: str) -> MappedSafetensors:
-    """The shard at `path`; ValueError if it does not fit a store of this `dim` and `dtype`."""
-    shard = MappedSafetensors(path, {"embeds": (DTYPES[dtype], 2), "keys": ("I64", 2)})
-    num_texts = shard.shape("keys")[0]
-    if shard.shape("keys") != (num_texts, 2) or shard.shape("embeds") != (num_texts, dim):
-        raise damaged(
-            path, f"embeds {shard.shape('embeds')} and keys {shard.shape('keys')} do not fit a store of dim {dim}"
-        )
-    if "keys_blake2b" not in shard.metadata:
-        raise damaged(path, "it has no keys_blake2b")
-    return shard
-
-
-def read_settings(path: Path) -> dict[str, Any] | None:
-    """What store.json says, None where there is none."""
-    file = path / "store.json"
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-        if settings["format"] != FORMAT_VERSION:
-            raise ValueError(f"its format is {settings['format']!r}, and this version reads format {FORMAT_VERSION}")
-        if (
-            settings["dtype"] not in DTYPES
-            or not isinstance(settings["dim"], int)
-            or not isinstance(settings["fingerprint"], dict)
-        ):
-            raise ValueError("dim, dtype or fingerprint makes no sense")
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{file} cannot be read as the description of a text store: {error!r}. Restore it, or build a new store elsewhere"
-        ) from error
-    return settings
-
-
-def write_settings(path: Path, dim: int, dtype: str, fingerprint: dict[str, Any]) -> dict[str, Any]:
-    """Writes the store.json of a new store and returns what it says."""
-    settings = {"format": FORMAT_VERSION, "dim": dim, "dtype": dtype, "fingerprint": fingerprint}
-    write_file(path / "store.json", (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
-    return settings
-
-
-def make_directory(path: Path) -> None:
-    """Makes the directory of a store. ValueError if it is there and holds something else."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except FileExistsError as error:
-        raise ValueError(f"{path} is a file: a text store is a directory") from error
-    foreign = [
-        entry.name for entry in path.iterdir() if entry.name != LOCK_NAME and not entry.name.endswith(TEMPORARY_SUFFIX)
-    ]
-    # After the listing: store.json is written before the first shard, so another process that starts a store here is no stranger.
-    if foreign and not (path / "store.json").exists():
-        raise ValueError(
-            f"{path} is no text store (no store.json) but holds other files such as {foreign[0]!r}: choose another directory"
-        )
-
-
-@contextmanager
-def writer_lock(path: Path) -> Iterator[None]:
-    """Held by the one process that writes the store at `path`; another one says so and waits.
-
-    The operating system releases it, however the process ends. Temporary files that a killed writer left are deleted.
-    """
-    lock = FileLock(path / LOCK_NAME)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        logger.warning("another process is writing the text store %s: waiting for it", path)
-        lock.acquire()
-    try:
-        for leftover in path.glob("*" + TEMPORARY_SUFFIX):
-            leftover.unlink()  # of a writer that was killed
-        yield
-    finally:
-        lock.release()
+    def read(self, name: str, begin: int = 0, end: int | None = None) -> torch.Tensor:
+        """Rows `begin` to `end` of the tensor `name`, in memory of their own. ValueError if the file has become shorter."""
+        dtype, shape, start, stop = self._tensors[name]
+        begin, end, _ = slice(begin, end).indices(shape[0])
+        row_size = (stop - start) // max(shape[0], 1)
+        data = torch.empty((end - begin) * row_size, dtype=torch.uint8)
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(self._start + start + begin * row_size)
+            view, filled = memoryview(data.numpy()), 0
+            while filled < len(view):
+                count = file.readinto(view[filled:])
+                if not count:
+                    raise damaged(self.path, "it has become shorter since it was opened")
+                filled += count
+        return data.view(_SAFETENSORS_DTYPES[dtype]).view(end - begin, *shape[1:])

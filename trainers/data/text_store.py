@@ -1,81 +1,40 @@
-"""The text store: embeddings of a frozen text model, computed once, kept in memory-mapped files and looked up by text.
+"""The text store: embeddings of a frozen text model, computed once, kept in files and looked up by text.
 
 A store is a directory:
 
     store.json                 format version, dim, dtype and the fingerprint of what made the embeddings
-    shard-00000.safetensors    `embeds` (n, dim) and `keys` (n, 2) int64, the hashes of the n texts, both in the order in which the texts came
+    shard-00000.safetensors    `embeds` (n, dim) and `keys` (n, 2) int64, the hashes of the n texts, in the order in which the texts came
     ...
     index.safetensors          `keys` (2, N) int64 sorted, and `rows` (N,) int64: where each embedding is, counted over all shards in order
-    store.lock                 locked by the process that is writing
+    locks/                     what the processes that write it tell each other
 
 Shards are written whole or not at all and never changed. The index is a cache, made anew when it does not fit the shards.
 """
 
-import hashlib
-import logging
-import operator
-import time
+import os
+import resource
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from itertools import islice
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from filelock import FileLock
-from tqdm.auto import tqdm
 
-from .store_files import (
-    DTYPES,
-    LOCK_NAME,
-    KeySet,
-    MappedSafetensors,
-    damaged,
-    find_keys,
-    make_directory,
-    open_shard,
-    read_settings,
-    shard_paths,
-    sort_order,
-    text_keys,
-    write_safetensors,
-    write_settings,
-    write_shard,
-    writer_lock,
-)
-from .text_encoding import encode_texts, encoder_fingerprint, shorten
+from .store_files import MappedSafetensors, damaged, find_keys, text_keys
+from .store_index import Index, open_index
+from .store_layout import DTYPES, make_directory, open_shard, read_settings, shard_paths, writer
 
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from .store_build import BuildSummary
 
-_CHUNK = 4096  # texts hashed and compared with the store at a time
-
-
-@dataclass
-class BuildSummary:
-    """What one call of [`TextEmbeddingStore.build`] did.
-
-    Attributes:
-        num_texts: texts that it read.
-        num_new: texts that it embedded and stored.
-        num_stored: texts that the store had already.
-        num_repeated: texts that had come earlier in the same call.
-        num_truncated: texts among the new ones that were longer than the model reads.
-        seconds: duration.
-    """
-
-    num_texts: int = 0
-    num_new: int = 0
-    num_stored: int = 0
-    num_repeated: int = 0
-    num_truncated: int = 0
-    seconds: float = 0.0
+_BLOCK = 4096  # embeddings read at a time where all are read
 
 
 class TextEmbeddingStore:
-    """Embeddings of a frozen text model by text, read from memory-mapped files: memory grows with what is asked for, not with the store.
+    """Embeddings of a frozen text model by text, read from files row by row: memory does not grow with the store.
 
     The paper keeps its LLM embeddings in such an offline store (ProCLIP, arXiv 2510.18795, method, stage 1; LLM2CLIP, arXiv 2411.04997).
     A store can be pickled into the workers of a DataLoader: each opens the files anew.
@@ -113,21 +72,27 @@ class TextEmbeddingStore:
         self.dtype: torch.dtype = getattr(torch, settings["dtype"])
         self.fingerprint: dict[str, Any] = settings["fingerprint"]
         self.build_summary: BuildSummary | None = None
-        self._shards = [open_shard(file, self.dim, settings["dtype"]) for file in shard_paths(self.path)]
-        sizes = [shard.shape("keys")[0] for shard in self._shards]
+        self.shards = [open_shard(file, self.dim, settings["dtype"]) for file in shard_paths(self.path)]
+        sizes = [shard.shape("keys")[0] for shard in self.shards]
         self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])  # first row of each shard, and the end
-        self._keys, self._rows = self._open_index()
+        self._offsets = np.array([shard.offset("embeds") for shard in self.shards], dtype=np.int64)  # in the files
+        self._descriptors = _Descriptors(self.shards)
+
+    @cached_property
+    def index(self) -> Index:
+        """Where the embedding of each key is. Opened when it is used first, and made if there is none."""
+        return open_index(self.path, self.shards)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def __contains__(self, text: str) -> bool:
-        return bool(self._find([text])[0] >= 0)
+        return bool(self.find(text_keys([text]))[0] >= 0)
 
     @property
     def num_bytes(self) -> int:
         """Size of all files on the disk."""
-        return sum(file.stat().st_size for file in self.path.iterdir())
+        return sum(file.stat().st_size for file in self.path.iterdir() if file.is_file())
 
     def __repr__(self) -> str:
         return f"TextEmbeddingStore({str(self.path)!r}: {len(self):,} texts, dim {self.dim}, {self.dtype})"
@@ -146,23 +111,54 @@ class TextEmbeddingStore:
         """
         if isinstance(texts, str):
             raise TypeError("lookup takes a list of texts, not one string")
-        rows = self._find(texts)
+        rows = self.find(text_keys(texts))
         if (rows < 0).any():
             missing = list(dict.fromkeys(text for text, row in zip(texts, rows, strict=True) if row < 0))
-            named = ", ".join(shorten(text) for text in missing[:3]) + (", ..." if len(missing) > 3 else "")
-            raise KeyError(
-                f"{len(missing):,} of the texts are not in the text store {self.path}: {named}. "
-                "Add them with TextEmbeddingStore.build or `proclip embed`; it embeds only what is not there yet"
-            )
+            raise KeyError(self.missing_message(missing))
+        return self.read_rows(rows)
+
+    def missing_message(self, missing: Sequence[str]) -> str:
+        """What to say of texts that are not in the store."""
+        from .text_encoding import shorten
+
+        named = ", ".join(shorten(text) for text in missing[:3]) + (", ..." if len(missing) > 3 else "")
+        return (
+            f"{len(missing):,} of the texts are not in the text store {self.path}: {named}. "
+            "Add them with TextEmbeddingStore.build or `proclip embed`; it embeds only what is not there yet"
+        )
+
+    def find(self, keys: np.ndarray) -> np.ndarray:
+        """Row of each of `keys (n, 2)` over all shards, -1 where it is missing: `(n,)` int64."""
+        positions = find_keys(self.index.keys, keys)
+        rows = np.full(len(keys), -1, dtype=np.int64)
+        rows[positions >= 0] = self.index.rows[positions[positions >= 0]]
+        return rows
+
+    def read_rows(self, rows: np.ndarray) -> torch.Tensor:
+        """The embeddings `(n, dim)` of `rows (n,)`, counted over all shards.
+
+        They are read from the files, not through a memory map: that is a microsecond a row, and what was looked up does not stay in the
+        memory of the process, where a map of a large store would fill it.
+        """
         result = torch.empty(len(rows), self.dim, dtype=self.dtype)
         order = np.argsort(rows, kind="stable")
-        bounds = np.searchsorted(rows[order], self._starts)
-        for shard, start, begin, end in zip(self._shards, self._starts, bounds, bounds[1:], strict=False):
-            if begin < end:
-                positions = torch.from_numpy(order[begin:end])
-                inside = torch.from_numpy(rows[order[begin:end]] - start)
-                result[positions] = shard.tensor("embeds")[inside]
+        shards = np.searchsorted(self._starts, rows[order], side="right") - 1
+        size = self.dim * self.dtype.itemsize
+        offsets = self._offsets[shards] + (rows[order] - self._starts[shards]) * size
+        memory = memoryview(result.view(torch.uint8).numpy().reshape(-1))
+        opened, descriptor = -1, -1
+        for position, shard, offset in zip(order.tolist(), shards.tolist(), offsets.tolist(), strict=True):
+            if shard != opened:
+                opened, descriptor = shard, self._descriptors.open(shard)
+            if os.preadv(descriptor, [memory[position * size : (position + 1) * size]], offset) != size:
+                raise damaged(self.shards[shard].path, "it has become shorter since it was opened")
         return result
+
+    def blocks(self) -> Iterator[torch.Tensor]:
+        """All embeddings, in blocks `(n, dim)` of at most 4,096, shard by shard."""
+        for shard in self.shards:
+            for begin in range(0, shard.shape("embeds")[0], _BLOCK):
+                yield shard.read("embeds", begin, begin + _BLOCK)
 
     def statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and standard deviation (of the population) of each dimension over all stored embeddings, for the adapter's input norm
@@ -181,16 +177,14 @@ class TextEmbeddingStore:
             torch.zeros(self.dim, dtype=torch.float64),
             torch.zeros(self.dim, dtype=torch.float64),
         )
-        for shard in self._shards:
-            for block in shard.tensor("embeds").split(_CHUNK):
-                # Chan, Golub and LeVeque's update: sums of squares around each block's own mean, so nothing cancels.
-                block = block.to(torch.float64)
-                block_mean, total = block.mean(dim=0), count + len(block)
-                squares += (block - block_mean).square().sum(dim=0) + (block_mean - mean).square() * (
-                    count * len(block) / total
-                )
-                mean += (block_mean - mean) * (len(block) / total)
-                count = total
+        for block in self.blocks():
+            # Chan, Golub and LeVeque's update: sums of squares around each block's own mean, so nothing cancels.
+            block = block.to(torch.float64)
+            block_mean, total = block.mean(dim=0), count + len(block)
+            squares += (block - block_mean).square().sum(dim=0)
+            squares += (block_mean - mean).square() * (count * len(block) / total)
+            mean += (block_mean - mean) * (len(block) / total)
+            count = total
         return mean, (squares / count).sqrt()
 
     @classmethod
@@ -205,150 +199,98 @@ class TextEmbeddingStore:
         shard_size: int = 8192,
         dtype: str = "float32",
         progress: bool = True,
+        process_index: int = 0,
+        num_processes: int = 1,
     ) -> "TextEmbeddingStore":
-        """Embeds those of `texts` that the store at `path` does not have yet, and opens the store.
+        """Embeds those of `texts` that the store at `path` does not have yet, each once, and adds them.
 
-        The texts are read as a stream, and every `shard_size` new ones become one shard, in the order in which they came. A process that
-        is killed loses at most the shard it was at; called again with the same arguments, it ends with the bytes of an uninterrupted
-        build. A second process that builds the same store waits for the first, then adds what is still missing.
+        A build that was interrupted goes on where it was when it is called again: to the same bytes, if it gets the same texts and settings.
+        Several processes can fill one store: each embeds the texts whose hash falls to it, into shards of its own. What they leave is the
+        same to look up as what one process leaves, but the rows are in another order.
 
         Args:
-            texts: any iterable of strings; repeated ones are embedded once. If it has a length, the progress bar shows the time left.
-            model: a `ProCLIPModel` (the pooled LLM embeddings, before the adapter, are stored) or a model with `get_text_features` such as
-                `CLIPModel` (its projected text embeddings are stored). It is put in eval mode.
-            processor: the model's processor, or the tokenizer of a CLIP.
+            texts: any iterable of strings, read once and in pieces. From 10,000 texts on, if it tells how many there are
+                (`operator.length_hint`), size and time are foretold, and the disk must have room.
+            model, processor: what embeds them, see [`encode_texts`]: a [`ProCLIPModel`] with its processor, or a CLIP with its processor or
+                tokenizer.
             path: directory of the store; made if it is not there.
             token_budget: padded tokens in a batch, see [`encode_texts`].
-            shard_size: texts in a shard. Also how much work a killed process can lose.
+            shard_size: texts in a shard. Also how much work a killed process can lose. For tens of millions of texts take 65,536: thousands of
+                files are slower to look up in than hundreds.
             dtype: "float32", "float16" or "bfloat16": of the stored embeddings.
             progress: whether to show a progress bar.
+            process_index, num_processes: which of the processes that fill the store this one is. All get the same texts.
 
         Returns:
-            The opened store; its `build_summary` tells what was done.
+            The opened store, with what is there now; its `build_summary` tells what was done.
 
         Raises:
             ValueError: If the store was made by another model, template, pooling, length or dtype (names the field and both values), if
-                an embedding is not finite (names the text), or if there are no texts and no store.
-            OSError: If the disk is full; the shards that were finished stay.
+                an embedding is not finite (names the text), if other processes fill it as another number of processes, or if there are no
+                texts and no store.
+            OSError: If the disk has too little room, or becomes full; the shards that were finished stay.
         """
+        from . import store_build
+        from .text_encoding import encoder_fingerprint
+
         if isinstance(texts, str):
             raise TypeError("build takes an iterable of texts, not one string")
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         if shard_size < 1:
             raise ValueError(f"shard_size must be at least 1, got {shard_size}")
-        summary, started = BuildSummary(), time.perf_counter()
+        share = store_build.Share(process_index, num_processes)
         path = Path(path).absolute()
         fingerprint = encoder_fingerprint(model, processor)
         make_directory(path)
-        with writer_lock(path), tqdm(desc="embedding texts", unit=" texts", disable=not progress) as bar:
-            settings = read_settings(path)
+        with writer(path, process_index, num_processes) as this:
+            settings, stored = read_settings(path), None
             if settings is not None:
-                _check_same_encoder(path, settings, dtype, fingerprint)
-            fresh = _fresh_texts(texts, None if settings is None else cls(path), summary, bar)
-            while window := list(islice(fresh, shard_size)):
-                window_texts, keys = zip(*window, strict=True)
-                embeds: torch.Tensor | None = None
-                for batch in encode_texts(window_texts, model, processor, token_budget=token_budget):
-                    if embeds is None:
-                        embeds = torch.empty(len(window), batch.embeddings.shape[1], dtype=getattr(torch, dtype))
-                    embeds[batch.indices] = _stored_as(
-                        embeds.dtype, batch.embeddings, [window_texts[i] for i in batch.indices]
-                    )
-                    summary.num_truncated += batch.num_truncated
-                    bar.update(len(batch.indices))
-                if settings is None:
-                    settings = write_settings(path, embeds.shape[1], dtype, fingerprint)
-                write_shard(path, embeds, np.stack(keys))
-                summary.num_new += len(window)
-        if settings is None:
-            raise ValueError(f"there are no texts to embed, and no text store at {path} yet")
-        if summary.num_truncated:
-            logger.warning(
-                "%s of the texts were longer than the model reads and were cut", f"{summary.num_truncated:,}"
+                store_build.check_same_encoder(path, settings, dtype, fingerprint)
+                stored = cls(path)
+            summary = store_build.build_store(
+                this,
+                texts,
+                model,
+                processor,
+                fingerprint,
+                (lambda keys: np.zeros(len(keys), bool)) if stored is None else (lambda keys: stored.find(keys) >= 0),
+                0 if stored is None else len(stored),
+                share=share,
+                token_budget=token_budget,
+                shard_size=shard_size,
+                dtype=dtype,
+                progress=progress,
             )
+            is_alone = this.is_alone()
+        if read_settings(path) is None:
+            raise ValueError(f"there are no texts to embed, and no text store at {path} yet")
         store = cls(path)
-        summary.seconds = time.perf_counter() - started
+        if is_alone:
+            store.index  # noqa: B018 - made now, so that who opens the store next need not wait
         store.build_summary = summary
         return store
 
-    def _find(self, texts: Sequence[str]) -> np.ndarray:
-        """Row of each text over all shards, -1 where it is missing: `(len(texts),)` int64."""
-        return self._find_keys(text_keys(texts))
 
-    def _find_keys(self, keys: np.ndarray) -> np.ndarray:
-        positions = find_keys(self._keys, keys)
-        rows = np.full(len(keys), -1, dtype=np.int64)
-        rows[positions >= 0] = self._rows[positions[positions >= 0]]
-        return rows
+class _Descriptors:
+    """Open files of shards, the most recently used of them: a process may have a limited number."""
 
-    def _open_index(self) -> tuple[np.ndarray, np.ndarray]:
-        """The sorted keys `(2, N)` and their rows `(N,)`: mapped from the index file, which is made anew where it does not fit."""
-        names = "".join(f"{shard.path.name} {shard.metadata['keys_blake2b']}\n" for shard in self._shards)
-        digest = hashlib.blake2b(names.encode(), digest_size=16).hexdigest()
-        with suppress(FileNotFoundError, ValueError):
-            return self._map_index(digest)
-        keys = np.concatenate([np.empty((0, 2), np.int64), *(shard.tensor("keys").numpy() for shard in self._shards)])
-        order = sort_order(keys)
-        keys = np.ascontiguousarray(keys[order].T)
-        # Without the lock, a writer could take the temporary file for a leftover. A store that is being written or is read-only keeps the
-        # index in memory.
-        with suppress(OSError), FileLock(self.path / LOCK_NAME, timeout=0):
-            tensors = {"keys": torch.from_numpy(keys), "rows": torch.from_numpy(order)}
-            write_safetensors(self.path / "index.safetensors", tensors, {"shards_blake2b": digest})
-            return self._map_index(digest)
-        return keys, order
+    def __init__(self, shards: Sequence[MappedSafetensors]):
+        self._shards = shards
+        self._open: OrderedDict[int, int] = OrderedDict()
+        self._most = min(max(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2, 1), 4096)
 
-    def _map_index(self, digest: str) -> tuple[np.ndarray, np.ndarray]:
-        index = MappedSafetensors(self.path / "index.safetensors", {"keys": ("I64", 2), "rows": ("I64", 1)})
-        if index.metadata.get("shards_blake2b") != digest:
-            raise damaged(index.path, "it belongs to other shards")
-        return index.tensor("keys").numpy(), index.tensor("rows").numpy()
+    def open(self, shard: int) -> int:
+        """The file descriptor of the shard with this number."""
+        descriptor = self._open.get(shard)
+        if descriptor is None:
+            if len(self._open) >= self._most:
+                os.close(self._open.popitem(last=False)[1])
+            descriptor = self._open[shard] = os.open(self._shards[shard].path, os.O_RDONLY)
+        else:
+            self._open.move_to_end(shard)
+        return descriptor
 
-
-def _fresh_texts(
-    texts: Iterable[str], store: TextEmbeddingStore | None, summary: BuildSummary, bar: tqdm
-) -> Iterator[tuple[str, np.ndarray]]:
-    """The texts that are neither in `store` nor repeated, each with its key `(2,)`, in input order. Counts what it reads in `summary`."""
-    bar.total = operator.length_hint(texts, 0) or None
-    texts, seen = iter(texts), KeySet()
-    while chunk := list(islice(texts, _CHUNK)):
-        keys = text_keys(chunk)
-        stored = np.zeros(len(chunk), bool) if store is None else store._find_keys(keys) >= 0
-        candidates = np.flatnonzero(~stored & ~seen.contains(keys))
-        first = np.sort(np.unique(keys[candidates], axis=0, return_index=True)[1])
-        fresh = candidates[first]
-        seen.add(keys[fresh])
-        summary.num_texts += len(chunk)
-        summary.num_stored += int(stored.sum())
-        summary.num_repeated += len(chunk) - int(stored.sum()) - len(fresh)
-        if bar.total is not None:
-            # The bar counts texts to embed, so that its rate and its time left are those of the model.
-            bar.total = max(bar.total - (len(chunk) - len(fresh)), 0)
-        for position in fresh:
-            yield chunk[position], keys[position]
-
-
-def _stored_as(dtype: torch.dtype, embeddings: torch.Tensor, texts: Sequence[str]) -> torch.Tensor:
-    """`embeddings (n, dim)` in `dtype` on the CPU; ValueError that names the text of one that is not finite."""
-    stored = embeddings.to("cpu", dtype)
-    bad = (~torch.isfinite(stored)).any(dim=1).nonzero()
-    if len(bad):
-        row = int(bad[0])
-        remedy = "look at the model and at this text"
-        if torch.isfinite(embeddings[row]).all():
-            remedy = f"its largest value {embeddings[row].abs().max():.3g} does not fit into {dtype}: store bfloat16 or float32"
-        raise ValueError(f"the embedding of {shorten(texts[row])} is not finite ({remedy})")
-    return stored
-
-
-def _check_same_encoder(path: Path, settings: dict[str, Any], dtype: str, fingerprint: dict[str, Any]) -> None:
-    """ValueError that names the first field in which the encoder differs from the one that made the store, with both values."""
-    there, here = {"dtype": settings["dtype"], **settings["fingerprint"]}, {"dtype": dtype, **fingerprint}
-    for field in there | here:
-        # A model that was moved or renamed is still the same: its weights decide.
-        if field not in ("model", "revision") and there.get(field) != here.get(field):
-            raise ValueError(
-                f"the text store {path} was made with {field} = {there.get(field)!r} (model {there['model']!r}), but now {field} = "
-                f"{here.get(field)!r} (model {here['model']!r}): build a store of its own for it, in another directory"
-            )
+    def __del__(self):
+        for descriptor in self._open.values():
+            os.close(descriptor)
