@@ -191,3 +191,16 @@ def test_suites_of_ones_own(tmp_path):
     assert "cannot be read as YAML" in refused("name: [")
     with pytest.raises(ValueError, match="there is no suite 'zero-shots'; did you mean 'zero-shot'"):
         load_suite("zero-shots")
+
+
+def test_the_page_lists_every_benchmark_with_its_count():
+    page = (MANIFESTS.parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    for name in manifest_names():
+        tasks = load_manifest(name)
+        data = tasks[0].data
+        if data.layout == "openmoji":
+            continue
+        shown = name if len(tasks) == 1 else {"sugarcrepe-kinds": "sugarcrepe-…"}.get(name, f"{name}-…")
+        (row,) = [line for line in page.splitlines() if line.startswith(f"| `{shown}` |")]
+        count = "7,511 in all" if name == "sugarcrepe-kinds" else f"{data.num_items:,} |"
+        assert f"`{data.source}`" in row and count in row and tasks[0].primary_metric in row
