@@ -59,6 +59,7 @@ def recorded_text_model(
     text_model: str | os.PathLike | PreTrainedModel | None,
     dtype: str | torch.dtype | None,
     kwargs: dict[str, Any],
+    verify: bool = True,
 ) -> PreTrainedModel:
     """
     The LLM that a lean checkpoint belongs to. Its new place is kept in `config`.
@@ -66,6 +67,7 @@ def recorded_text_model(
     Args:
         text_model (`str`, `os.PathLike` or `PreTrainedModel`, *optional*): Where it lies now, or the LLM itself.
         kwargs (`dict`): The arguments of `from_pretrained`, of which those about downloads and `device_map` matter.
+        verify (`bool`, defaults to `True`): Whether its weights must have the recorded hash.
 
     Raises:
         ValueError: If it is not the one that the checkpoint was made with.
@@ -78,9 +80,10 @@ def recorded_text_model(
                 f"The checkpoint was made with an LLM of {config.text_config.hidden_size} dimensions; the one given has "
                 f"{text_model.config.hidden_size}."
             )
-        if config.text_model_sha256 not in (None, module_sha256(text_model)):
-            logger.warning(
-                "The LLM given has other weights than the one that the checkpoint was made with, or another dtype than its files have."
+        if verify and config.text_model_sha256 not in (None, module_sha256(text_model)):
+            raise ValueError(
+                "The LLM given has other weights than the one that the checkpoint was made with, or the same in another dtype than its files "
+                "have. Name its folder in place of the model, or pass verify_text_model=False if you know that it is the right one."
             )
         text_model.config.is_causal = False
         return text_model
@@ -91,13 +94,13 @@ def recorded_text_model(
         raise ValueError(f"This lean checkpoint does not say which LLM it belongs to. {remedy}")
     download_kwargs = {key: kwargs[key] for key in ("cache_dir", "token", "local_files_only") if key in kwargs}
     try:
-        found = weights_sha256(source, revision, **download_kwargs)
+        found = weights_sha256(source, revision, **download_kwargs) if verify else config.text_model_sha256
     except OSError as error:
         raise OSError(f"The LLM {source!r} of this lean checkpoint cannot be read: {error}\n{remedy}") from error
     if config.text_model_sha256 not in (None, found):
         raise ValueError(
             f"This lean checkpoint was made with an LLM whose weights have SHA-256 {config.text_model_sha256}, but {source!r} has {found}. "
-            "Pass text_model=... with the right one."
+            "Pass text_model=... with the right one, or verify_text_model=False if you know that this is."
         )
     config.text_model_name_or_path, config.text_model_revision = absolute(source), revision
     device_map = kwargs.get("device_map")

@@ -381,6 +381,7 @@ class ProCLIPModel(PreTrainedModel):
         *model_args: Any,
         text_model: str | os.PathLike | PreTrainedModel | None = None,
         load_text_model: bool = True,
+        verify_text_model: bool = True,
         **kwargs: Any,
     ) -> "ProCLIPModel":
         r"""
@@ -390,6 +391,8 @@ class ProCLIPModel(PreTrainedModel):
             text_model (`str`, `os.PathLike` or `PreTrainedModel`, *optional*):
                 Where the LLM of a lean checkpoint lies now, or the LLM itself (give that to this class: `AutoModel` copies its arguments).
             load_text_model (`bool`, defaults to `True`): `False` loads the vision side and the adapter only.
+            verify_text_model (`bool`, defaults to `True`):
+                `False` takes the LLM whatever its weights are: one in another dtype than its files, quantised, or tuned since.
             kwargs: `dtype` and `attn_implementation` may be a dict with the keys `vision_config` and `text_config`, and `""` for the rest. By
                 default every part has the dtype that it was saved in.
 
@@ -417,7 +420,9 @@ class ProCLIPModel(PreTrainedModel):
         )
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info
         if load_text_model and model.config.lean:
-            model.text_model = recorded_text_model(model.config, text_model, dtypes["text_config"], kwargs)
+            model.text_model = recorded_text_model(
+                model.config, text_model, dtypes["text_config"], kwargs, verify=verify_text_model
+            )
             model.config.text_config = model.text_model.config
         elif text_model is not None:
             raise ValueError("text_model is for a lean checkpoint; this one has its LLM inside.")

@@ -125,8 +125,22 @@ def convert(
     tensors = read_checkpoint(path)
     lora_adapters = list(lora_adapters)
     if is_llm(tensors):
-        if text_model is not None:
-            raise ConversionError(f"{path} is an LLM itself: text_model is for the checkpoint of a vision tower.")
+        of_towers = {
+            "head_width": (head_width, 64),
+            "quick_gelu": (quick_gelu, None),
+            "image_size": (image_size, None),
+            "patch_size": (patch_size, None),
+            "rope_pretrained_grid": (rope_pretrained_grid, 16),
+            "adapter_input_norm": (adapter_input_norm, None),
+            "vision_processor": (vision_processor, None),
+            "text_model": (text_model, None),
+            "text_model_revision": (text_model_revision, None),
+            "prompt_template": (prompt_template, None),
+        }
+        if given := [name for name, (value, default) in of_towers.items() if value != default]:
+            raise ConversionError(
+                f"{path} is an LLM itself: {', '.join(given)} {'is' if len(given) == 1 else 'are'} for the checkpoint of a vision tower."
+            )
         lora_paths = [find_source(adapter, None) for adapter in lora_adapters]
         return _convert_llm(path, output, tensors, lora_paths, dtype, dry_run)
     if lora_adapters:

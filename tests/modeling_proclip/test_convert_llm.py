@@ -187,8 +187,22 @@ def test_configurations_that_do_not_fit_are_refused(values, message, folder, tmp
 def test_an_llm_file_without_its_folder_is_refused(tmp_path):
     with pytest.raises(ConversionError, match="without its config.json"):
         convert(tiny.LLAMA_DIR / "model.safetensors", tmp_path / "out")
-    with pytest.raises(ConversionError, match="is an LLM itself"):
-        convert(tiny.LLAMA_DIR, tmp_path / "out", text_model=tiny.LLAMA_DIR)
+
+
+@pytest.mark.parametrize(
+    "options, names",
+    [
+        ({"text_model": tiny.LLAMA_DIR}, "text_model is"),
+        ({"head_width": 72, "prompt_template": "{text}"}, "head_width, prompt_template are"),
+        ({"quick_gelu": False, "image_size": 224, "patch_size": 14}, "quick_gelu, image_size, patch_size are"),
+        ({"rope_pretrained_grid": 24, "adapter_input_norm": "l2"}, "rope_pretrained_grid, adapter_input_norm are"),
+        ({"vision_processor": "x", "text_model_revision": "main"}, "vision_processor, text_model_revision are"),
+    ],
+)
+def test_options_of_vision_towers_are_refused_for_an_llm(options, names, tmp_path):
+    with pytest.raises(ConversionError, match=f"is an LLM itself: {names} for the checkpoint of a vision tower"):
+        convert(tiny.LLAMA_DIR, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
 
 
 # A checkpoint that names its LLM

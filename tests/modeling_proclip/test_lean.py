@@ -160,18 +160,27 @@ def test_relative_path_is_kept_as_an_absolute_one(llm, tmp_path, monkeypatch):
     assert loaded.config.text_model_name_or_path == str(llm)
 
 
-def test_the_llm_itself(lean, llm, pair, caplog):
-    """A loaded LLM is taken as it is, since its dtype may be another than its files'; other weights are said."""
+def test_the_llm_itself(lean, llm, pair):
     assert_same_embeddings(pair, ProCLIPModel.from_pretrained(lean, text_model=LlamaModel.from_pretrained(llm)))
     causal_lm = LlamaForCausalLM.from_pretrained(llm)
     assert_same_embeddings(pair, ProCLIPModel.from_pretrained(lean, text_model=causal_lm))
-    assert "other weights" not in caplog.text
-    other = LlamaModel(LlamaConfig(**tiny.TEXT))
-    ProCLIPModel.from_pretrained(lean, text_model=other)
-    assert "The LLM given has other weights than the one that the checkpoint was made with" in caplog.text
     smaller = LlamaModel(LlamaConfig(**{**tiny.TEXT, "hidden_size": 16}))
     with pytest.raises(ValueError, match="an LLM of 32 dimensions; the one given has 16"):
         ProCLIPModel.from_pretrained(lean, text_model=smaller)
+
+
+def test_another_llm_is_taken_only_if_that_is_said(lean, llm, tmp_path):
+    other = LlamaModel(LlamaConfig(**tiny.TEXT))
+    in_half = LlamaModel.from_pretrained(llm, dtype=torch.bfloat16)
+    for model in (other, in_half):
+        with pytest.raises(ValueError, match="other weights.*or the same in another dtype.*verify_text_model=False"):
+            ProCLIPModel.from_pretrained(lean, text_model=model)
+        assert ProCLIPModel.from_pretrained(lean, text_model=model, verify_text_model=False).text_model is model
+    change_one_weight(llm)
+    with pytest.raises(ValueError, match="SHA-256.*verify_text_model=False"):
+        AutoModel.from_pretrained(lean)
+    changed = AutoModel.from_pretrained(lean, verify_text_model=False)
+    assert torch.equal(changed.text_model.norm.weight, load_file(llm / "model.safetensors")["norm.weight"])
 
 
 def test_text_model_is_for_lean_checkpoints(pair, llm, tmp_path):
