@@ -1,0 +1,124 @@
+"""Retrieval examples for the report: captions that the model misses before those that it finds, with what every model finds."""
+
+import base64
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from modeling_proclip.processing_proclip import to_rgb
+
+
+THUMBNAIL = 112  # pixels, longest side
+
+
+@dataclass(frozen=True)
+class Retrieved:
+    """What one model did in text-to-image retrieval.
+
+    Attributes:
+        model: its name.
+        image_embeds: `(num_images, p)`.
+        text_embeds: `(num_texts, p)`.
+        ranks: `(num_texts,)`, how many wrong pictures come before the right one.
+    """
+
+    model: str
+    image_embeds: torch.Tensor
+    text_embeds: torch.Tensor
+    ranks: torch.Tensor
+
+
+def retrieval_examples(
+    task: str,
+    texts: Sequence[str],
+    text_to_image: torch.Tensor,
+    retrieved: Sequence[Retrieved],
+    picture: Callable[[int], Image.Image],
+    baseline: str | None,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """Draws captions by `seed`, at most one of a picture, and gives for each the right picture and what every model finds first.
+
+    Args:
+        task: its name.
+        texts: the captions.
+        text_to_image: `(num_texts,)`, the picture of each.
+        retrieved: of the model that the examples are for first, then of those that are shown beside it.
+        picture: number of a picture to the picture.
+        baseline: the name of the baseline among `retrieved`, or `None`.
+        seed: of the draw.
+
+    Returns:
+        What `examples.json` holds: "task", "heading", "query", "picture" (data URI), and "found", for each model its name as "model",
+        "rank" (0: right) and "picture", what it finds first.
+    """
+    own = retrieved[0]
+    missed = own.ranks.numpy() > 0
+    others = [other for other in retrieved if other.model == baseline]
+    if others:
+        missed_before = others[0].ranks.numpy() > 0
+        kinds = [
+            (f"{own.model} misses what {baseline} finds", missed & ~missed_before, 3),
+            (f"{own.model} and {baseline} both miss", missed & missed_before, 2),
+            (f"{own.model} finds what {baseline} misses", ~missed & missed_before, 2),
+            (f"{own.model} and {baseline} both find", ~missed & ~missed_before, 1),
+        ]
+    else:
+        kinds = [(f"{own.model} misses", missed, 5), (f"{own.model} finds", ~missed, 2)]
+    # The baseline is shown before the models that came from it.
+    shown = others + [entry for entry in retrieved if entry not in others]
+    rng = np.random.default_rng(seed)
+    used: set[int] = set()
+    examples = []
+    for heading, mask, count in kinds:
+        for text in rng.permutation(np.flatnonzero(mask)).tolist():
+            right = int(text_to_image[text])
+            if count == 0:
+                break
+            if right in used:
+                continue
+            used.add(right)
+            count -= 1
+            found = [
+                {
+                    "model": entry.model,
+                    "rank": int(entry.ranks[text]),
+                    "picture": thumbnail(picture(_first(entry, text, right))),
+                }
+                for entry in shown
+            ]
+            examples.append(
+                {
+                    "task": task,
+                    "heading": heading,
+                    "query": texts[text],
+                    "picture": thumbnail(picture(right)),
+                    "found": found,
+                }
+            )
+    return examples
+
+
+def thumbnail(picture: Image.Image) -> str:
+    """A picture as a JPEG of at most 112 x 112 pixels in a data URI: 2 to 5 kB."""
+    picture = to_rgb(picture).copy()
+    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+
+
+def _first(entry: Retrieved, text: int, right: int) -> int:
+    """The picture that `text` finds first. As in the ranks, a tie with the right one counts against the model."""
+    if int(entry.ranks[text]) == 0:
+        return right
+    query = F.normalize(entry.text_embeds[text].double(), dim=0)
+    scores = torch.cat([F.normalize(block.double(), dim=1) @ query for block in entry.image_embeds.split(4096)])
+    scores[right] = -2.0
+    return int(scores.argmax())
