@@ -1,5 +1,6 @@
 """`proclip evaluate`: benchmarks of a model, beside a baseline."""
 
+import json
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -30,9 +31,13 @@ def evaluate(
     baseline: Annotated[
         str | None, typer.Option(help="The model to compare with, such as the CLIP that yours was made from.")
     ] = None,
-    output_dir: Annotated[Path, typer.Option(help="Gets results.json and the outcome of every item.")] = Path(
-        "evaluation"
-    ),
+    also: Annotated[
+        list[str] | None,
+        typer.Option(help="Another model from the same baseline, to stand beside yours in the report; once for each."),
+    ] = None,
+    output_dir: Annotated[
+        Path, typer.Option(help="Gets results.json, the outcome of every item, report.html and report.json.")
+    ] = Path("evaluation"),
     source: Annotated[
         list[str] | None, typer.Option(help="NAME=PATH: a benchmark's local copy, in place of the Hub; once for each.")
     ] = None,
@@ -57,7 +62,9 @@ def evaluate(
         int | None,
         typer.Option(min=1, help="Padded tokens in a batch. By default 1,000 on the CPU and 16,384 on a GPU."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the rows that --limit draws.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Of the rows that --limit draws, the report's intervals and its examples.")
+    ] = 0,
     list_all: Annotated[
         bool,
         typer.Option(
@@ -93,7 +100,10 @@ def evaluate(
         sources[name] = path
     state = PartialState(cpu=device == "cpu")
     place = state.device if device in (None, "cuda") else device
-    encoders = [Encoder.load(name, place, dtype) for name in (model, baseline) if name is not None]
+    if also and baseline is None:
+        raise ValueError("--also needs --baseline: the models are compared with it")
+    names = [model, *([] if baseline is None else [baseline]), *(also or [])]
+    encoders = [Encoder.load(name, place, dtype) for name in names]
     results = run(
         encoders,
         check_unique(manifests),
@@ -109,19 +119,26 @@ def evaluate(
     if state.is_main_process:
         print_results(results[0], results[1] if baseline is not None else None)
         typer.echo(f"{output_dir / 'results.json'}")
-        _write_report(output_dir)
+        others = [output_dir / "also" / Path(result["model"]["name"]).name for result in results[2:]]
+        _write_report(output_dir, [output_dir, *others], output_dir / "baseline" if baseline else None)
 
 
-def _write_report(output_dir: Path) -> None:
-    """The page with plots beside the results. Without matplotlib there is none, and the numbers stand all the same."""
+def _write_report(output_dir: Path, models: list[Path], baseline: Path | None) -> None:
+    """Writes the report, prints its verdicts and says where it is; without matplotlib, how to get one."""
+    from ..evaluation.report import write_report
+
     try:
-        from ..evaluation.report import write_report
-
-        typer.echo(f"{write_report(output_dir)}")
+        page = write_report(output_dir, models, baseline)
     except ModuleNotFoundError as error:
         if error.name != "matplotlib":
             raise
-        typer.echo("no report.html, which needs matplotlib: pip install matplotlib")
+        typer.echo('No report: its plots need matplotlib; pip install "proclip-transformers[evaluation]"')
+        return
+    report = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
+    for entry in report["models"]:
+        if entry["verdict"]:
+            typer.echo(f"Did I break CLIP? {entry['name']}: {entry['verdict']['headline']}")
+    typer.echo(f"{page}")
 
 
 def _print_list(wanted: bool) -> None:

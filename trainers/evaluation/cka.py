@@ -49,6 +49,8 @@ class LinearCKA:
                 raise ValueError(f"{name} has NaN or infinite values.")
         if len(x) != len(y):
             raise ValueError(f"x and y must be of the same pictures, but have {len(x)} and {len(y)} rows.")
+        if x.device.type == "mps":  # Apple's GPUs have no float64
+            x, y = x.cpu(), y.cpu()
         x, y = x.double(), y.double()
         if self.num_pictures == 0:
             # Both estimates are the same for moved features; sums of centred ones lose no digits.

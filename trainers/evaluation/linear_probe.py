@@ -100,11 +100,12 @@ def linear_probe(
         return tried[power]
 
     # Ties go to the stronger regularisation.
-    best = max(_FIRST_POWERS, key=lambda power: (try_power(power), -power))
+    best: float = max(_FIRST_POWERS, key=lambda power: (try_power(power), -power))
     step = 2.0
     for _ in range(sweep_steps):
         step /= 2
-        best = max((best - step, best, best + step), key=lambda power: (try_power(power), -power))
+        near = (power for power in (best - step, best, best + step) if abs(power) <= _FIRST_POWERS[-1])
+        best = max(near, key=lambda power: (try_power(power), -power))
     predictions = _fit(train_x / scale, train_y, best, max_iterations).predict(test_x / scale)
     correct = predictions == test_y
     return LinearProbe(
@@ -123,8 +124,9 @@ def _fit(features: np.ndarray, labels: np.ndarray, power: float, max_iterations:
     from sklearn.linear_model import LogisticRegression
 
     with warnings.catch_warnings():
-        # CLIP's protocol stops after so many iterations, converged or not.
+        # CLIP's protocol stops after so many iterations, converged or not; and few pictures of many classes are no mistake.
         warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.filterwarnings("ignore", "The number of unique classes is greater than 50%")
         return LogisticRegression(C=10.0**power, max_iter=max_iterations).fit(features, labels)
 
 

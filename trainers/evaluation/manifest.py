@@ -15,13 +15,15 @@ from typing import Any
 import yaml
 
 
-KINDS = ("retrieval", "zero_shot", "fine_grained", "caption_retrieval")
+KINDS = ("retrieval", "zero_shot", "fine_grained", "caption_retrieval", "linear_probe", "cka")
 
 # kind -> (columns that it must name, columns that it may name)
 COLUMNS: dict[str, tuple[set[str], set[str]]] = {
     "retrieval": ({"image", "captions"}, set()),
     "zero_shot": ({"image", "label"}, set()),
     "caption_retrieval": ({"captions"}, set()),
+    "linear_probe": ({"image", "label"}, set()),
+    "cka": ({"image"}, set()),
     "fine_grained": (
         set(),
         {"image", "caption", "negative", "image_1", "image_2", "caption_1", "caption_2", "category"},
@@ -37,6 +39,8 @@ METRICS: dict[str, tuple[str, ...]] = {
         *(f"{way}_r@{k}" for k in (1, 5, 10) for way in ("first_to_second", "second_to_first")),
     ),
     "fine_grained": ("accuracy", "text_score", "image_score", "group_score"),
+    "linear_probe": ("accuracy", "mean_per_class"),
+    "cka": ("cka_debiased", "cka"),
 }
 
 _FOLDER = Path(__file__).parent
@@ -104,14 +108,16 @@ class Manifest:
     Attributes:
         name: unique; the name of the task in the results.
         title: for people.
-        kind: "retrieval", "zero_shot", "fine_grained" or "caption_retrieval".
+        kind: "retrieval", "zero_shot", "fine_grained", "caption_retrieval", "linear_probe", or "cka", which compares a model's image encoder
+            with the baseline's and is left out without one.
         group: under which heading results are shown, such as "long_retrieval" or "robustness".
         data: where the rows are.
+        train: of a linear probe, where the rows to train on are; `data` has those to test on. A limit draws from `data` only.
         columns: what the columns of the data are called. retrieval: `image`, `captions`; zero_shot: `image`, `label`; caption_retrieval:
             `captions`; fine_grained: `image`, `caption`, `negative` (one picture, a right and a wrong text) or `image_1`, `image_2`,
             `caption_1`, `caption_2` (two pictures, and the text of each), and perhaps `category`.
         metric: the one that stands for the benchmark in tables; by default the first of `METRICS`.
-        classes: of a zero-shot benchmark.
+        classes: of a zero-shot benchmark or a linear probe.
         prompts: of a zero-shot benchmark, each with `{}` where the class name goes: a list, or "resource:FILE". Of a fine-grained one, at
             most one: the frame of every text.
         caption_separator: splits one string into several captions.
@@ -129,6 +135,7 @@ class Manifest:
     data: Data
     columns: dict[str, str]
     group: str
+    train: Data | None = None
     metric: str | None = None
     classes: Classes | None = None
     prompts: str | list[str] | None = None
@@ -272,10 +279,12 @@ def _fill(manifest: Manifest, variant: str, counts: dict[str, int]) -> Manifest:
     def fill(value: Any) -> Any:
         return value.replace("{variant}", variant) if isinstance(value, str) else value
 
-    changes: dict[str, Any] = {
-        name: fill(getattr(manifest.data, name)) for name in ("source", "split", "config", "caption_file")
-    }
-    data = dataclasses.replace(manifest.data, **changes, **counts)
+    def fill_data(data: Data) -> Data:
+        names = ("source", "split", "config", "caption_file")
+        return dataclasses.replace(data, **{name: fill(getattr(data, name)) for name in names})
+
+    own_counts: dict[str, Any] = {**counts}
+    data = dataclasses.replace(fill_data(manifest.data), **own_counts)
     columns = {key: fill(value) for key, value in manifest.columns.items()}
     family = manifest.name.replace("{variant}", "").strip("-")
     return dataclasses.replace(
@@ -283,6 +292,7 @@ def _fill(manifest: Manifest, variant: str, counts: dict[str, int]) -> Manifest:
         name=fill(manifest.name),
         title=fill(manifest.title),
         data=data,
+        train=None if manifest.train is None else fill_data(manifest.train),
         columns=columns,
         variants=None,
         variant_of=family,
@@ -305,11 +315,13 @@ def _check(manifest: Manifest, where: str) -> None:
         raise ValueError(
             f"{where}: metric must be one of {', '.join(METRICS[manifest.kind])}, got {manifest.metric!r}"
         )
-    if (manifest.kind == "zero_shot") != (manifest.classes is not None):
-        raise ValueError(f"{where}: classes belong to zero_shot, and zero_shot needs them")
+    if (manifest.kind in ("zero_shot", "linear_probe")) != (manifest.classes is not None):
+        raise ValueError(f"{where}: classes belong to zero_shot and linear_probe, which need them")
+    if (manifest.kind == "linear_probe") != (manifest.train is not None):
+        raise ValueError(f"{where}: train belongs to linear_probe, which needs it")
     templates = manifest.prompt_templates
-    if manifest.kind in ("retrieval", "caption_retrieval") and manifest.prompts is not None:
-        raise ValueError(f"{where}: {manifest.kind} has no prompts: the captions are the texts")
+    if manifest.kind not in ("zero_shot", "fine_grained") and manifest.prompts is not None:
+        raise ValueError(f"{where}: {manifest.kind} has no prompts")
     if manifest.kind == "fine_grained" and len(templates) != 1:
         raise ValueError(f"{where}: fine_grained takes one prompt, the frame of every text, got {len(templates)}")
     for template in templates:

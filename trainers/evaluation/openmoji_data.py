@@ -11,6 +11,8 @@ PARTS = (
     "seen",
     "unseen",
     "retrieval",
+    "probe-train",
+    "probe-test",
     *(f"language-{code}" for code in "en es pt it fr de id tr ru zh ja ko ar fa".split()),
 )
 
@@ -19,7 +21,8 @@ def openmoji_rows(part: str, size: str = "full", seed: int = 0) -> datasets.Data
     """The rows of one part of the quickstart's test data, drawn by `seed`.
 
     Args:
-        part: "seen" or "unseen" (`image`, `label` among all concepts), "retrieval" (`image`, `caption`) or "language-xx" (`image`, `label`
+        part: "seen" or "unseen" (`image`, `label` among all concepts), "probe-train" or "probe-test" (the same of all concepts, half of each
+            one's pictures), "retrieval" (`image`, `caption`) or "language-xx" (`image`, `label`
             among the concepts that every language names; the class names are in that language).
 
     Raises:
@@ -36,6 +39,10 @@ def openmoji_rows(part: str, size: str = "full", seed: int = 0) -> datasets.Data
         pictures = task.retrieval
     elif part in ("seen", "unseen"):
         pictures = [picture for picture in pictures if (picture.concept < task.size.seen) == (part == "seen")]
+    elif part.startswith("probe-"):
+        # Pictures come view by view: every concept once, then every concept again.
+        half = len(pictures) // 2
+        pictures = pictures[:half] if part == "probe-train" else pictures[half:]
     else:
         named = set(task.language_concepts)
         pictures = [picture for picture in pictures if picture.concept in named]

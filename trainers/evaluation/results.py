@@ -39,11 +39,12 @@ class Results:
     tasks: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, task: dict[str, Any], items: dict[str, torch.Tensor]) -> None:
-        """Adds the entry of a task, writes its `items` and what there is so far."""
-        items_file = f"items/{task['name']}.safetensors"
-        (self.folder / "items").mkdir(parents=True, exist_ok=True)
-        tensors = {name: tensor.contiguous() for name, tensor in items.items()}
-        write_safetensors(self.folder / items_file, tensors, {"task": task["name"]})
+        """Adds the entry of a task, writes its `items` (if it has any) and what there is so far."""
+        items_file = f"items/{task['name']}.safetensors" if items else None
+        if items_file is not None:
+            (self.folder / "items").mkdir(parents=True, exist_ok=True)
+            tensors = {name: tensor.contiguous() for name, tensor in items.items()}
+            write_safetensors(self.folder / items_file, tensors, {"task": task["name"]})
         self.tasks.append({**task, "items_file": items_file})
         self.write(complete=False)
 

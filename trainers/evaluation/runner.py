@@ -13,13 +13,15 @@ import numpy as np
 from accelerate import PartialState
 from filelock import FileLock, Timeout
 
+from .comparison import score_cka, write_examples
 from .embedding import embed_images, embed_texts, embeddings, image_keys
 from .encoders import Encoder
 from .feature_cache import FeatureCache
 from .manifest import Manifest
+from .report.examples import Retrieved
 from .results import Results
 from .sources import open_data
-from .tasks import Task, prepare_task
+from .tasks import Outcome, Task, prepare_task
 
 
 logger = logging.getLogger(__name__)
@@ -47,22 +49,22 @@ def evaluate(
     seed: int = 0,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """Evaluates a model, and perhaps a baseline, on benchmarks.
+    """Evaluates a model, perhaps a baseline, and perhaps other models beside them, on benchmarks.
 
     Under `accelerate launch` every process embeds a part and the first one scores; the numbers are the same. What was embedded stays in
     the cache, so the same call goes on where a stopped one was.
 
     Args:
-        encoders: the model; a second one is the baseline.
+        encoders: the model; a second one is the baseline; more are other models that came from the same baseline.
         manifests: the benchmarks.
-        output_dir: gets `results.json` and `items/`, of the baseline in `baseline/`.
+        output_dir: gets `results.json`, `items/` and `examples.json`; those of the baseline in `baseline/`, of others in `also/NAME/`.
         sources: benchmark's name, of its manifest's file or of one variant, -> local copy of its data.
         data_dir: folder that has a copy under the name of every benchmark whose data is not to come from the Hub.
         cache_dir: of embeddings; by default `features/` in `output_dir`. Several evaluations may share one, one after the other.
         limit: draw only so many rows of every benchmark. The results are marked as partial.
         batch_size: pictures in a batch.
         token_budget: padded tokens in a batch of texts, see [`trainers.data.text_encoding.encode_texts`].
-        seed: of the rows that `limit` draws.
+        seed: of the rows that `limit` draws, and of the examples.
         progress: whether to show bars.
 
     Returns:
@@ -72,8 +74,11 @@ def evaluate(
         ValueError: If data does not fit its manifest, an embedding is not finite, or another evaluation writes there.
         OSError: If data cannot be read.
     """
-    if not manifests or not 1 <= len(encoders) <= 2:
+    if not manifests or not encoders:
         raise ValueError("evaluate needs at least one benchmark, and a model with or without a baseline")
+    names = [encoder.name for encoder in encoders]
+    if len(encoders) > 2 and len(set(names)) < len(names):
+        raise ValueError(f"models that are compared need different names, but these are called {', '.join(names)}")
     if limit is not None and limit < 2:
         raise ValueError(f"limit must be at least 2, got {limit}")
     state = PartialState()
@@ -86,7 +91,7 @@ def evaluate(
             for folder in dict.fromkeys((output_dir, cache_dir)):
                 stack.callback(_lock(folder).release)
         state.wait_for_everyone()
-        folders = [output_dir, output_dir / "baseline"]
+        folders = [output_dir, output_dir / "baseline", *(output_dir / "also" / Path(name).name for name in names[2:])]
         runs = [
             _Run(encoder, folder, cache_dir, state, limit, seed, batch_size, token_budget, progress)
             for encoder, folder in zip(encoders, folders, strict=False)
@@ -96,8 +101,20 @@ def evaluate(
             with state.main_process_first():  # one process fetches, the others find it there
                 task = prepare_task(manifest, open_data(manifest, local, limit, seed))
             keys = image_keys(task, state, progress)
-            for run in runs:
-                run.score(task, keys)
+            baseline = runs[1].encoder if len(runs) > 1 else None
+            if manifest.kind == "cka":
+                for run in runs:
+                    if baseline is None:
+                        logger.warning(
+                            "%s is left out: CKA compares with a baseline, and there is none", manifest.name
+                        )
+                    elif run.encoder is not baseline:
+                        run.compare(task, keys, baseline)
+                continue
+            scored = [run.score(task, keys) for run in runs]
+            if manifest.kind == "retrieval" and state.is_main_process:
+                found = [some for some in scored if some is not None]
+                write_examples(output_dir, task, found, None if baseline is None else baseline.name, seed)
         return [run.finish() for run in runs]
 
 
@@ -132,8 +149,12 @@ class _Run:
             None if limit is None else {"limit": limit},
         )
 
-    def score(self, task: Task, keys: np.ndarray) -> None:
-        """Embeds what is missing; the main process computes the numbers and writes them."""
+    def score(self, task: Task, keys: np.ndarray) -> Retrieved | None:
+        """Embeds what is missing; the main process computes the numbers and writes them.
+
+        Returns:
+            For retrieval and on the main process, what examples are made of.
+        """
         started = time.perf_counter()
         for cache in (self.images, self.texts):  # the other model may have written what this one can use
             cache.refresh()
@@ -143,50 +164,66 @@ class _Run:
         self.state.wait_for_everyone()
         self.images.refresh()
         self.texts.refresh()
+        retrieved = None
         if self.state.is_main_process:
+            shared = task.space == "shared"
             image_embeds = embeddings(self.encoder, self.images, keys, project=False) if len(keys) else None
-            text_embeds = embeddings(self.encoder, self.texts, text_keys, project=task.space == "shared")
+            text_embeds = embeddings(self.encoder, self.texts, text_keys, project=shared) if task.texts else None
             outcome = task.score(image_embeds, text_embeds)
-            manifest, notes = task.manifest, list(outcome.notes)
-            repeated = len(keys) - len(np.unique(keys, axis=0))
-            if repeated and manifest.kind == "retrieval":
-                notes.append(
-                    f"{repeated} pictures are byte for byte another one: they tie, a tie counts against the model, and so text-to-image recall@1 "
-                    "of their captions is 0."
-                )
-            truncated = self.encoder.count_truncated(list(dict.fromkeys(task.texts)))
-            entry = {
-                "name": manifest.name,
-                "title": manifest.title,
-                "kind": manifest.kind,
-                "group": manifest.group,
-                "dataset": {
-                    "source": manifest.data.source,
-                    "read_from": "local copy" if task.data.folder is not None else "source",
-                    "config": manifest.data.config,
-                    "revision": task.data.revision,
-                    "split": manifest.data.split,
-                    "num_items": len(task.data.rows),
-                    "num_items_stated": manifest.data.num_items,
-                    "fingerprint": fingerprint(task, keys),
-                    "images_fingerprint": images_fingerprint(keys) if len(keys) else None,
-                },
-                "protocol": {
-                    **task.facts,
-                    "num_texts": len(task.texts),
-                    "num_truncated": truncated,
-                    "num_repeated_images": repeated,
-                    "text_space": task.space,
-                    "note": manifest.protocol,
-                },
-                "metric": manifest.primary_metric,
-                "value": outcome.metrics[manifest.primary_metric],
-                "metrics": outcome.metrics,
-                "notes": notes,
-                "seconds": round(time.perf_counter() - started, 2),
-            }
-            self.results.add(entry, outcome.items)
+            self._add(task, keys, outcome, started)
+            if task.manifest.kind == "retrieval":
+                retrieved = Retrieved(self.encoder.name, image_embeds, text_embeds, outcome.items["t2i_rank"])
         self.state.wait_for_everyone()
+        return retrieved
+
+    def compare(self, task: Task, keys: np.ndarray, baseline: Encoder) -> None:
+        """On the main process, CKA between this model's image encoder and the baseline's."""
+        if self.state.is_main_process:
+            started = time.perf_counter()
+            outcome = score_cka(task, self.encoder, baseline, self.batch_size, self.progress)
+            self._add(task, keys, outcome, started)
+        self.state.wait_for_everyone()
+
+    def _add(self, task: Task, keys: np.ndarray, outcome: Outcome, started: float) -> None:
+        manifest, notes = task.manifest, list(outcome.notes)
+        repeated = len(keys) - len(np.unique(keys, axis=0))
+        if repeated and manifest.kind == "retrieval":
+            notes.append(
+                f"{repeated} pictures are byte for byte another one: they tie, a tie counts against the model, and so text-to-image recall@1 "
+                "of their captions is 0."
+            )
+        entry = {
+            "name": manifest.name,
+            "title": manifest.title,
+            "kind": manifest.kind,
+            "group": manifest.group,
+            "dataset": {
+                "source": manifest.data.source,
+                "read_from": "local copy" if task.data.folder is not None else "source",
+                "config": manifest.data.config,
+                "revision": task.data.revision,
+                "split": manifest.data.split,
+                "num_items": len(task.data.rows) - task.data.num_train,
+                "num_items_stated": manifest.data.num_items,
+                "fingerprint": fingerprint(task, keys),
+                "images_fingerprint": images_fingerprint(keys) if len(keys) else None,
+            },
+            "protocol": {
+                **task.facts,
+                "num_texts": len(task.texts),
+                "num_truncated": self.encoder.count_truncated(list(dict.fromkeys(task.texts))) if task.texts else 0,
+                "num_repeated_images": repeated,
+                "text_space": task.space,
+                "note": manifest.protocol,
+            },
+            "metric": manifest.primary_metric,
+            "value": outcome.metrics[manifest.primary_metric],
+            "metrics": outcome.metrics,
+            "notes": notes,
+            "seconds": round(time.perf_counter() - started, 2),
+            **outcome.details,
+        }
+        self.results.add(entry, outcome.items)
 
     def finish(self) -> dict[str, Any]:
         """The results as they are in the file."""

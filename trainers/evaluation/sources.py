@@ -1,6 +1,7 @@
 """Opens the data of a benchmark and checks it against the manifest: a wrong count, column or label is an error, not a number."""
 
 import csv
+import dataclasses
 import json
 import random
 import re
@@ -27,6 +28,7 @@ class OpenedData:
         folder: that local folder, None for the Hub.
         limit: how many of the rows were drawn, None for all.
         revision: of the Hub, as far as it is known.
+        num_train: how many of the rows, the first, a linear probe is trained on; the others test it.
     """
 
     rows: datasets.Dataset
@@ -34,6 +36,7 @@ class OpenedData:
     folder: Path | None
     limit: int | None = None
     revision: str | None = None
+    num_train: int = 0
 
 
 def open_data(
@@ -49,6 +52,11 @@ def open_data(
         ValueError: If a column is missing, the number of rows is not the manifest's, or there are none. Names the benchmark.
         OSError: If the source cannot be read.
     """
+    if manifest.train is not None:
+        test = open_data(dataclasses.replace(manifest, train=None), local, limit, seed)
+        train = open_data(dataclasses.replace(manifest, train=None, data=manifest.train), local)
+        rows = datasets.concatenate_datasets([train.rows, test.rows])
+        return dataclasses.replace(test, rows=rows, num_train=len(train.rows))
     data, where = manifest.data, f"benchmark {manifest.name}"
     source = str(local or data.source)
     folder = Path(source) if Path(source).exists() else None

@@ -23,11 +23,13 @@ class Outcome:
         metrics: fractions by name.
         items: tensors of the outcome of every item, for confidence intervals.
         notes: what a reader must know, in sentences.
+        details: what else goes into the results.
     """
 
     metrics: dict[str, float]
     items: dict[str, torch.Tensor]
     notes: list[str] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -67,6 +69,8 @@ def prepare_task(manifest: Manifest, data: OpenedData) -> Task:
         "zero_shot": _zero_shot,
         "fine_grained": _fine_grained,
         "caption_retrieval": _caption_retrieval,
+        "linear_probe": _linear_probe,
+        "cka": _cka,
     }[manifest.kind](manifest, data)
 
 
@@ -219,6 +223,48 @@ def _fine_grained(manifest: Manifest, data: OpenedData) -> Task:
         identity=[categories],
         facts={"prompts": [template]},
     )
+
+
+def _linear_probe(manifest: Manifest, data: OpenedData) -> Task:
+    where, classes = f"benchmark {manifest.name}", manifest.classes
+    assert classes is not None  # the manifest was checked
+    label_column = manifest.columns["label"]
+    feature = data.rows.features[label_column]
+    names = class_names(classes, data, feature, where)
+    unedited = feature.names if getattr(feature, "names", None) else None
+    labels = torch.tensor(read_labels(data.rows[label_column], names, unedited, where))
+    train, test = labels[: data.num_train], labels[data.num_train :]
+
+    def score(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> Outcome:
+        from .linear_probe import linear_probe
+
+        try:
+            found = linear_probe(image_embeds[: len(train)], train, image_embeds[len(train) :], test)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        predictions = torch.from_numpy(found.predictions)
+        items = {"correct": (predictions == test).to(torch.uint8), "label": test, "prediction": predictions}
+        notes = [
+            f"Inverse regularisation {found.inverse_regularization:.3g}, chosen on a fifth of the training pictures."
+        ]
+        return Outcome({"accuracy": found.accuracy, "mean_per_class": found.mean_per_class}, items, notes)
+
+    facts = {
+        "num_classes": len(names),
+        "num_train": len(train),
+        "features": "image embeddings in the shared space, not normalised, divided by their root mean square",
+    }
+    return Task(
+        manifest, data, (manifest.columns["image"],), [], score, identity=[labels.tolist(), names], facts=facts
+    )
+
+
+def _cka(manifest: Manifest, data: OpenedData) -> Task:
+    def score(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> Outcome:
+        raise NotImplementedError("CKA compares two models: see comparison.py")
+
+    facts = {"features": "mean over the tokens of each layer; the last is the image embedding"}
+    return Task(manifest, data, (manifest.columns["image"],), [], score, facts=facts)
 
 
 def _recall(ranks: dict[str, torch.Tensor]) -> dict[str, float]:

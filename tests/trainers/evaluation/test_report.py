@@ -211,8 +211,9 @@ def test_missing_and_broken_results_are_refused(results, tmp_path):
 
 
 def test_models_that_cannot_be_compared_are_told_apart(results, tmp_path):
-    with pytest.raises(ValueError, match="two of the models are called 'CLIP'"):
-        build_report([ModelResults.read(results / "clip")], ModelResults.read(results / "clip"))
+    same = ModelResults.read(results / "llm2clip")
+    with pytest.raises(ValueError, match="two of the models are called 'LLM2CLIP'"):
+        build_report([same, same], ModelResults.read(results / "clip"))
     other = shutil.copytree(results / "clip", tmp_path / "other")
     content = json.loads((other / "results.json").read_text())
     content["tasks"][0]["dataset"]["fingerprint"] = "other data"

@@ -9,7 +9,6 @@ from trainers.data.store_files import write_file
 from ..verdict import MARGIN
 from .build import build_report
 from .pairing import ModelResults
-from .render import render
 
 
 def write_report(
@@ -22,7 +21,7 @@ def write_report(
     """Writes `report.json` and `report.html` to `output_dir`.
 
     Args:
-        output_dir: of `proclip evaluate`: it has `results.json`, and `baseline/` where there was one.
+        output_dir: of `proclip evaluate`: it has `results.json`, and `baseline/` and `also/NAME/` where there were such models.
         models: the results folders to report instead, the one that examples are shown for first.
         baseline: with `models`, the results folder of the model that they came from.
         margin: the largest loss that counts as kept, a fraction of 1.
@@ -35,9 +34,11 @@ def write_report(
         ValueError: if results are broken, or nothing was scored on the same data.
         ModuleNotFoundError: without matplotlib.
     """
+    from .render import render  # matplotlib is needed for a report alone
+
     output_dir = Path(output_dir)
     if models is None:
-        models = [output_dir]
+        models = [output_dir, *sorted(path.parent for path in output_dir.glob("also/*/results.json"))]
         baseline = output_dir / "baseline" if (output_dir / "baseline" / "results.json").is_file() else None
     results = [ModelResults.read(Path(folder)) for folder in models]
     report = build_report(results, ModelResults.read(Path(baseline)) if baseline else None, margin=margin)

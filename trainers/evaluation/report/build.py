@@ -1,5 +1,6 @@
 """What the report says, as one JSON object: the verdict, every number that is shown, and what was not measured."""
 
+import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -47,9 +48,12 @@ def build_report(
         A JSON object. Scores and differences are fractions, each with "value", "low" and "high".
 
     Raises:
-        ValueError: two models of one name, or nothing that a model and the baseline have in common.
+        ValueError: two models of one name (a baseline's gets an addition), or nothing that a model and the baseline have in common.
     """
     names = [results.name for results in (*([baseline] if baseline else []), *models)]
+    if baseline is not None and names[0] in names[1:]:  # two checkpoints in folders of one name
+        baseline = dataclasses.replace(baseline, name=f"{baseline.name} (baseline)")
+        names[0] = baseline.name
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise ValueError(f"two of the models are called {twice[0]!r}: evaluate them from folders with different names")
     seed = int(models[0].content["seed"]) if seed is None else seed
@@ -73,9 +77,12 @@ def build_report(
         entry: dict[str, Any] = {"name": results.name, "verdict": None, "left_out": {}}
         if baseline is not None:
             pairing = pair(results, baseline)
-            verdict = compare(pairing.tasks, margin, confidence, resamples, seed)
-            entry |= {"verdict": _verdict(verdict), "left_out": pairing.left_out}
+            if pairing.tasks or pairing.left_out:
+                entry["verdict"] = _verdict(compare(pairing.tasks, margin, confidence, resamples, seed))
+            entry["left_out"] = pairing.left_out
         report["models"].append(entry)
+    # A run of CKA alone compares, but decides nothing.
+    report["compared"] = all(entry["verdict"] for entry in report["models"])
     return report
 
 
@@ -157,15 +164,16 @@ def _not_measured(results: ModelResults) -> list[str]:
 def _run(results: ModelResults) -> dict[str, Any]:
     content = results.content
     return {
-        "model": content["model"],
+        "model": {**content["model"], "name": results.name},
         "protocol": content.get("protocol", {}),
         "versions": content.get("versions", {}),
         "seed": content["seed"],
         "partial": content.get("partial"),
         "tasks": [
             {
-                key: task.get(key)
-                for key in ("name", "title", "kind", "dataset", "metric", "protocol", "notes", "seconds")
+                **{key: task.get(key) for key in ("name", "title", "kind", "dataset", "metric", "notes", "seconds")},
+                # Class names are long, and in results.json.
+                "protocol": {key: value for key, value in task.get("protocol", {}).items() if key != "classes"},
             }
             for task in results.tasks.values()
         ],

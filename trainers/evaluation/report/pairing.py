@@ -26,19 +26,18 @@ class ModelResults:
     Attributes:
         folder: where they were read from.
         content: what results.json holds.
+        name: of the model, as the report calls it.
     """
 
     folder: Path
     content: dict[str, Any]
+    name: str
 
     @classmethod
     def read(cls, folder: Path) -> "ModelResults":
         """Read `folder/results.json`. FileNotFoundError or ValueError as [`read_results`]."""
-        return cls(folder, read_results(folder))
-
-    @property
-    def name(self) -> str:
-        return str(self.content["model"]["name"])
+        content = read_results(folder)
+        return cls(folder, content, str(content["model"]["name"]))
 
     @property
     def tasks(self) -> dict[str, dict[str, Any]]:
@@ -61,12 +60,13 @@ class ModelResults:
             raise ValueError(f"{path} cannot be read ({error}): evaluate {task!r} again") from error
 
     def examples(self) -> list[dict[str, Any]]:
-        """The retrieval examples that were kept; empty if none were."""
+        """The retrieval examples of the tasks; empty if none were kept."""
         path = self.folder / "examples.json"
         if not path.is_file():
             return []
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            examples = json.loads(path.read_text(encoding="utf-8"))
+            return [example for example in examples if example["task"] in self.tasks]
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} is not JSON ({error}): evaluate again") from error
 

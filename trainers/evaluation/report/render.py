@@ -63,7 +63,7 @@ def charts(report: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
     found: dict[str, Any] = {"changes": None, "scores": None, "languages": [], "cka": None}
     verdicts = [model["verdict"] for model in report["models"] if model["verdict"]]
     tuned = [model["name"] for model in report["models"]]
-    if verdicts:
+    if report["compared"]:
         rows = _change_rows(verdicts)
         found["changes"] = {
             **_both(plots.changes, rows, tuned, report["bootstrap"]["margin"]),
@@ -81,16 +81,16 @@ def charts(report: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
             "alt": "Bars of every score of each model. The numbers are in the table below.",
         }
     for metric in dict.fromkeys(row["metric"] for row in languages) if apart else ():
-        rows = [row for row in languages if row["metric"] == metric]
-        classes = {row["num_classes"] for row in rows}
+        of_metric = [row for row in languages if row["metric"] == metric]
+        classes = {row["num_classes"] for row in of_metric}
         chance = 1 / next(iter(classes)) if len(classes) == 1 and None not in classes else None
-        labelled = [(label, row["values"]) for label, row in zip(_language_codes(rows), rows, strict=True)]
+        labelled = [(label, row["values"]) for label, row in zip(_language_codes(of_metric), of_metric, strict=True)]
         found["languages"].append(
             {
                 **_both(
                     _bars(report), labelled, names, chance=chance, ylabel=f"{METRIC_NAMES.get(metric, metric)} (%)"
                 ),
-                "title": f"{len(rows)} languages: {METRIC_NAMES.get(metric, metric)}"
+                "title": f"{len(of_metric)} languages: {METRIC_NAMES.get(metric, metric)}"
                 + (f", chance {100 * chance:.1f} %" if chance else ""),
                 "alt": f"Bars of the {METRIC_NAMES.get(metric, metric)} of each model by language. The numbers are in the table of all scores.",
             }

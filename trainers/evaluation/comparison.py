@@ -1,0 +1,71 @@
+"""What needs several models at once: CKA between two image encoders, and retrieval examples side by side."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from trainers.data.store_files import write_file
+
+from .cka import cka_by_layer
+from .embedding import decode
+from .encoders import Encoder
+from .report.examples import Retrieved, retrieval_examples
+from .tasks import Outcome, Task
+
+
+def score_cka(task: Task, encoder: Encoder, baseline: Encoder, batch_size: int, progress: bool) -> Outcome:
+    """CKA between the image encoders of two models on the pictures of `task`, by layer.
+
+    Pictures are decoded again, because the cache holds no hidden states.
+
+    Raises:
+        ValueError: if there are fewer than four pictures, or the encoders differ in depth; names the benchmark.
+    """
+    (column,) = task.image_columns
+    rows = range(len(task.data.rows))
+
+    def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for start in tqdm(range(0, len(rows), batch_size), desc=f"{task.manifest.name}: CKA", disable=not progress):
+            pictures = [decode(task, column, row) for row in rows[start : start + batch_size]]
+            yield _pixels(encoder, pictures), _pixels(baseline, pictures)
+
+    try:
+        layers = cka_by_layer(encoder.model, baseline.model, batches())
+    except ValueError as error:
+        raise ValueError(f"benchmark {task.manifest.name}: {error}") from error
+    last = layers[-1]
+    metrics = {name: float(last[name]) for name in ("cka_debiased", "cka")}
+    return Outcome(metrics, {}, details={"layers": layers, "baseline": baseline.name})
+
+
+def write_examples(folder: Path, task: Task, retrieved: Sequence[Retrieved], baseline: str | None, seed: int) -> None:
+    """Writes the examples of one retrieval benchmark to `folder/examples.json`, in place of its earlier ones.
+
+    Args:
+        folder: results folder of the first of `retrieved`.
+        task: the benchmark.
+        retrieved: what every model found.
+        baseline: name of the baseline among them.
+        seed: of the draw.
+    """
+    (column,) = task.image_columns
+    path = folder / "examples.json"
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    kept = [example for example in kept if example["task"] != task.manifest.name]
+    text_to_image = torch.tensor(task.identity)
+    drawn = retrieval_examples(
+        task.manifest.name, task.texts, text_to_image, retrieved, lambda row: decode(task, column, row), baseline, seed
+    )
+    write_file(path, (json.dumps(kept + drawn, indent=1, ensure_ascii=False) + "\n").encode("utf-8"))
+
+
+def _pixels(encoder: Encoder, pictures: list) -> torch.Tensor:
+    inputs = encoder.prepare_images(pictures)
+    if set(inputs) != {"pixel_values"}:
+        raise ValueError(
+            f"CKA takes pictures of one size, and the processor of {encoder.name} gives {', '.join(inputs)}."
+        )
+    return inputs["pixel_values"].to(encoder.device, encoder.dtype)
