@@ -99,13 +99,13 @@ def linear_probe(
             )
         return tried[power]
 
-    # Ties go to the stronger regularisation.
-    best: float = max(_FIRST_POWERS, key=lambda power: (try_power(power), -power))
+    # Ties go to the C nearest to 1: at 1e-6 there is hardly a classifier left.
+    best: float = max(_FIRST_POWERS, key=lambda power: (try_power(power), -abs(power)))
     step = 2.0
     for _ in range(sweep_steps):
         step /= 2
         near = (power for power in (best - step, best, best + step) if abs(power) <= _FIRST_POWERS[-1])
-        best = max(near, key=lambda power: (try_power(power), -power))
+        best = max(near, key=lambda power: (try_power(power), -abs(power)))
     predictions = _fit(train_x / scale, train_y, best, max_iterations).predict(test_x / scale)
     correct = predictions == test_y
     return LinearProbe(
