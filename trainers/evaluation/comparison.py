@@ -1,5 +1,6 @@
 """What needs several models at once: CKA between two image encoders, and retrieval examples side by side."""
 
+import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -41,23 +42,31 @@ def score_cka(task: Task, encoder: Encoder, baseline: Encoder, batch_size: int, 
     return Outcome(metrics, {}, details={"layers": layers, "baseline": baseline.name})
 
 
-def write_examples(folder: Path, task: Task, retrieved: Sequence[Retrieved], baseline: str | None, seed: int) -> None:
+def write_examples(folder: Path, task: Task, retrieved: Sequence[Retrieved], seed: int) -> None:
     """Writes the examples of one retrieval benchmark to `folder/examples.json`, in place of its earlier ones.
 
     Args:
         folder: results folder of the first of `retrieved`.
         task: the benchmark.
-        retrieved: what every model found.
-        baseline: name of the baseline among them.
+        retrieved: what every model found: the model, its baseline, other models.
         seed: of the draw.
     """
     (column,) = task.image_columns
     path = folder / "examples.json"
     kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     kept = [example for example in kept if example["task"] != task.manifest.name]
-    text_to_image = torch.tensor(task.identity)
+    model, *rest = retrieved
+    baseline = rest[0] if rest else None
+    if baseline is not None and baseline.model == model.model:
+        baseline = dataclasses.replace(baseline, model=f"{baseline.model} (baseline)")
     drawn = retrieval_examples(
-        task.manifest.name, task.texts, text_to_image, retrieved, lambda row: decode(task, column, row), baseline, seed
+        task.manifest.name,
+        task.texts,
+        torch.tensor(task.identity),
+        [model, *rest[1:]],
+        lambda row: decode(task, column, row),
+        seed,
+        baseline,
     )
     write_file(path, (json.dumps(kept + drawn, indent=1, ensure_ascii=False) + "\n").encode("utf-8"))
 

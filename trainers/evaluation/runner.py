@@ -113,8 +113,7 @@ def evaluate(
                 continue
             scored = [run.score(task, keys) for run in runs]
             if manifest.kind == "retrieval" and state.is_main_process:
-                found = [some for some in scored if some is not None]
-                write_examples(output_dir, task, found, None if baseline is None else baseline.name, seed)
+                write_examples(output_dir, task, [some for some in scored if some is not None], seed)
         return [run.finish() for run in runs]
 
 

@@ -37,9 +37,10 @@ def models():
     return [retrieved("tuned", 0.5, 0), retrieved("base", 0.45, 1)]
 
 
-def examples_of(models, baseline="base", seed=0):
+def examples_of(models, seed=0):
     texts = [f"caption {number}" for number in range(40)]
-    return retrieval_examples("pictures", texts, TEXT_TO_IMAGE, models, picture, baseline, seed)
+    tuned, *rest = models
+    return retrieval_examples("pictures", texts, TEXT_TO_IMAGE, [tuned], picture, seed, *rest)
 
 
 def test_failures_come_first_and_every_picture_is_the_right_one(models):
@@ -64,7 +65,7 @@ def test_failures_come_first_and_every_picture_is_the_right_one(models):
 
 
 def test_without_a_baseline(models):
-    examples = examples_of(models[:1], baseline=None)
+    examples = examples_of(models[:1])
     assert [example["heading"] for example in examples] == ["tuned misses"] * 5 + ["tuned finds"] * 2
 
 
@@ -78,7 +79,7 @@ def test_a_tie_shows_the_other_picture():
     texts = torch.tensor([[1.0, 1.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
     ranks = retrieval_ranks(images, texts, torch.arange(3))[1]
     examples = retrieval_examples(
-        "ties", ["a", "b", "c"], torch.arange(3), [Retrieved("one", images, texts, ranks)], picture, None, 0
+        "ties", ["a", "b", "c"], torch.arange(3), [Retrieved("one", images, texts, ranks)], picture, 0
     )
     assert examples[0]["query"] == "a" and examples[0]["found"][0]["rank"] == 1
     assert number_of(examples[0]["found"][0]["picture"]) == 1

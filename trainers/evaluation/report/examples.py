@@ -17,7 +17,7 @@ from modeling_proclip.processing_proclip import to_rgb
 THUMBNAIL = 112  # pixels, longest side
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Retrieved:
     """What one model did in text-to-image retrieval.
 
@@ -40,8 +40,8 @@ def retrieval_examples(
     text_to_image: torch.Tensor,
     retrieved: Sequence[Retrieved],
     picture: Callable[[int], Image.Image],
-    baseline: str | None,
     seed: int,
+    baseline: Retrieved | None = None,
 ) -> list[dict[str, Any]]:
     """Draws captions by `seed`, at most one of a picture, and gives for each the right picture and what every model finds first.
 
@@ -49,10 +49,10 @@ def retrieval_examples(
         task: its name.
         texts: the captions.
         text_to_image: `(num_texts,)`, the picture of each.
-        retrieved: of the model that the examples are for first, then of those that are shown beside it.
+        retrieved: of the model that the examples are for first, then of others that are shown beside it.
         picture: number of a picture to the picture.
-        baseline: the name of the baseline among `retrieved`, or `None`.
         seed: of the draw.
+        baseline: of the model that they came from, which is shown before them.
 
     Returns:
         What `examples.json` holds: "task", "heading", "query", "picture" (data URI), and "found", for each model its name as "model",
@@ -60,19 +60,17 @@ def retrieval_examples(
     """
     own = retrieved[0]
     missed = own.ranks.numpy() > 0
-    others = [other for other in retrieved if other.model == baseline]
-    if others:
-        missed_before = others[0].ranks.numpy() > 0
+    if baseline is not None:
+        missed_before = baseline.ranks.numpy() > 0
         kinds = [
-            (f"{own.model} misses what {baseline} finds", missed & ~missed_before, 3),
-            (f"{own.model} and {baseline} both miss", missed & missed_before, 2),
-            (f"{own.model} finds what {baseline} misses", ~missed & missed_before, 2),
-            (f"{own.model} and {baseline} both find", ~missed & ~missed_before, 1),
+            (f"{own.model} misses what {baseline.model} finds", missed & ~missed_before, 3),
+            (f"{own.model} and {baseline.model} both miss", missed & missed_before, 2),
+            (f"{own.model} finds what {baseline.model} misses", ~missed & missed_before, 2),
+            (f"{own.model} and {baseline.model} both find", ~missed & ~missed_before, 1),
         ]
     else:
         kinds = [(f"{own.model} misses", missed, 5), (f"{own.model} finds", ~missed, 2)]
-    # The baseline is shown before the models that came from it.
-    shown = others + [entry for entry in retrieved if entry not in others]
+    shown = [*([] if baseline is None else [baseline]), *retrieved]
     rng = np.random.default_rng(seed)
     used: set[int] = set()
     examples = []
