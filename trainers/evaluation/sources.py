@@ -102,7 +102,16 @@ def open_data(
         rows = rows.select(sorted(random.Random(seed).sample(range(len(rows)), limit)))
     else:
         limit = None
-    return OpenedData(rows, source, folder, limit, data.revision if folder is None else None)
+    return OpenedData(rows, source, folder, limit, data.revision or fetched_revision(rows) if folder is None else None)
+
+
+def fetched_revision(rows: datasets.Dataset) -> str | None:
+    """The commit that `datasets` fetched `rows` from, as its own record of the files says; None if it has none."""
+    for url in rows.info.download_checksums or {}:
+        commit = re.search(r"@([0-9a-f]{40})/", url)
+        if commit:
+            return commit.group(1)
+    return None
 
 
 def class_names(classes: Classes, data: OpenedData, label_feature: Any, where: str) -> list[str]:
