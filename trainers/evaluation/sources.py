@@ -219,6 +219,8 @@ def _table(source: str, folder: Path | None, manifest: Manifest, where: str) -> 
         else:
             # A configuration is a name on the Hub; a local copy is what that configuration holds.
             rows = datasets.load_dataset(str(folder), split=data.split)
+    except IndexError as error:  # what load_from_disk makes of a dataset that was saved without rows
+        raise ValueError(f"{where}: {source} has no rows") from error
     except (OSError, datasets.exceptions.DatasetGenerationError) as error:
         raise OSError(f"{where}: {source} cannot be read ({error}); {remedy}") from error
     except ValueError as error:
