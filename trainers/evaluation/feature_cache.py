@@ -17,7 +17,6 @@ import torch
 from trainers.data.store_files import (
     TEMPORARY_SUFFIX,
     MappedSafetensors,
-    damaged,
     find_keys,
     sort_order,
     write_file,
@@ -65,9 +64,12 @@ class FeatureCache:
         """Opens the shards that were written since, by this process or by others."""
         for file in sorted(self.path.glob("shard-*.safetensors")):
             if file.name not in self._shards:
-                shard = MappedSafetensors(file, {"embeds": ("F32", 2), "keys": ("I64", 2)})
-                if shard.shape("keys") != (shard.shape("embeds")[0], 2):
-                    raise damaged(file, f"it has keys {shard.shape('keys')} for embeds {shard.shape('embeds')}")
+                try:
+                    shard = MappedSafetensors(file, {"embeds": ("F32", 2), "keys": ("I64", 2)})
+                except ValueError as error:
+                    raise ValueError(
+                        f"{file} is damaged (of kept embeddings): delete this file and evaluate again"
+                    ) from error
                 self._shards[file.name] = shard
         self._order = list(self._shards.values())
         sizes = [shard.shape("keys")[0] for shard in self._order]
