@@ -1,6 +1,7 @@
 """What a checkpoint's folder says of itself: its configuration, its tensors' headers, the cards of what it was made from."""
 
 import json
+import math
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +32,6 @@ class Checkpoint:
         num_parameters: Of "image encoder", "LLM" and "adapter", as far as their tensors are there.
         num_bytes: Of all its safetensors files.
         dtypes: Of its tensors, as safetensors names them ("F32", "BF16").
-        remote_code: Whether the folder brings the classes' own code (`auto_map`), so that `trust_remote_code=True` loads it.
     """
 
     folder: Path
@@ -40,10 +40,6 @@ class Checkpoint:
     num_parameters: dict[str, int] = field(default_factory=dict)
     num_bytes: int = 0
     dtypes: list[str] = field(default_factory=list)
-
-    @property
-    def remote_code(self) -> bool:
-        return "auto_map" in self.config
 
     @property
     def lean(self) -> bool:
@@ -77,7 +73,7 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
         ValueError: If the folder holds no ProCLIP checkpoint, or a file of it is damaged; names the file.
     """
     folder = Path(folder)
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     if config is None or config.get("model_type") != "proclip":
         kind = (
             "it has no config.json"
@@ -85,18 +81,15 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
             else f"its config.json is of model_type {config.get('model_type')!r}"
         )
         raise ValueError(f"{folder} is no ProCLIP checkpoint: {kind}. Write one with model.save_pretrained")
-    checkpoint = Checkpoint(folder, config, _read_json(folder / "processor_config.json") or {})
+    checkpoint = Checkpoint(folder, config, read_json(folder / "processor_config.json") or {})
     dtypes = set()
     for file in sorted(folder.glob("model*.safetensors")):
         checkpoint.num_bytes += file.stat().st_size
-        for name, tensor in _read_header(file).items():
-            size = 1
-            for length in tensor["shape"]:
-                size *= length
+        for name, tensor in read_header(file).items():
             dtypes.add(tensor["dtype"])
             part = PARTS.get(name.split(".")[0])
             if part is not None:
-                checkpoint.num_parameters[part] = checkpoint.num_parameters.get(part, 0) + size
+                checkpoint.num_parameters[part] = checkpoint.num_parameters.get(part, 0) + math.prod(tensor["shape"])
     checkpoint.dtypes = sorted(dtypes)
     return checkpoint
 
@@ -156,7 +149,8 @@ def base_card(name_or_path: str, revision: str | None = None) -> dict[str, Any]:
     return metadata_load(file) or {}
 
 
-def _read_json(file: Path) -> dict[str, Any] | None:
+def read_json(file: Path) -> Any:
+    """What the file holds; None if there is none. ValueError that names it if it is damaged."""
     if not file.is_file():
         return None
     try:
@@ -165,8 +159,13 @@ def _read_json(file: Path) -> dict[str, Any] | None:
         raise ValueError(f"{file} is no JSON ({error}): save the checkpoint again") from error
 
 
-def _read_header(file: Path) -> dict[str, dict[str, Any]]:
-    """Names, dtypes and shapes of a safetensors file: a length in 8 bytes, then JSON."""
+def read_header(file: Path) -> dict[str, dict[str, Any]]:
+    """
+    Names, dtypes and shapes of a safetensors file: a length in 8 bytes, then JSON.
+
+    Raises:
+        ValueError: If it is none; names it.
+    """
     with file.open("rb") as stream:
         try:
             (length,) = struct.unpack("<Q", stream.read(8))

@@ -6,14 +6,14 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from .card import TEMPLATES
 from .checkpoint import base_card, is_hub_name, own_weights, read_checkpoint, shown_name
 from .citations import citations
-from .results import RESULTS_FILE, evaluated_weights, model_index, not_measured, read_results, shown_dataset
-from .validity import check_card
+from .rendering import render
+from .results import RESULTS_FILE, Result, evaluated_weights, model_index, not_measured, read_results, shown_dataset
 
 
 UNKNOWN = "unknown"
+PLACEHOLDER = "path/of/this/folder"  # what cards call a checkpoint that has no name yet
 _TOWERS = {"vision": "image encoder", "text": "LLM"}
 
 
@@ -30,6 +30,7 @@ def model_card(
     languages: Sequence[str] | None = None,
     datasets: Mapping[str, str | None] | None = None,
     limits: Sequence[str] = (),
+    remote_code: bool | None = None,
 ) -> ModelCard:
     """
     Render the card of a checkpoint from its state on the disk: configuration, tensors' headers, the record of its training, results.
@@ -49,6 +50,8 @@ def model_card(
         languages: ISO 639 codes of the languages that the model is for. By default those that the LLM's card names.
         datasets: What it was trained on: names, on the Hub where they are there, and the licence of each or None if it is not known.
         limits: Sentences to add to the card's limits.
+        remote_code: Whether the snippets load it with `trust_remote_code=True` and without this package. By default as the checkpoint's
+            `auto_map` says; publishing adds one.
 
     Returns:
         `ModelCard` whose metadata [`check_card`] accepts. Nothing is written.
@@ -59,6 +62,7 @@ def model_card(
         FileNotFoundError: If a result is missing.
     """
     checkpoint = read_checkpoint(folder)
+    remote_code = "auto_map" in checkpoint.config if remote_code is None else remote_code
     for name, given in (("base_models", base_models), ("base_licenses", base_licenses)):
         if unknown := set(given or {}) - set(_TOWERS):
             raise ValueError(f"{name} has no key {sorted(unknown)[0]!r}; the keys are {', '.join(_TOWERS)}")
@@ -71,9 +75,9 @@ def model_card(
     }
     if languages is None:
         languages = _listed(base_cards.get("text", {}).get("language"))
-    name = repo_id or f"path/of/{Path(folder).resolve().name}"
+    name, title = repo_id or PLACEHOLDER, (repo_id or Path(folder).resolve().name).split("/")[-1]
     data = ModelCardData(
-        model_name=name.split("/")[-1],
+        model_name=title,
         library_name="transformers",
         pipeline_tag="zero-shot-image-classification",
         license=license or UNKNOWN,
@@ -86,13 +90,15 @@ def model_card(
         eval_results=model_index(measured) or None,
     )
     methods = {stage["settings"]["method"] for stage in checkpoint.training if "method" in stage["settings"]}
-    card = ModelCard.from_template(
+    return render(
+        ModelCard,
+        "model_card.md",
         data,
-        template_path=str(TEMPLATES / "model_card.md"),
         name=name,
-        title=name.split("/")[-1],
+        title=title,
         checkpoint=checkpoint,
         config=checkpoint.config,
+        training=checkpoint.training,
         towers=[
             {
                 "title": title,
@@ -101,18 +107,17 @@ def model_card(
             }
             for tower, title in _TOWERS.items()
         ],
-        trust=", trust_remote_code=True" if checkpoint.remote_code else "",
+        remote_code=remote_code,
+        trust=", trust_remote_code=True" if remote_code else "",
         loads_text=checkpoint.loads_text,
         checkpoint_license=license_name or license or UNKNOWN,
         datasets={shown_dataset(name): licence or UNKNOWN for name, licence in (datasets or {}).items()},
         languages=list(languages),
-        tasks=_tasks(measured),
+        tasks=rows_of_tasks(measured),
         not_measured=not_measured(measured),
         limits=list(limits),
         citations=citations(methods, checkpoint.config["vision_config"]["model_type"]),
     )
-    check_card(card)
-    return card
 
 
 def _of_these_weights(folder: str | Path, results: Iterable[str | Path] | None) -> list[str | Path]:
@@ -134,8 +139,8 @@ def _license_of(metadata: Mapping[str, Any]) -> str:
     return str(metadata.get("license_name") or ", ".join(_listed(metadata.get("license"))) or UNKNOWN)
 
 
-def _tasks(results: Iterable[Any]) -> list[dict[str, Any]]:
-    """One row a task: its data and its numbers, the primary one first."""
+def rows_of_tasks(results: Iterable[Result]) -> list[dict[str, Any]]:
+    """For the table of results, one row a task: its data and its numbers, the primary one first."""
     tasks: dict[tuple[str, str], dict[str, Any]] = {}
     for result in results:
         row = tasks.setdefault(

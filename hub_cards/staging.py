@@ -22,7 +22,7 @@ from modeling_proclip.lean_checkpoint import record_text_model, recorded_text_mo
 from modeling_proclip.text_tower import weights_sha256
 
 from .checkpoint import is_hub_name
-from .model import model_card
+from .model import PLACEHOLDER, model_card
 from .remote_code import AUTO_MAP, PROCESSOR_AUTO_MAP, code_files
 from .validity import check_card
 
@@ -54,7 +54,6 @@ SENT = (
     "[0-9]_*/*.safetensors",
 )
 PICTURES = (".png", ".jpg", ".jpeg", ".svg", ".gif", ".webp")  # sent where the card shows them
-PLACEHOLDER = "path/of/this/folder"  # what cards call a checkpoint that has no name yet
 
 
 class PublishError(ValueError):

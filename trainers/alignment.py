@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.trainer_utils import has_length
 
-from hub_cards import model_card
+from hub_cards import adapter_card, model_card
 from modeling_proclip import ProCLIPModel
 
 from .alignment_checks import check_store, proclip_of, set_input_statistics, train_only
@@ -140,7 +140,7 @@ class AlignmentTrainer(PublishingTrainer):
 
     def create_model_card(self, **kwargs: Any) -> None:
         """
-        Write `README.md` to `output_dir`, from what was saved there: [`~hub_cards.model_card`].
+        Write `README.md` to `output_dir`, from what was saved there: [`~hub_cards.model_card`], or [`~hub_cards.adapter_card`] of PEFT adapters.
 
         Args:
             kwargs: Of that function, such as `license` and `datasets`. `model_name` is understood too.
@@ -148,7 +148,8 @@ class AlignmentTrainer(PublishingTrainer):
         if self.is_world_process_zero():
             model_name = kwargs.pop("model_name", None)
             kwargs.setdefault("repo_id", self.hub_model_id or model_name)
-            model_card(self.args.output_dir, **kwargs).save(Path(self.args.output_dir) / "README.md")
+            render = model_card if isinstance(self.model, ProCLIPModel) else adapter_card
+            render(self.args.output_dir, **kwargs).save(Path(self.args.output_dir) / "README.md")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.args.should_save:

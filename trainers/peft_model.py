@@ -4,12 +4,18 @@ import copy
 import json
 import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from huggingface_hub import HfApi
 from peft import PeftConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
+from transformers.utils import cached_file
 
+from hub_cards import adapter_card
+from hub_cards.hub_errors import readable_hub_errors
+from hub_cards.publish import LIBRARY, full_name, make_repository
 from modeling_proclip import ProCLIPModel
 
 from .data.store_files import write_file, write_safetensors
@@ -60,7 +66,7 @@ class ProCLIPPeftModel(PeftModel):
         model.logit_scale.requires_grad_(not peft_config.inference_mode)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """As [`peft.PeftModel.save_pretrained`], with the logit scale, and with `training.json` where a trainer recorded its stages."""
+        """As [`peft.PeftModel.save_pretrained`], with the logit scale, a card, and `training.json` where a trainer recorded its stages."""
         super().save_pretrained(str(save_directory), *args, **kwargs)
         if not kwargs.get("is_main_process", True):
             return
@@ -72,3 +78,59 @@ class ProCLIPPeftModel(PeftModel):
         write_safetensors(file, state, {"format": "pt"})
         if self.config.training:
             write_file(folder / TRAINING_FILE, json.dumps(self.config.training, indent=2).encode() + b"\n")
+        write_file(folder / "README.md", str(adapter_card(folder)).encode())
+
+    @classmethod
+    def from_pretrained(
+        cls, model: ProCLIPModel, model_id: str | os.PathLike, *args: Any, **kwargs: Any
+    ) -> "ProCLIPPeftModel":
+        """As [`peft.PeftModel.from_pretrained`], with the record of the adapters' training in the model's configuration."""
+        loaded = super().from_pretrained(model, str(model_id), *args, **kwargs)
+        file = cached_file(
+            str(model_id),
+            TRAINING_FILE,
+            revision=kwargs.get("revision"),
+            token=kwargs.get("token"),
+            _raise_exceptions_for_missing_entries=False,
+        )
+        if file is not None:
+            loaded.config.training = json.loads(Path(file).read_text(encoding="utf-8"))
+        return loaded
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "ProCLIP adapters",
+        token: str | None = None,
+        **card: Any,
+    ) -> str:
+        """
+        Send what `save_pretrained` writes to the Hub, in one commit. Transformers' own writes an empty form over the card.
+
+        Args:
+            repo_id: `owner/name`, or a name of your own.
+            private: Whether only its owner sees a new repository: `None` means yes. One that is there must be as private.
+            card: Of [`~hub_cards.adapter_card`], such as `base_model` and `license`.
+
+        Returns:
+            The commit.
+
+        Raises:
+            PublishError: If the Hub does not take it.
+        """
+        repo_id = full_name(repo_id, token)
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            adapter_card(folder, repo_id=repo_id, **card).save(Path(folder, "README.md"))
+            make_repository(repo_id, private, token)
+            with readable_hub_errors(repo_id, token):
+                api = HfApi(token=token, library_name=LIBRARY)
+                if revision is not None:
+                    api.create_branch(repo_id, branch=revision, exist_ok=True)
+                sent = api.upload_folder(
+                    repo_id=repo_id, folder_path=folder, commit_message=commit_message, revision=revision
+                )
+        return sent.oid

@@ -13,6 +13,7 @@ from transformers.utils.hub import PushInProgress
 
 from hub_cards.checkpoint import is_hub_name
 from hub_cards.publish import PublishReport, full_name, make_repository, publish
+from modeling_proclip import ProCLIPModel
 
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,8 @@ class PublishingTrainer(Trainer):
         """
         if not self.is_world_process_zero():
             return
+        if not isinstance(self.model, ProCLIPModel):
+            raise ValueError("PEFT adapters are sent by the model: trainer.model.push_to_hub(repo_id)")
         name = self.model.config.text_model_name_or_path
         if name is None or not is_hub_name(name):
             raise ValueError(

@@ -108,3 +108,9 @@ def test_adapters_that_would_be_lost_or_idle_are_refused(tmp_path):
         tuning_trainer(tmp_path, adapted(), method="lit")
     with pytest.raises(ValueError, match="stage 1 trains the text adapter alone"):
         inheritance_trainer(tmp_path, adapted())
+
+
+def test_the_trainer_says_who_publishes_adapters(tmp_path):
+    trainer = tuning_trainer(tmp_path, adapted(), max_steps=1)
+    with pytest.raises(ValueError, match="trainer.model.push_to_hub"):
+        trainer.push_to_hub()

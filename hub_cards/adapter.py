@@ -1,0 +1,88 @@
+"""The card of PEFT adapters on a ProCLIP model, in place of the empty form that PEFT writes."""
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from .checkpoint import is_hub_name, read_header, read_json, shown_name
+from .citations import citations
+from .model import PLACEHOLDER, UNKNOWN, rows_of_tasks
+from .rendering import render
+from .results import model_index, not_measured, read_results
+
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def adapter_card(
+    folder: str | Path,
+    *,
+    repo_id: str | None = None,
+    base_model: str | None = None,
+    results: Iterable[str | Path] = (),
+    license: str = UNKNOWN,
+    languages: Sequence[str] = (),
+    datasets: Sequence[str] = (),
+    limits: Sequence[str] = (),
+) -> ModelCard:
+    """
+    Render the card of adapters that `ProCLIPPeftModel.save_pretrained` wrote, from their configuration, their tensors' headers and the record
+    of their training.
+
+    Args:
+        folder: Of the adapters.
+        repo_id: Name on the Hub that the card's snippets load them by; by default they name a folder.
+        base_model: Name on the Hub of the checkpoint that they are for, where `adapter_config.json` names a folder.
+        results: Results of an evaluation of the base with these adapters, as `proclip evaluate` wrote them.
+        license, languages, datasets, limits: As [`model_card`]; data sets by name.
+
+    Raises:
+        ValueError: If the folder holds no adapters, or the Hub would refuse the metadata.
+    """
+    folder = Path(folder)
+    config = read_json(folder / "adapter_config.json")
+    if config is None or not (folder / WEIGHTS).is_file():
+        raise ValueError(f"{folder} holds no PEFT adapters: it needs adapter_config.json and {WEIGHTS}")
+    base = base_model or config.get("base_model_name_or_path")
+    header = read_header(folder / WEIGHTS)
+    measured = [result for file in results for result in read_results(file)]
+    training = read_json(folder / "training.json") or []
+    name, title = repo_id or PLACEHOLDER, (repo_id or folder.resolve().name).split("/")[-1]
+    data = ModelCardData(
+        model_name=title,
+        library_name="peft",
+        pipeline_tag="zero-shot-image-classification",
+        license=license,
+        language=list(languages) or None,
+        base_model=base if base and is_hub_name(base) else None,
+        datasets=[dataset for dataset in datasets if is_hub_name(dataset)] or None,
+        tags=["proclip", "clip", config["peft_type"].lower()],
+        eval_results=model_index(measured) or None,
+    )
+    return render(
+        ModelCard,
+        "adapter_card.md",
+        data,
+        name=name,
+        title=title,
+        base=None if base is None else shown_name(base),
+        base_to_load=base if base and is_hub_name(base) else "path/of/its/base",
+        config=config,
+        towers=[
+            title
+            for tower, title in (("vision_model", "image encoder"), ("text_model", "LLM"))
+            if any(f".{tower}." in tensor for tensor in header)
+        ],
+        num_parameters=sum(math.prod(tensor["shape"]) for tensor in header.values()),
+        num_bytes=(folder / WEIGHTS).stat().st_size,
+        logit_scale=any(tensor.endswith(".logit_scale") for tensor in header),
+        training=training,
+        license=license,
+        tasks=rows_of_tasks(measured),
+        not_measured=not_measured(measured),
+        datasets=list(datasets),
+        limits=list(limits),
+        citations=citations({stage["settings"]["method"] for stage in training if "method" in stage["settings"]}, ""),
+    )
