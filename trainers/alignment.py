@@ -20,18 +20,21 @@ from .alignment_checks import check_store, proclip_of, set_input_statistics, tra
 from .alignment_config import AlignmentConfig
 from .checkpoints import STATE_FILE, last_complete_checkpoint
 from .collators import DrawnCaptions
+from .data.pair_stream import PairStream
+from .data.stream_loader import StreamLoader
 from .gradient_caching import cached_backward
 from .losses import global_instance_alignment_loss, global_structure_alignment_loss
 from .publishing import PublishingTrainer
+from .streamed_trainer import StreamedTrainer
 from .training_record import training_record
 
 
-class AlignmentTrainer(PublishingTrainer):
+class AlignmentTrainer(StreamedTrainer, PublishingTrainer):
     """
     The part of a stage's trainer that is not its loss.
 
     - Only `trained` parameters of the model are trained; all others are frozen.
-    - Captions and order of the rows depend on seed and epoch only.
+    - Captions and order of the rows depend on seed and epoch only; `train_dataset` may be a [`PairStream`], for which `max_steps` counts.
     - An adapter that standardises its input and was not told how yet gets the statistics of the text store.
     - Checkpoints leave the LLM out, which takes no part; `train(resume_from_checkpoint=True)` goes on from the last *complete* one, to the
       same bits as a run that was not interrupted.
@@ -74,7 +77,9 @@ class AlignmentTrainer(PublishingTrainer):
                     "besides belongs into a TrainerCallback's on_evaluate, with trainers.evaluation."
                 )
         train_only(model, trained)
-        self.rows = DrawnCaptions(train_dataset, args.seed)
+        self.rows: DrawnCaptions | PairStream = (
+            train_dataset if isinstance(train_dataset, PairStream) else DrawnCaptions(train_dataset, args.seed)
+        )
         self._parts: dict[str, dict[str, list[torch.Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._joined_rows = 0  # of the batch at hand, of all processes
         super().__init__(model=model, args=args, train_dataset=self.rows, eval_dataset=eval_dataset, **kwargs)
@@ -87,7 +92,8 @@ class AlignmentTrainer(PublishingTrainer):
         set_input_statistics(model, text_store)
         # Each batch's loss is a mean, which Trainer divides by the number of accumulated batches, or a sum, which it must not.
         self.loss_is_scaled_for_ga = args.reduction == "sum"
-        self.add_callback(_SetEpoch(self.rows))
+        if isinstance(self.rows, DrawnCaptions):
+            self.add_callback(_SetEpoch(self.rows))
         self._speed = _Speed()
         self.add_callback(self._speed)
 
@@ -132,7 +138,9 @@ class AlignmentTrainer(PublishingTrainer):
     def _record_training(self) -> None:
         """Write into the model's configuration what its card says of this stage."""
         if self.state.global_step:
-            self.model.config.training = [*self._earlier_stages, training_record(self, self.stage, len(self.rows))]
+            num_rows = len(self.rows) if isinstance(self.rows, DrawnCaptions) else None
+            record = training_record(self, self.stage, num_rows)
+            self.model.config.training = [*self._earlier_stages, record]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         self._record_training()
@@ -163,7 +171,7 @@ class AlignmentTrainer(PublishingTrainer):
         # Every process has written its file before the first one writes the last file of the checkpoint.
         self.accelerator.wait_for_everyone()
 
-    def get_train_dataloader(self) -> DataLoader:
+    def get_train_dataloader(self) -> DataLoader | StreamLoader:
         """As Trainer; with gradient caching its batches stay in the host's memory."""
         placement = self.accelerator.device_placement
         self.accelerator.device_placement = placement and self.args.gradient_caching_batch_size is None

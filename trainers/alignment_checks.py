@@ -10,6 +10,7 @@ from torch import nn
 from modeling_proclip import ProCLIPModel
 
 from .collators import DrawnCaptions
+from .data.pair_stream import PairStream
 
 
 logger = logging.getLogger(__name__)
@@ -67,9 +68,10 @@ def trained_with_peft(model: nn.Module, freeze_vision: bool) -> list[nn.Paramete
     return list(trained.values())
 
 
-def check_store(name: str, store: Any, size: int, rows: DrawnCaptions, remedy: str) -> None:
+def check_store(name: str, store: Any, size: int, rows: DrawnCaptions | PairStream, remedy: str) -> None:
     """Look a caption of `rows` up. Raises KeyError if the store does not have it, ValueError if its embeddings are not of `size`."""
-    found = store.lookup([rows[0]["text"]]).shape[1]
+    caption = rows[0]["text"] if isinstance(rows, DrawnCaptions) else rows.first_caption()
+    found = store.lookup([caption]).shape[1]
     if found != size:
         raise ValueError(f"{name} holds embeddings of size {found}, but this model needs {size}: {remedy}")
 

@@ -9,28 +9,11 @@ from typing import Any
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback
 
-from .collators import DrawnCaptions
 from .data.pair_stream import PairStream
 from .data.stream_loader import StreamLoader
 
 
 logger = logging.getLogger(__name__)
-
-
-def rows_with_one_caption(dataset: Any, seed: int) -> DrawnCaptions | PairStream:
-    """
-    `dataset` for training, where a row shows one of its captions: rows by number as [`DrawnCaptions`]; a [`PairStream`] as it is, because its
-    loader draws.
-
-    Raises:
-        ValueError: If it is a stream of another kind.
-    """
-    return dataset if isinstance(dataset, PairStream) else DrawnCaptions(dataset, seed)
-
-
-def first_caption(rows: DrawnCaptions | PairStream) -> str:
-    """A caption of the first row."""
-    return rows[0]["text"] if isinstance(rows, DrawnCaptions) else next(iter(rows.without_pictures()))["text"][0]
 
 
 class StreamedTrainer(Trainer):

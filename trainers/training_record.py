@@ -25,13 +25,13 @@ _SETTINGS = (
 _PACKAGES = ("proclip-transformers", "transformers", "torch")
 
 
-def training_record(trainer: Trainer, stage: str, num_rows: int) -> dict[str, Any]:
+def training_record(trainer: Trainer, stage: str, num_rows: int | None) -> dict[str, Any]:
     """
     How far `trainer` has trained its model, and with which settings, as JSON.
 
     Args:
         stage: Name of the stage, in words.
-        num_rows: Rows of its data set.
+        num_rows: Rows of its data set; None for a stream.
 
     Returns:
         "stage", "trainer", "steps", "num_epochs", "batch_size" (rows of a step, of all processes), "num_processes", "num_rows", "settings"

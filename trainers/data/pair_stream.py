@@ -2,14 +2,13 @@
 
 import random
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import fsspec.asyn
 from torch.utils.data import IterableDataset, get_worker_info
 
-from .pair_rows import ENOUGH_ROWS, BrokenRow, SkippedRows, read_row, row_key, row_name
+from .pair_rows import ENOUGH_ROWS, BrokenRow, SkippedRows, read_row, row_key, row_name, texts_of
 from .pair_sources import RawRows
 from .pictures import BrokenPicture
 
@@ -110,12 +109,12 @@ class PairStream(IterableDataset):
         """The same stream, for one of `num_processes` that share it."""
         return PairStream(self.rows, self.source, self.seed, process_index=process_index, num_processes=num_processes)
 
-    def without_pictures(self) -> "PairStream":
-        """The same stream of captions only: no picture is decoded."""
-        rows = replace(self.rows, image_columns=[])
-        return PairStream(
-            rows, self.source, self.seed, process_index=self.process_index, num_processes=self.num_processes
-        )
+    def first_caption(self) -> str:
+        """A caption of the first row that has one, without decoding its picture. ValueError if none has."""
+        for row in self.rows.table:
+            for text in texts_of(row, self.rows):
+                return text
+        raise ValueError(f"{self.rows.name} holds no captions")
 
     def set_epoch(self, epoch: int) -> None:
         """The next iteration is that epoch: another order."""
