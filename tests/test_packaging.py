@@ -99,3 +99,16 @@ def test_command_line_starts_without_torch(python):
     done = python("-c", code)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
+
+
+def test_metric_modules_load_from_the_wheel_without_a_network(python, installed):
+    pytest.importorskip("evaluate")
+    code = (
+        "import evaluate; from importlib.resources import files\n"
+        "folder = files('trainers.evaluation') / 'modules'; print(folder)\n"
+        "recall = evaluate.load(str(folder / 'retrieval_recall'), cache_dir='cache')\n"
+        "print(recall.compute(predictions=[[1.0, 0.0]], references=[0], image_embeddings=[[2.0, 1.0]], ks=[1]))"
+    )
+    done = python("-c", code, HF_HUB_OFFLINE="1", HF_HOME="home")
+    assert done.returncode == 0, done.stderr
+    assert str(installed) in done.stdout and "{'i2t_r@1': 1.0, 't2i_r@1': 1.0}" in done.stdout
