@@ -1,6 +1,7 @@
 """Embeds the pictures and texts of a task through the cache, on every process a part."""
 
 import io
+import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +25,8 @@ from .tasks import Task
 
 # Texts that are tokenised and sorted by length together.
 _TEXT_WINDOW = 8192
+# Batches of pictures that are decoded ahead, each in a thread: at 224 pixels, 64 of them take 39 MB.
+_LOOKAHEAD = min(4, os.cpu_count() or 1)
 # Pictures whose files are hashed together.
 _HASHED = 64
 
@@ -62,18 +65,18 @@ def embed_images(
     """Puts into `cache` the pictures of `task` that it lacks. `keys` are those of [`image_keys`]."""
     places = list(_picture_places(task))
     mine = cache.missing(keys)[state.process_index :: state.num_processes].tolist()
-    writer = ShardWriter(cache, keys, lambda i: _picture_name(task, *places[i]))
     bar = tqdm(
         desc=f"{task.manifest.name}: pictures", total=len(mine), unit=" pictures", disable=not progress or not mine
     )
-    with bar, ThreadPoolExecutor(2) as pool:
+    writing = ShardWriter(cache, keys, lambda i: _picture_name(task, *places[i]))
+    with bar, writing as writer, ThreadPoolExecutor(_LOOKAHEAD) as pool:
 
         def prepare(batch: list[int]) -> tuple[list[int], Any]:
             return batch, encoder.prepare_images([decode(task, *places[i]) for i in batch])
 
-        # Two batches are decoded while the model works on one.
+        # The next batches are decoded while the model works on one.
         batches = (mine[start : start + batch_size] for start in range(0, len(mine), batch_size))
-        waiting: deque[Future] = deque(pool.submit(prepare, batch) for _, batch in zip(range(2), batches))
+        waiting: deque[Future] = deque(pool.submit(prepare, batch) for _, batch in zip(range(_LOOKAHEAD), batches))
         while waiting:
             batch, inputs = waiting.popleft().result()
             following = next(batches, None)
@@ -81,7 +84,6 @@ def embed_images(
                 waiting.append(pool.submit(prepare, following))
             writer.add(batch, encoder.encode_images(inputs))
             bar.update(len(batch))
-    writer.flush()
 
 
 def embed_texts(
@@ -90,16 +92,13 @@ def embed_texts(
     """Puts into `cache` the texts of `task` that it lacks, equal ones once. Returns the keys of all texts, `(num_texts, 2)`."""
     keys = text_keys(task.texts)
     mine = cache.missing(keys)[state.process_index :: state.num_processes].tolist()
-    writer = ShardWriter(cache, keys, lambda i: f"the text {shorten(task.texts[i])}")
-    with tqdm(
-        desc=f"{task.manifest.name}: texts", total=len(mine), unit=" texts", disable=not progress or not mine
-    ) as bar:
+    bar = tqdm(desc=f"{task.manifest.name}: texts", total=len(mine), unit=" texts", disable=not progress or not mine)
+    with bar, ShardWriter(cache, keys, lambda i: f"the text {shorten(task.texts[i])}") as writer:
         for start in range(0, len(mine), _TEXT_WINDOW):
             window = mine[start : start + _TEXT_WINDOW]
             for batch in encoder.encode_texts([task.texts[i] for i in window], token_budget):
                 writer.add([window[i] for i in batch.indices], batch.embeddings)
                 bar.update(len(batch.indices))
-    writer.flush()
     return keys
 
 

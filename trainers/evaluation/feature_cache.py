@@ -112,7 +112,7 @@ class FeatureCache:
 
 
 class ShardWriter:
-    """Collects embeddings as they come and writes them to a cache in shards.
+    """Collects embeddings as they come and writes them to a cache in shards; what is left when its `with` block ends, too.
 
     Args:
         cache: where to.
@@ -139,6 +139,12 @@ class ShardWriter:
         self._embeds.append(embeds)
         if len(self._places) >= SHARD_SIZE:
             self.flush()
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.flush()  # Control-C and errors too: what was computed is kept
 
     def flush(self) -> None:
         """Writes what is collected."""

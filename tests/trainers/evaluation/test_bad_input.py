@@ -219,6 +219,28 @@ def test_embeddings_that_are_not_finite_name_their_item(bench: Bench, tmp_path, 
     assert f"the embedding of {item} is not finite" in message and "--dtype float32" in message
 
 
+def test_what_was_embedded_before_an_interruption_is_kept(bench: Bench, tmp_path):
+    rows = [bench.pair(f"caption {i}") for i in range(10)]
+    manifest = retrieval(save_rows(tmp_path, rows))
+    embed = ColorModel.get_image_features
+
+    def interrupted(pixel_values: torch.Tensor) -> torch.Tensor:
+        if bench.world.model.seen_pictures >= 6:
+            raise KeyboardInterrupt
+        return embed(bench.world.model, pixel_values)
+
+    def run() -> None:
+        evaluate([bench.world.encoder()], [manifest], tmp_path / "out", progress=False, batch_size=3)
+
+    bench.world.model.get_image_features = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    del bench.world.model.get_image_features
+    assert bench.world.model.seen_pictures == 6
+    run()
+    assert bench.world.model.seen_pictures == 10
+
+
 def test_damaged_caches_name_their_file(bench: Bench, tmp_path):
     manifest = retrieval(save_rows(tmp_path, [bench.pair("a fox"), bench.pair("a boat")]))
     bench.run(manifest)
