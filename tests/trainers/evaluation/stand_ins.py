@@ -96,6 +96,8 @@ def stand_in(manifest: Manifest, world: ColorWorld, folder: Path) -> StandIn:
         rows, value = _zero_shot_rows(manifest, world)
     elif manifest.kind == "fine_grained":
         rows, value = _fine_grained_rows(manifest, world)
+    elif manifest.kind == "linear_probe":
+        return _probe(manifest, world, folder / manifest.name)
     else:
         rows, value = _caption_rows(manifest, world)
     own = manifest.data
@@ -110,6 +112,26 @@ def stand_in(manifest: Manifest, world: ColorWorld, folder: Path) -> StandIn:
     path = folder / manifest.name
     writer.get(layout, _write_table)(manifest, rows, path)
     return StandIn(manifest, path, value, len({row[key] for row in rows for key in row if key.startswith("image")}))
+
+
+def _probe(manifest: Manifest, world: ColorWorld, path: Path) -> StandIn:
+    """Pictures of three classes to learn, six of each; of the four to test, one bears another class's label."""
+    names = [f"thing {i}" for i in range(manifest.classes.count)]
+
+    def row(label: int, shown: int, shade: int) -> dict[str, Any]:
+        return {"image": world.picture(names[shown], shade), "label": label, "names": names}
+
+    train = [row(label, label, shade) for label in (0, 1, 2) for shade in range(6)]
+    test = [row(0, 0, 7), row(0, 1, 8), row(1, 1, 9), row(2, 2, 9)]
+    parts = {}
+    for part, rows in (("data", test), ("train", train)):
+        own = getattr(manifest, part)
+        split = {"data": "test", "train": "train"}[part] if own.layout == "openmoji" else own.split
+        parts[part] = dataclasses.replace(own, num_items=len(rows), layout="table", split=split)
+        _write_table(dataclasses.replace(manifest, data=parts[part]), rows, path)
+    manifest = dataclasses.replace(manifest, **parts)
+    value = {"accuracy": 3 / 4, "mean_per_class": (1 / 2 + 1 + 1) / 3}[manifest.primary_metric]
+    return StandIn(manifest, path, value, len(train) + len(test))
 
 
 def _caption_rows(manifest: Manifest, world: ColorWorld) -> tuple[list[dict], float]:
@@ -193,7 +215,7 @@ def _write_table(manifest: Manifest, rows: list[dict], path: Path) -> None:
             features[column] = datasets.Value("string")
     content["unused"] = list(range(len(rows)))
     features["unused"] = datasets.Value("int64")
-    (path / "data").mkdir(parents=True)
+    (path / "data").mkdir(parents=True, exist_ok=True)
     table = datasets.Dataset.from_dict(content, features=datasets.Features(features))
     if (
         len(data.split) == 2 or data.split == "fil" or data.split == "quz"
