@@ -1,6 +1,9 @@
 """What others get: the wheel's command publishes, and processes without this package load what it published."""
 
 import json
+import os
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +14,8 @@ from transformers import AutoConfig, AutoModel, AutoProcessor, LlamaConfig, Llam
 from hub_cards.publish import publish
 from hub_cards.remote_code import code_files
 from modeling_proclip import ProCLIPConfig, ProCLIPModel, ProCLIPProcessor
-from tests.environments import environment_with, environment_without_the_package, run
-from tests.hub_server import HubServer, hub_server
+from tests.environments import REPOSITORY, environment_with, environment_without_the_package, run
+from tests.hub_server import TOKEN, HubServer, hub_server
 from tests.modeling_proclip import tiny
 
 
@@ -27,7 +30,7 @@ EVA = {
     "rope_pretrained_grid": 2,
 }
 
-# Run where the package is not: REPO REVISION INPUTS OUTPUT.
+# Run where the package is not, with REPO REVISION pairs: tries everything on each, and writes what it embeds.
 LOAD = """
 import sys
 from importlib.util import find_spec
@@ -39,38 +42,45 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForZeroShotImageClassification, AutoProcessor, AutoTokenizer, pipeline
 
-repo, revision, inputs, output = sys.argv[1:]
-settings = {"revision": revision, "trust_remote_code": True}
-config = AutoConfig.from_pretrained(repo, **settings)
-assert type(config).__module__.startswith("transformers_modules."), type(config)
-processor = AutoProcessor.from_pretrained(repo, **settings)
-model = AutoModel.from_pretrained(repo, **settings).eval()
-features = processor(text=["a red fox", "two"], images=Image.new("RGB", (20, 16), "red"), return_tensors="pt")
-with torch.no_grad():
-    embeds = model(**load_file(inputs))
-    logits = model(**features).logits_per_image
-save_file({"text": embeds.text_embeds, "image": embeds.image_embeds, "logits": logits, **features}, output)
-again = AutoModelForZeroShotImageClassification.from_pretrained(repo, **settings)
-assert torch.equal(again.logit_scale, model.logit_scale) and AutoTokenizer.from_pretrained(repo, **settings)
-classify = pipeline("zero-shot-image-classification", model=repo, **settings)
-scores = classify(Image.new("RGB", (20, 16), "red"), candidate_labels=["a red fox", "two"], hypothesis_template="{}")
-scores = [next(s["score"] for s in scores if s["label"] == label) for label in ("a red fox", "two")]
-assert torch.allclose(torch.tensor(scores), logits.softmax(-1)[0], atol=1e-6), scores
+inputs, picture, texts = load_file("inputs.safetensors"), Image.new("RGB", (20, 16), "red"), ["a red fox", "two"]
 
-# What is saved here loads here again, by the code that was saved with it.
-model.save_pretrained(output + ".again")
-processor.save_pretrained(output + ".again")
-again = AutoModel.from_pretrained(output + ".again", trust_remote_code=True).eval()
-with torch.no_grad():
-    assert torch.equal(again(**load_file(inputs)).text_embeds, embeds.text_embeds)
-assert AutoProcessor.from_pretrained(output + ".again", trust_remote_code=True).prompt_template == processor.prompt_template
 
-try:
-    AutoModel.from_pretrained(repo, revision=revision, trust_remote_code=False)
-except ValueError as error:
-    assert "trust_remote_code=True" in str(error)
-else:
-    raise AssertionError("code ran without being trusted")
+@torch.no_grad()
+def load(repo, revision, output):
+    settings = {"revision": revision, "trust_remote_code": True}
+    config = AutoConfig.from_pretrained(repo, **settings)
+    assert type(config).__module__.startswith("transformers_modules."), type(config)
+    processor = AutoProcessor.from_pretrained(repo, **settings)
+    model = AutoModel.from_pretrained(repo, **settings).eval()
+    embeds = model(**inputs)
+    save_file({"text": embeds.text_embeds, "image": embeds.image_embeds}, output + ".safetensors")
+    logits = model(**processor(text=texts, images=picture, return_tensors="pt")).logits_per_image
+
+    other = AutoModelForZeroShotImageClassification.from_pretrained(repo, **settings)
+    assert torch.equal(other.logit_scale, model.logit_scale)
+    assert AutoTokenizer.from_pretrained(repo, **settings)(texts).keys() >= {"input_ids", "token_type_ids"}
+    classify = pipeline("zero-shot-image-classification", model=repo, **settings)
+    scores = {s["label"]: s["score"] for s in classify(picture, candidate_labels=texts, hypothesis_template="{}")}
+    assert torch.allclose(torch.tensor([scores[text] for text in texts]), logits.softmax(-1)[0], atol=1e-6), scores
+
+    # What is saved here loads here again, by the code that was saved with it.
+    model.save_pretrained(output)
+    processor.save_pretrained(output)
+    again = AutoModel.from_pretrained(output, trust_remote_code=True).eval()
+    assert torch.equal(again(**inputs).text_embeds, embeds.text_embeds)
+    again = AutoProcessor.from_pretrained(output, trust_remote_code=True)
+    assert again.prompt_template == processor.prompt_template
+
+    try:
+        AutoModel.from_pretrained(repo, revision=revision, trust_remote_code=False)
+    except ValueError as error:
+        assert "trust_remote_code=True" in str(error)
+    else:
+        raise AssertionError("code ran without being trusted")
+
+
+for repo, revision in zip(sys.argv[1::2], sys.argv[2::2]):
+    load(repo, revision, repo.split("/")[1])
 """
 
 
@@ -103,49 +113,63 @@ def head(hub: HubServer, repo_id: str) -> str:
     return hub.repositories["model", repo_id].branches["main"]
 
 
+def snippet(heading: str) -> str:
+    """The code under a heading of the README."""
+    _, section = (REPOSITORY / "README.md").read_text().split(f"\n## {heading}\n")
+    return section.split("```")[1].split("\n", 1)[1].replace("OWNER", "alice")
+
+
+def test_the_readme_s_lines_publish_by_the_wheel_and_load_without_it(with_wheel, without, hub, tmp_path):
+    model = tiny.model()
+    save(model, tmp_path / "quickstart-output" / "proclip")
+    environment = {"PYTHONPATH": "", **hub.environment(tmp_path / "home")}
+    path = os.pathsep.join([str(with_wheel.parent), str(Path(sys.executable).parent), os.environ["PATH"]])
+    lines = snippet("Publish yours")
+    assert len(lines.splitlines()) == 3
+    # Asked for, a token cannot be typed here. The variable that names one would have the say over the login.
+    lines = lines.replace("hf auth login", f"hf auth login --token {environment.pop('HF_TOKEN')}")
+    environment["HF_TOKEN"] = ""
+    done = run("bash", "-ec", lines, cwd=tmp_path, PATH=path, **environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert hub.repositories["model", "alice/my-proclip"].private
+    assert head(hub, "alice/my-proclip") in done.stdout and TOKEN not in done.stdout + done.stderr
+    code = snippet("Load it anywhere")
+    assert len([line for line in code.splitlines() if line]) == 3
+    code += f"print(model.logit_scale.item(), processor.prompt_template == {tiny.LLAMA3!r})"
+    code += "; import importlib.util; assert importlib.util.find_spec('modeling_proclip') is None"
+    done = run(without, "-c", code, cwd=tmp_path, **environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(model.logit_scale.item()), "True"]
+
+
 @torch.no_grad()
-def assert_loads_without_the_package(python: Path, hub: HubServer, repo_id: str, model: ProCLIPModel, folder: Path):
-    revision = head(hub, repo_id)
-    inputs, output = folder / "inputs.safetensors", folder / "output.safetensors"
-    save_file(tiny.inputs(), inputs)
-    # A later commit must not be what is loaded.
-    hub.repositories["model", repo_id].commit("main", "emptied", {})
-    environment = {"PYTHONPATH": "", **hub.environment(folder / "home")}
-    done = run(python, "-c", LOAD, repo_id, revision, inputs, output, cwd=folder, **environment)
-    assert done.returncode == 0, done.stdout + done.stderr
-    found, expected = load_file(output), model(**tiny.inputs())
-    assert torch.equal(found["text"], expected.text_embeds) and torch.equal(found["image"], expected.image_embeds)
+def test_a_process_without_the_package_loads_commits_full_and_lean(without, hub, tmp_path):
+    """A full repository in shards, with EVA's image encoder, whose code is this package's too; a lean one, whose LLM comes by name."""
+    full = tiny.model(vision_config=EVA)
+    save(full, tmp_path / "full")
+    publish(tmp_path / "full", "alice/full", max_shard_size="60KB")
+    assert "model.safetensors.index.json" in hub.files("alice/full")
 
-
-def test_the_wheel_s_command_publishes_and_a_process_without_it_loads(with_wheel, without, hub, tmp_path):
-    """The image encoder is EVA's, whose code is this package's too."""
-    model = tiny.model(vision_config=EVA)
-    save(model, tmp_path / "checkpoint")
-    command = (
-        with_wheel.parent / "proclip",
-        "publish",
-        tmp_path / "checkpoint",
-        "alice/eva",
-        "--max-shard-size",
-        "60KB",
-    )
-    done = run(*command, cwd=tmp_path, PYTHONPATH="", **hub.environment(tmp_path / "home"))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert head(hub, "alice/eva") in done.stdout and "model.safetensors.index.json" in hub.files("alice/eva")
-    assert_loads_without_the_package(without, hub, "alice/eva", model, tmp_path)
-
-
-def test_a_lean_repository_brings_its_llm_by_name(without, hub, tmp_path):
-    torch.manual_seed(1)
     LlamaModel(LlamaConfig(**tiny.TEXT)).save_pretrained(tmp_path / "llm", push_to_hub=True, repo_id="alice/llm")
-    torch.manual_seed(2)
-    model = ProCLIPModel.from_vision_text_pretrained(tiny.clip(), "alice/llm", adapter_num_layers=1)
-    assert model.config.text_model_revision == head(hub, "alice/llm")
-    save(model, tmp_path / "lean", lean=True)
+    lean = ProCLIPModel.from_vision_text_pretrained(tiny.clip(), "alice/llm", adapter_num_layers=1)
+    assert lean.config.text_model_revision == head(hub, "alice/llm")
+    save(lean, tmp_path / "lean", lean=True)
     report = publish(tmp_path / "lean", "alice/lean")
     assert report.lean and report.text_model_bytes > 0
-    hub.repositories["model", "alice/llm"].commit("main", "emptied", {})  # the commit is what counts
-    assert_loads_without_the_package(without, hub, "alice/lean", model, tmp_path)
+
+    models = {"full": full, "lean": lean}
+    commits = [word for name in models for word in (f"alice/{name}", head(hub, f"alice/{name}"))]
+    for name in (*models, "llm"):  # the commit is what counts, not what came later
+        hub.repositories["model", f"alice/{name}"].commit("main", "emptied", {})
+    save_file(tiny.inputs(), tmp_path / "inputs.safetensors")
+    environment = {"PYTHONPATH": "", **hub.environment(tmp_path / "home")}
+    shutil.rmtree(tmp_path / "full")
+    shutil.rmtree(tmp_path / "lean")
+    done = run(without, "-c", LOAD, *commits, cwd=tmp_path, **environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name, model in models.items():
+        found, expected = load_file(tmp_path / f"{name}.safetensors"), model(**tiny.inputs())
+        assert torch.equal(found["text"], expected.text_embeds) and torch.equal(found["image"], expected.image_embeds)
 
 
 def test_code_of_another_version_loads_where_the_package_is_installed_but_not_imported(with_wheel, hub, tmp_path):

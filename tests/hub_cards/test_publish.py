@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from typer.testing import CliRunner
 from hub_cards.publish import publish
 from hub_cards.staging import PublishError
 from modeling_proclip import ProCLIPModel
+from tests.environments import REPOSITORY
 from tests.hub_server import READ_TOKEN, TOKEN, HubServer, hub_server
 from tests.modeling_proclip import tiny
 from trainers.cli import app
@@ -237,6 +239,18 @@ def test_lean_needs_an_llm_that_others_can_find(pair, llm, hub, tmp_path):
     with pytest.raises(PublishError, match="leave text_model out"):
         publish(changed, "alice/x", text_model=llm)
     assert not list(tmp_path.glob(".*publish*"))
+
+
+def test_beside_an_8b_llm_the_vision_side_only_is_foretold_and_sent(hub):
+    """The benchmark with a small image encoder and a short adapter; docs/hub.md has its numbers for ViT-L/14."""
+    measure = runpy.run_path(str(REPOSITORY / "benchmarks" / "publish.py"))["measure"]
+    found = measure("tiny", adapter_num_layers=0)
+    assert found["arrived"] == found["foretold"]
+    assert found["tensors"] < found["weights sent"] < found["tensors"] + 10_000
+    assert found["second publish, weights"] == 0
+    parameters = 8_030_261_248 - 128_256 * 4_096  # Llama-3-8B's, without its head
+    assert found["the LLM, named"] == 2 * parameters
+    assert 2 * parameters < found["full, foretold"] - found["weights sent"] < 2 * parameters + 200_000
 
 
 # From memory
@@ -474,7 +488,7 @@ def test_interrupted_in_the_middle_the_next_run_finishes(checkpoint, hub, tmp_pa
     shards = [name for name in sketch.files if name.endswith(".safetensors")]
     stalled = hub.stall("PUT", "^/lfs/", after=20_000)
     command = [sys.executable, "-m", "trainers.cli", "publish", checkpoint, "alice/x", "--max-shard-size", "100KB"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert stalled.reached.wait(60)
