@@ -4,9 +4,9 @@ import math
 import re
 from typing import Any
 
-from huggingface_hub import RepoCard
+from huggingface_hub import CardData, EvalResult, RepoCard
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
+from huggingface_hub.repocard_data import model_index_to_eval_results
 from huggingface_hub.utils import validate_repo_id
 
 
@@ -25,20 +25,24 @@ LICENSES = frozenset(
 _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*|multilingual|code")
 
 
-def check_card(card: RepoCard) -> RepoCard:
+def check_card(card: RepoCard) -> None:
     """
-    Refuse a card whose metadata the Hub would refuse or show wrongly, before anything is sent.
-
-    Checked are licences, language codes, names of base models and data sets, and that `model-index` holds finite numbers and is the same
-    after the Hub's library has read and written it.
-
-    Returns:
-        The same card.
+    Refuse a card whose metadata the Hub would refuse or show wrongly, before anything is sent; see [`check_metadata`].
 
     Raises:
         ValueError: Naming the field and the remedy.
     """
-    data = card.data
+    check_metadata(card.data)
+
+
+def check_metadata(data: CardData) -> None:
+    """
+    Check licences, language codes, names of base models and data sets, and that `model-index` holds finite numbers of data sets that the
+    Hub's library can tell apart.
+
+    Raises:
+        ValueError: Naming the field and the remedy.
+    """
     for name in _listed(data.get("license")):
         if name not in LICENSES:
             raise ValueError(
@@ -54,19 +58,22 @@ def check_card(card: RepoCard) -> RepoCard:
                 validate_repo_id(name)
             except HFValidationError as error:
                 raise ValueError(f"{key} {name!r} is no name on the Hub: {error}") from error
-    index = data.to_dict().get("model-index")
-    if index is not None:
-        name, results = model_index_to_eval_results(index)
-        for result in results:
-            value = result.metric_value
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise ValueError(f"the value of {result.metric_name!r} is {value!r}, which is no finite number")
-        if eval_results_to_model_index(name, results) != index:
+    names: dict[tuple, str] = {}
+    for result in _listed(data.get("eval_results")) or _results_of(data):
+        value = result.metric_value
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ValueError(f"the value of {result.metric_name!r} is {value!r}, which is no finite number")
+        if names.setdefault(result.unique_identifier, result.dataset_name) != result.dataset_name:
             raise ValueError(
-                "two results of model-index agree in task, type, configuration, split and revision of their data set, so the Hub's library "
-                "would merge them: name their configurations differently"
+                f"the results on {names[result.unique_identifier]!r} and on {result.dataset_name!r} agree in task, type, configuration, split "
+                "and revision of their data set, so the Hub's library would merge them: name their configurations differently"
             )
-    return card
+
+
+def _results_of(data: CardData) -> list[EvalResult]:
+    """Of metadata that is no model's by its class, such as that of any card in a folder."""
+    index = data.get("model-index")
+    return model_index_to_eval_results(index)[1] if index else []
 
 
 def _listed(value: Any) -> list[Any]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml
 from huggingface_hub import constants
 
 
@@ -427,9 +428,18 @@ class Handler(BaseHTTPRequestHandler):
         return {}
 
     def _validate_yaml(self, body: bytes) -> Any:
+        """What the Hub documents that it looks at (hub-docs, modelcard.md): YAML, and the required fields of `model-index`."""
         content = json.loads(body)["content"]
-        if not content.startswith("---\n"):
+        if not content.startswith("---\n") or "\n---" not in content[4:]:
             raise HubError(400, "empty or missing yaml metadata in repo card")
+        try:
+            metadata = yaml.safe_load(content[4 : content.index("\n---", 4)])
+            for model in metadata.get("model-index", []):
+                for result in model["results"]:
+                    _ = result["task"]["type"], result["dataset"]["type"], result["dataset"]["name"]
+                    _ = [(metric["type"], metric["value"]) for metric in result["metrics"]]
+        except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+            raise HubError(400, f"invalid metadata in repo card: {error!r}") from error
         return {"errors": [], "warnings": []}
 
     def _info(self, body: bytes, kind: str, name: str, revision: str = "main") -> Any:
