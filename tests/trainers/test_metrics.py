@@ -10,7 +10,7 @@ from modeling_proclip import ProCLIPConfig
 from modeling_proclip.text_adapter import TextAdapter
 from tests.golden import load
 from tests.reference_layout import adapter_map, load_reference
-from trainers.evaluation import metrics, retrieval_recall, zero_shot_accuracy, zero_shot_classifier
+from trainers.evaluation import caption_retrieval, metrics, retrieval_recall, zero_shot_accuracy, zero_shot_classifier
 
 
 def embeds_with_scores(scores: list[list[float]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -341,3 +341,16 @@ def test_bad_input_of_zero_shot_classifier():
         zero_shot_classifier(torch.eye(3), [-1, 0, 1])
     with pytest.raises(ValueError, match="class_index has no prompt for class 1 of 3 classes"):
         zero_shot_classifier(torch.eye(3), [0, 2, 2])
+
+
+def test_caption_retrieval_by_hand():
+    # The first captions find second captions 0, 0, 2: two of three right; the second ones find 0, 1, 2.
+    first = torch.tensor([[1.0, 0.0], [0.8, 0.5], [0.0, 1.0]])
+    second = torch.tensor([[0.98, 0.17], [0.5, 0.87], [-0.2, 1.0]])
+    cosines = torch.nn.functional.normalize(first, dim=1) @ torch.nn.functional.normalize(second, dim=1).T
+    assert cosines.argmax(1).tolist() == [0, 0, 2] and cosines.argmax(0).tolist() == [0, 1, 2]
+    assert caption_retrieval(first, second, ks=(1, 2)) == {"caption_r@1": (2 / 3 + 1) / 2, "caption_r@2": 1.0}
+    # A model that gives every caption the same embedding finds nothing.
+    assert caption_retrieval(torch.ones(3, 2), torch.ones(3, 2)) == {"caption_r@1": 0.0}
+    with pytest.raises(ValueError):
+        caption_retrieval(first, second[:2])

@@ -1,6 +1,6 @@
 """Evaluation of aligned towers: metrics as pure functions of embeddings."""
 
-from .metrics import retrieval_recall, zero_shot_accuracy, zero_shot_classifier
+from .metrics import caption_retrieval, retrieval_recall, zero_shot_accuracy, zero_shot_classifier
 
 
-__all__ = ["retrieval_recall", "zero_shot_accuracy", "zero_shot_classifier"]
+__all__ = ["caption_retrieval", "retrieval_recall", "zero_shot_accuracy", "zero_shot_classifier"]

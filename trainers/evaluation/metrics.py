@@ -73,6 +73,29 @@ def retrieval_recall(
     }
 
 
+def caption_retrieval(
+    first_embeds: torch.Tensor, second_embeds: torch.Tensor, ks: Sequence[int] = (1,)
+) -> dict[str, float]:
+    """Caption-to-caption retrieval: the measure of a caption-contrastively tuned LLM (LLM2CLIP, arXiv 2411.04997).
+
+    Two captions of each picture retrieve each other: the first among all second captions, and the second among all first
+    ones. LLM2CLIP reports top-1 over the first two captions of COCO's 5,000 pictures.
+
+    Args:
+        first_embeds, second_embeds: `(num_pictures, dim)`, of any length and floating dtype; normalised here. Rows of one
+            number are captions of one picture.
+        ks: the k to report. A k above the number of pictures is allowed, and its recall is 1.
+
+    Returns:
+        `{"caption_r@1": ...}`, fractions, the mean over both directions.
+
+    Raises:
+        ValueError: no pictures, shapes that differ, NaN or infinite values, or a k below 1.
+    """
+    recall = retrieval_recall(first_embeds, second_embeds, torch.arange(len(second_embeds)), ks)
+    return {f"caption_r@{k}": (recall[f"i2t_r@{k}"] + recall[f"t2i_r@{k}"]) / 2 for k in ks}
+
+
 @torch.no_grad()
 def retrieval_ranks(
     image_embeds: torch.Tensor, text_embeds: torch.Tensor, text_to_image: torch.Tensor | Sequence[int]

@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from .run import FRESH_ADAPTER, _Quickstart
+from .run import FRESH_ADAPTER, Quickstart
 
 
 def train_llm2clip(output_dir: Path, size: str = "full", seed: int = 0) -> Path:
@@ -20,7 +20,7 @@ def train_llm2clip(output_dir: Path, size: str = "full", seed: int = 0) -> Path:
     checkpoint = output_dir / "llm2clip"
     if checkpoint.is_dir():
         return checkpoint
-    run = _Quickstart(output_dir.resolve(), size, seed)
+    run = Quickstart(output_dir.resolve(), size, seed)
     run.draw()
     run.pair_with_llm()
     run.build_stores()

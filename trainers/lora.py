@@ -1,0 +1,86 @@
+"""A LoRA on an LLM's decoder layers, through PEFT: what caption-contrastive tuning and its warm-up train."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel, TrainingArguments, set_seed
+
+
+@dataclass
+class LoraTrainingArguments(TrainingArguments):
+    """Fields and defaults that [`CaptionContrastiveConfig`] and [`MaskedNextTokenConfig`] share."""
+
+    dataloader_drop_last: bool = True
+    remove_unused_columns: bool = False
+    ddp_find_unused_parameters: bool | None = False
+    data_seed: int | None = None
+
+    lora_r: int = 16
+    lora_alpha: float = 32
+    lora_dropout: float = 0.05
+    lora_num_layers: int | None = None
+    max_length: int | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.data_seed is None:
+            self.data_seed = self.seed
+        if self.label_names is None:
+            self.label_names = []  # PEFT hides the model's inputs, and Trainer would warn that it cannot find the labels
+        self.check_at_least_one("lora_r", "lora_num_layers", "max_length")
+        if not self.lora_alpha > 0:
+            raise ValueError(f"lora_alpha must be positive, got {self.lora_alpha}.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout must be at least 0 and below 1, got {self.lora_dropout}.")
+        if self.remove_unused_columns:
+            raise ValueError(
+                "remove_unused_columns=True would drop the captions, which the model's forward does not take: leave it False."
+            )
+
+    def check_at_least_one(self, *names: str) -> None:
+        """Raises ValueError if one of the fields is set to less than 1."""
+        for name in names:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+
+
+def add_lora(text_model: PreTrainedModel, args: LoraTrainingArguments) -> Any:
+    """
+    The LLM with a fresh LoRA, drawn from `args.seed`, on every linear layer of its last `lora_num_layers` decoder layers, as a `PeftModel`.
+    The LLM itself is changed: the LoRA sits in its layers. Its weights are frozen; the LoRA's are float32 if they are in half precision.
+
+    Args:
+        text_model: Base model of a decoder LLM (`AutoModel`), whose decoder layers are `text_model.layers`.
+        args: Of the LoRA.
+
+    Raises:
+        ImportError: If PEFT is not installed.
+        ValueError: If the LLM has fewer layers.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError(
+            'a LoRA is trained through PEFT, which is not installed: pip install "proclip-transformers[peft]"'
+        ) from error
+
+    num_layers = len(text_model.layers)
+    trained = num_layers if args.lora_num_layers is None else args.lora_num_layers
+    if trained > num_layers:
+        raise ValueError(f"lora_num_layers={trained}, but the LLM has {num_layers} layers.")
+    targets = [
+        f"layers.{i}.{name}"
+        for i in range(num_layers - trained, num_layers)
+        for name, module in text_model.layers[i].named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    set_seed(args.seed)
+    lora = LoraConfig(
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=targets,
+        task_type="FEATURE_EXTRACTION",
+    )
+    return get_peft_model(text_model, lora)
