@@ -15,7 +15,6 @@ from modeling_proclip import ProCLIPModel, ProCLIPProcessor
 from modeling_proclip.prompt_template import choose_template
 from modeling_proclip.text_tower import check_bidirectional, pool_tokens
 
-from .alignment import last_complete_checkpoint
 from .caption_batches import (
     CaptionPairCollator,
     CaptionPairs,
@@ -26,6 +25,7 @@ from .caption_batches import (
 )
 from .caption_contrastive_config import CaptionContrastiveConfig
 from .caption_losses import caption_contrastive_loss, global_caption_contrastive_loss
+from .checkpoints import STATE_FILE, last_complete_checkpoint
 from .data.text_encoding import CPU_TOKEN_BUDGET, GPU_TOKEN_BUDGET
 from .evaluation.metrics import caption_retrieval
 from .frozen_layers import FrozenLayerStates
@@ -254,7 +254,7 @@ class CaptionContrastiveTrainer(Trainer):
         if self.args.should_save:
             # One left by an earlier run in the same folder would make this checkpoint look complete while it is written.
             folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
-            (folder / "trainer_state.json").unlink(missing_ok=True)
+            (folder / STATE_FILE).unlink(missing_ok=True)
         super()._save_checkpoint(model, trial)
 
     def _save_rng_state(self, output_dir: str) -> None:

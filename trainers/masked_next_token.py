@@ -19,8 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from modeling_proclip.prompt_template import NO_TEMPLATE, templated_tokenizer
 from modeling_proclip.text_tower import check_bidirectional
 
-from .alignment import last_complete_checkpoint
 from .caption_batches import stable_hash
+from .checkpoints import last_complete_checkpoint
 from .collators import DrawnCaptions
 from .lora import LoraTrainingArguments, add_lora
 
