@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 
 from tests.trainers.fake_encoder import contents
 from tests.trainers.tiny_encoders import make_texts, tiny_clip, tiny_proclip
+from tests.trainers.tiny_pairs import write_layout
 from trainers.cli import app
-from trainers.data import TextEmbeddingStore
+from trainers.data import TextEmbeddingStore, iter_texts
 from trainers.data.text_files import read_texts
 
 
@@ -84,6 +85,13 @@ def test_every_kind_of_source_gives_its_texts(tmp_path, kind):
     assert list(source) == TEXTS, "reading again starts anew"
 
 
+@pytest.mark.parametrize("layout", ["webdataset", "imagefolder", "beside"])
+def test_captions_of_pictures_are_texts(tmp_path, layout):
+    source = write_layout(tmp_path / layout, layout)
+    column = None if source.text_columns == "text" else source.text_columns
+    assert list(read_texts(source.source, column)) == list(iter_texts(source))
+
+
 def test_embeds_a_column_and_says_what_it_did(tmp_path, checkpoint):
     arguments = [*write(tmp_path, "a.csv"), "--model", checkpoint, "--output", tmp_path / "store", "--device", "cpu"]
     result = run(*arguments)
@@ -147,8 +155,8 @@ def test_wrong_sources_are_refused_in_one_line(tmp_path, checkpoint):
     assert "a.parquet: there is no column 'caption'; the columns are id, text" in message("a.parquet", None, *column)
     write(tmp_path, "arrow")
     assert "arrow has no split 'train'; it has valid" in message("arrow", None, *column)
-    assert "there is no column 'text'; the columns are id, caption" in message(
-        "arrow", None, "--split", "valid", "--column", "text"
+    assert "arrow has no column 'title' for the captions (text_columns, or --column); its columns are id, caption" in (
+        message("arrow", None, "--split", "valid", "--column", "title")
     )
     assert not (tmp_path / "store" / "store.json").exists()
 

@@ -206,7 +206,7 @@ def _check_columns(rows: RawRows, columns: Any) -> None:
     for column in rows.text_columns:
         if _head(column, columns) not in columns:
             raise ValueError(
-                f"{rows.name} has no column {column!r} for the captions (text_columns); its columns are {there}"
+                f"{rows.name} has no column {column!r} for the captions (text_columns, or --column); its columns are {there}"
             )
 
 

@@ -5,7 +5,7 @@ import os
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 
 # A picture of more pixels is refused before it is decoded: a few kilobytes of PNG can hold gigabytes of them. This is Pillow's own limit.
@@ -47,6 +47,8 @@ def decode_picture(value: Any, folder: str | None = None) -> Image.Image:
             return _as_rgb(picture)
     except BrokenPicture:
         raise
+    except UnidentifiedImageError as error:
+        raise BrokenPicture("it is of no kind that Pillow reads") from error
     except Image.DecompressionBombError as error:
         raise BrokenPicture(f"a decompression bomb: {error}") from error
     # Pillow's readers raise all of these for damaged files, and struct.error, IndexError and others for those that nobody tested.

@@ -51,9 +51,10 @@ def read_texts(source: str | Path, column: str | None = None, split: str = "trai
     """Opens a source of texts.
 
     Args:
-        source: a .txt file (one text a line; blank lines are skipped), a .jsonl, .json (a list), .csv or .parquet file, a folder that
-            `datasets` reads, or the name of a dataset on the Hub. Files are read as UTF-8.
+        source: a .txt file (one text a line; blank lines are skipped), a .jsonl, .json (a list), .csv or .parquet file, or anything else
+            that [`open_pairs`] reads: folders, patterns of files, datasets on the Hub. Files are read as UTF-8.
         column: the column that holds a text, or a list of texts, in every row. Not for .txt, nor for JSON rows that are texts themselves.
+            Of folders, patterns and datasets "text" by default; "json.caption" reaches into an object.
         split: of a dataset; ignored for a file.
 
     Raises:
@@ -62,7 +63,8 @@ def read_texts(source: str | Path, column: str | None = None, split: str = "trai
             read: if a row holds no text (names the row), or if there are none at all.
     """
     path = Path(source)
-    if path.is_dir() or (not path.exists() and path.suffix not in SUFFIXES and not path.is_absolute()):
+    is_pattern = any(character in str(source) for character in "*?[") and not path.exists()
+    if path.is_dir() or is_pattern or path.suffix == ".tar" or _may_be_on_the_hub(path):
         return _dataset(str(source), column, split)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
@@ -82,6 +84,10 @@ def read_texts(source: str | Path, column: str | None = None, split: str = "trai
             raise ValueError(f"{path} is not encoded as UTF-8: {error}") from error
 
     return TextSource(str(path), read, num_rows)
+
+
+def _may_be_on_the_hub(path: Path) -> bool:
+    return not path.exists() and path.suffix not in SUFFIXES and not path.is_absolute()
 
 
 def _text_rows(path: Path, column: str | None) -> _Rows:
@@ -146,28 +152,22 @@ def _parquet(path: Path, column: str | None) -> TextSource:
 
 
 def _dataset(name: str, column: str | None, split: str) -> TextSource:
+    """The captions of whatever [`open_pairs`] reads; rows without one are passed over."""
     import datasets
 
-    if (Path(name) / "dataset_dict.json").exists() or (Path(name) / "state.json").exists():  # written by save_to_disk
-        dataset = datasets.load_from_disk(name)
-        if isinstance(dataset, datasets.DatasetDict):
-            if split not in dataset:
-                raise ValueError(f"{name} has no split {split!r}; it has {', '.join(dataset)}")
-            dataset = dataset[split]
-    else:
-        try:
-            dataset = datasets.load_dataset(name, split=split, streaming=True)
-        except (FileNotFoundError, ConnectionError) as error:
-            raise FileNotFoundError(f"{name} is neither a file nor a dataset that can be read: {error}") from error
-    columns = dataset.column_names or list(next(iter(dataset), {}))
-    _check_column(column, columns, name)
-    texts = dataset.select_columns([column])  # the other columns may hold pictures, which are slow to decode
+    from .pair_rows import texts_of
+    from .pair_sources import open_rows
+    from .pairs import PairSource
+
+    saved = any((Path(name) / file).exists() for file in ("dataset_dict.json", "state.json"))  # by `save_to_disk`
+    source = PairSource(source=name, split=split, text_columns="text" if column is None else column)
+    rows = open_rows(source, images=False, streaming=not saved)
 
     def read() -> _Rows:
-        for number, row in enumerate(texts, 1):
-            yield number, row[column]
+        for number, row in enumerate(rows.table, 1):
+            yield number, texts_of(row, rows)
 
-    return TextSource(name, read, len(texts) if isinstance(texts, datasets.Dataset) else None)
+    return TextSource(name, read, len(rows.table) if isinstance(rows.table, datasets.Dataset) else None)
 
 
 def _value(row: Any, column: str | None, where: str) -> Any:
