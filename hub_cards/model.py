@@ -31,6 +31,7 @@ def model_card(
     datasets: Mapping[str, str | None] | None = None,
     limits: Sequence[str] = (),
     remote_code: bool | None = None,
+    weights_in: str | Path | None = None,
 ) -> ModelCard:
     """
     Render the card of a checkpoint from its state on the disk: configuration, tensors' headers, the record of its training, results.
@@ -52,6 +53,7 @@ def model_card(
         limits: Sentences to add to the card's limits.
         remote_code: Whether the snippets load it with `trust_remote_code=True` and without this package. By default as the checkpoint's
             `auto_map` says; publishing adds one.
+        weights_in: Folder of the weights that results are held against, if not `folder`: publishing lays out another state of them.
 
     Returns:
         `ModelCard` whose metadata [`check_card`] accepts. Nothing is written.
@@ -66,7 +68,8 @@ def model_card(
     for name, given in (("base_models", base_models), ("base_licenses", base_licenses)):
         if unknown := set(given or {}) - set(_TOWERS):
             raise ValueError(f"{name} has no key {sorted(unknown)[0]!r}; the keys are {', '.join(_TOWERS)}")
-    results = _of_these_weights(folder, results)
+    weights_in = weights_in or folder
+    results = results_in(weights_in) if results is None else _checked(results, weights_in)
     measured = [result for file in results for result in read_results(file)]
     named = {**checkpoint.base_models, **(base_models or {})}
     bases = {tower: named[tower] for tower in _TOWERS if tower in named}
@@ -120,19 +123,27 @@ def model_card(
     )
 
 
-def _of_these_weights(folder: str | Path, results: Iterable[str | Path] | None) -> list[str | Path]:
-    """The results to show: those given, or those found in the folder, of which those of other weights are left out."""
-    found = results is None
+def results_in(folder: str | Path) -> list[Path]:
+    """Every `results.json` in a checkpoint's folder or directly in a sub-folder, without those that name other weights than it holds."""
     files = [file for pattern in ("", "*/") for file in sorted(Path(folder).glob(pattern + RESULTS_FILE))]
-    files = files if results is None else list(results)
-    named = {file: evaluated_weights(file) for file in files}
-    ours = own_weights(folder) if any(named.values()) else set()
-    others = [file for file, weights in named.items() if weights is not None and weights not in ours]
-    if others and not found:
-        raise ValueError(
-            f"{others[0]} is of other weights than {folder} holds: evaluate this checkpoint, or name its own results"
-        )
+    others = _of_other_weights(files, folder)
     return [file for file in files if file not in others]
+
+
+def _checked(results: Iterable[str | Path], folder: str | Path) -> list[str | Path]:
+    files = list(results)
+    for file in _of_other_weights(files, folder):
+        raise ValueError(
+            f"{file} is of other weights than {folder} holds: evaluate this checkpoint, or name its own results"
+        )
+    return files
+
+
+def _of_other_weights(files: Iterable[Any], folder: str | Path) -> list[Any]:
+    """Those of the results that name other weights than the checkpoint's."""
+    named = {file: weights for file in files if (weights := evaluated_weights(file)) is not None}
+    ours = own_weights(folder) if named else set()
+    return [file for file, weights in named.items() if weights not in ours]
 
 
 def _license_of(metadata: Mapping[str, Any]) -> str:

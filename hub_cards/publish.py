@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -75,6 +75,7 @@ def publish(
     with_code: bool = True,
     text_model: str | None = None,
     text_model_revision: str | None = None,
+    card: Mapping[str, Any] | None = None,
     token: str | None = None,
     dry_run: bool = False,
 ) -> PublishReport:
@@ -99,6 +100,8 @@ def publish(
         with_code: Send the code. Without it the checkpoint loads only where this package is installed.
         text_model, text_model_revision: Name on the Hub of the LLM of a lean checkpoint that names a folder of this machine. Its weights are
             fetched and compared.
+        card: Arguments of [`model_card`], such as `license`, `base_licenses`, `datasets`, `languages` and `results`: the card is rendered with
+            them, also in place of a README.md.
         token: Of the Hub; by default that of `hf auth login` or `HF_TOKEN`. It is never printed.
         dry_run: Check everything, say what would be sent, and ask the Hub nothing (but for the LLM that `text_model` names).
 
@@ -121,6 +124,7 @@ def publish(
             with_code=with_code,
             text_model=text_model,
             text_model_revision=text_model_revision,
+            card=card,
             sketch=dry_run,
         )
         if dry_run:

@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from functools import cache
@@ -94,6 +94,7 @@ def stage(
     with_card: bool = True,
     text_model: str | None = None,
     text_model_revision: str | None = None,
+    card: Mapping[str, Any] | None = None,
     sketch: bool = False,
 ) -> Staged:
     """
@@ -109,6 +110,7 @@ def stage(
         with_processor: Refuse a checkpoint without tokenizer and image processor.
         with_card: Refuse a checkpoint without a README.md that no card can be rendered for.
         text_model, text_model_revision: Name on the Hub of the LLM of a lean checkpoint that names a folder. Its weights are compared.
+        card: What [`model_card`] is to say beside what the checkpoint holds: the card is rendered with it, whatever card there is.
         sketch: Lay out weights in name and size only, without reading them.
 
     Raises:
@@ -147,7 +149,7 @@ def stage(
     else:
         (sketch_tensors if sketch else write_tensors)(folder, planned, max_shard_bytes or MAX_SHARD_BYTES)
     if with_card:
-        _write_card(source, folder, repo_id)
+        _write_card(source, folder, repo_id, card)
 
     staged.files = file_sizes(folder)
     read = {tensor.file.name for tensor in tensors.values()} | {WEIGHTS[1]}
@@ -301,9 +303,13 @@ def _plan(config: ProCLIPConfig, tensors: dict[str, StoredTensor], lean: bool, s
     return sorted(planned, key=lambda tensor: tensor.name)
 
 
-def _write_card(source: Path, folder: Path, repo_id: str) -> None:
-    if not (source / "README.md").is_file():
-        model_card(folder, repo_id=repo_id).save(folder / "README.md")
+def _write_card(source: Path, folder: Path, repo_id: str, card: Mapping[str, Any] | None) -> None:
+    if card is not None or not (source / "README.md").is_file():
+        try:
+            made = model_card(folder, **{"repo_id": repo_id, "weights_in": source, **(card or {})})
+        except (TypeError, ValueError, OSError) as error:
+            raise PublishError(f"The card of {source} cannot be made: {error}") from error
+        made.save(folder / "README.md")
         return
     text = (source / "README.md").read_text(encoding="utf-8")
     (folder / "README.md").write_text(text.replace(PLACEHOLDER, repo_id), encoding="utf-8")

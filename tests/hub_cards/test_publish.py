@@ -21,9 +21,11 @@ from hub_cards.publish import publish
 from hub_cards.staging import PublishError
 from modeling_proclip import ProCLIPModel
 from tests.environments import REPOSITORY
+from tests.hub_cards.test_model_card import RESULTS
 from tests.hub_server import READ_TOKEN, TOKEN, HubServer, hub_server
 from tests.modeling_proclip import tiny
 from trainers.cli import app
+from trainers.evaluation.encoders import Encoder
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +151,29 @@ def test_card_of_the_folder_is_sent_with_its_pictures_and_the_repository_s_name(
     assert hub.read("alice/x", "README.md").decode() == text.replace("path/of/this/folder", "alice/x")
     assert hub.read("alice/x", "images/a.png") == b"a picture"
     assert not [name for name in hub.files("alice/x") if "secret" in name or "env" in name]
+
+
+def test_card_says_what_it_is_told_and_what_was_measured(copy, hub, tmp_path):
+    identity = Encoder.load(copy, "cpu", "auto").identity()
+    for name, weights in (("mine", identity), ("other", {**identity, "own_weights_sha256": "0" * 64})):
+        (copy / name).mkdir()
+        (copy / name / "results.json").write_text(json.dumps({**RESULTS, "model": weights}))
+    (copy / "README.md").write_text("an older card")
+    told = tmp_path / "card.yaml"
+    told.write_text("license: mit\nlanguages: [en]\ndatasets: {owner/pictures: cc-by-4.0}\nlimits: [It is tiny.]\n")
+    for lean in ((), ("--dry-run",)):
+        result = run(copy, "alice/x", "--card", told, *lean)
+        assert result.exit_code == 0, result.output
+    card = ModelCard(hub.read("alice/x", "README.md").decode())
+    assert (card.data.license, card.data.language, card.data.datasets) == ("mit", ["en"], ["owner/pictures"])
+    assert "- It is tiny." in card.text and "trust_remote_code=True" in card.text
+    assert [result.metric_value for result in card.data.eval_results] == [0.71234567, 0.8123, 0.5, 0.75]
+    told.write_text("licence: mit\n")
+    assert "licence" in run(copy, "alice/x", "--card", told).output
+    told.write_text(f"results: [{copy / 'other'}]\n")
+    assert "other weights" in run(copy, "alice/x", "--card", told).output
+    told.write_text("just words\n")
+    assert "no keys and values" in run(copy, "alice/x", "--card", told).output
 
 
 def test_card_is_rendered_where_there_is_none(checkpoint, hub):

@@ -28,6 +28,13 @@ def publish(
         str | None, typer.Option(help="Name on the Hub of the LLM, where DIR names a folder of this machine.")
     ] = None,
     text_model_revision: Annotated[str | None, typer.Option(help="Its revision.")] = None,
+    card: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="YAML with what the card is to say: license, base_licenses, datasets, languages, results, limits.",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check, say what would be sent, and send nothing.")
     ] = False,
@@ -37,6 +44,7 @@ def publish(
     DIR is checked first; only a checkpoint's own files are sent, in one commit. Given again after an interruption it goes on with the large
     files that the Hub has not. The token is that of `hf auth login` or HF_TOKEN.
     """
+    import yaml
     from rich.console import Console
     from rich.table import Column, Table
     from rich.text import Text
@@ -44,6 +52,9 @@ def publish(
     from hub_cards.publish import MESSAGE
     from hub_cards.publish import publish as run
 
+    said = None if card is None else yaml.safe_load(card.read_text(encoding="utf-8"))
+    if card is not None and not isinstance(said, dict):
+        raise ValueError(f"{card} holds no keys and values: write lines such as `license: apache-2.0`")
     report = run(
         folder,
         repo_id,
@@ -55,6 +66,7 @@ def publish(
         with_code=with_code,
         text_model=text_model,
         text_model_revision=text_model_revision,
+        card=said,
         dry_run=dry_run,
     )
     verb = "would send" if dry_run else "sent"
