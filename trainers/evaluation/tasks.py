@@ -245,7 +245,7 @@ def _linear_probe(manifest: Manifest, data: OpenedData) -> Task:
         predictions = torch.from_numpy(found.predictions)
         items = {"correct": (predictions == test).to(torch.uint8), "label": test, "prediction": predictions}
         notes = [
-            f"Inverse regularisation {found.inverse_regularization:.3g}, chosen on a fifth of the training pictures."
+            f"Inverse regularisation {found.inverse_regularization:.3g}, chosen on training pictures that were held back."
         ]
         return Outcome({"accuracy": found.accuracy, "mean_per_class": found.mean_per_class}, items, notes)
 

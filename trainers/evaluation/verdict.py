@@ -31,7 +31,7 @@ AREAS = {
     "robustness": "zero-shot classification",
     "retrieval": "retrieval",
     "long_retrieval": "retrieval",
-    "multilingual": "other languages",
+    "multilingual": "languages",
     "linear_probe": "linear probe",
     "fine_grained": "fine-grained understanding",
     "caption_retrieval": "caption-to-caption retrieval",
@@ -122,7 +122,7 @@ def decide(difference: Interval, num_items: int, margin: float = MARGIN) -> str:
 
 
 def describe(change: Change, margin: float = MARGIN) -> str:
-    """A decision in words, such as "lost 3.1 to 5.4 points", with the ends of the interval rounded outwards to a tenth of a point."""
+    """A decision in words, such as "lost 3.1 to 5.4 of 74.5 points", with the ends of the interval rounded outwards to a tenth of a point."""
     low, high = floor_points(change.difference.low), ceil_points(change.difference.high)
     if change.num_items < MIN_ITEMS:
         return f"not decided: {change.num_items} items are too few"
@@ -132,7 +132,7 @@ def describe(change: Change, margin: float = MARGIN) -> str:
         # Rounded outwards, -0.97 would be "1.0 points lost at most", which is no less than the margin.
         return f"kept: {min(max(0.0, -low), 100 * margin):.1f} points lost at most"
     if change.decision == "lost":
-        return f"lost {max(0.0, -high):.1f} to {-low:.1f} points"
+        return f"lost {max(0.0, -high):.1f} to {-low:.1f} of {100 * change.baseline.value:.1f} points"
     return f"not decided by this data: between {-low:.1f} points lost and {max(0.0, high):.1f} gained"
 
 

@@ -55,7 +55,7 @@ def test_verdicts_follow_from_the_scores(report):
     assert {entry["name"] for entry in proclip["averages"]} == {
         "zero-shot classification",
         "retrieval",
-        "other languages",
+        "languages",
     }
     assert len(proclip["tasks"]) == 3 + 2 + 14
     for entry in llm2clip["tasks"]:

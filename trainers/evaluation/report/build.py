@@ -20,7 +20,7 @@ COVERAGE = {
     "robustness": "robustness (ImageNet-V2, A, O, R, Sketch)",
     "retrieval": "retrieval by short captions",
     "long_retrieval": "retrieval by long captions",
-    "multilingual": "other languages than English",
+    "multilingual": "languages other than English",
     "fine_grained": "fine-grained understanding (MMVP-VLM, SugarCrepe)",
     "linear_probe": "linear probe: what the image encoder holds, whatever the text side makes of it",
     "cka": "CKA: how far the image encoder moved, layer by layer",
