@@ -81,6 +81,7 @@ def adapter_card(
         training=training,
         license=license,
         tasks=rows_of_tasks(measured),
+        weights_checked=False,
         not_measured=not_measured(measured),
         datasets=list(datasets),
         limits=list(limits),

@@ -47,9 +47,8 @@ def citations(methods: set[str], vision_type: str) -> list[str]:
             architecture it has.
         vision_type: `model_type` of its image encoder.
     """
-    keys = [key for key in ("proclip", "llm2clip", "lit") if key in methods | {"llm2clip"}]
-    if not methods:
-        keys = ["proclip", "llm2clip"]
+    methods = methods | {"llm2clip"} if methods else {"proclip", "llm2clip"}
+    keys = [key for key in CITATIONS if key in methods]
     if vision_type in _OF_TOWER:
         keys.append(_OF_TOWER[vision_type])
     return [CITATIONS[key] for key in keys]

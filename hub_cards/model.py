@@ -117,6 +117,7 @@ def model_card(
         datasets={shown_dataset(name): licence or UNKNOWN for name, licence in (datasets or {}).items()},
         languages=list(languages),
         tasks=rows_of_tasks(measured),
+        weights_checked=all(evaluated_weights(file) is not None for file in results),
         not_measured=not_measured(measured),
         limits=list(limits),
         citations=citations(methods, checkpoint.config["vision_config"]["model_type"]),
@@ -153,7 +154,7 @@ def _license_of(metadata: Mapping[str, Any]) -> str:
 def rows_of_tasks(results: Iterable[Result]) -> list[dict[str, Any]]:
     """For the table of results, one row a task: its data and its numbers, the primary one first."""
     tasks: dict[tuple[str, str], dict[str, Any]] = {}
-    for result in results:
+    for result in sorted(results, key=lambda result: not result.primary):
         row = tasks.setdefault(
             (result.task, result.dataset),
             {
@@ -165,7 +166,7 @@ def rows_of_tasks(results: Iterable[Result]) -> list[dict[str, Any]]:
                 "values": [],
             },
         )
-        row["values"].insert(0 if result.primary else len(row["values"]), (result.metric, result.value))
+        row["values"].append((result.metric, result.value))
     return list(tasks.values())
 
 

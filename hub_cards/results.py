@@ -108,18 +108,18 @@ def model_index(results: Iterable[Result]) -> list[EvalResult]:
     The results as the Hub's `model-index` holds them, without those of drawn rows, which are no benchmark's.
 
     Entries that agree in task, type, configuration, split and revision of the data set are merged by the Hub's library, which keeps one
-    name of them; so the task's name is the configuration.
+    name of them; so the task's name is the configuration too.
     """
     return [
         EvalResult(
             task_type=_TASKS.get(result.kind, result.kind),
             dataset_type=_identifier(result.dataset),
-            dataset_name=shown_dataset(result.dataset),
+            dataset_name=result.task,
             dataset_config=result.task,
             dataset_split=result.split,
             dataset_revision=result.revision,
-            metric_type=_identifier(result.metric),
-            metric_name=f"{result.task} {result.metric}",
+            metric_type=_metric_type(result.metric),
+            metric_name=result.metric,
             metric_value=result.value,
         )
         for result in results
@@ -140,6 +140,13 @@ def shown_dataset(source: str) -> str:
 
 def _identifier(name: str) -> str:
     return re.sub(r"[^\w./@-]+", "-", shown_dataset(name)).strip("-").lower()
+
+
+def _metric_type(metric: str) -> str:
+    """The Hub's name of a metric: https://hf.co/metrics knows accuracy and recall, whatever they are counted over."""
+    if re.fullmatch(r"top\d+|(mean_per_class_)?accuracy", metric):
+        return "accuracy"
+    return "recall" if re.fullmatch(r"\w+_r@\d+", metric) else _identifier(metric)
 
 
 def _results_file(path: str | Path) -> Path:

@@ -453,6 +453,8 @@ class ProCLIPModel(PreTrainedModel):
             ValueError: If a full checkpoint is asked of a model without its LLM, or a lean one of a model whose LLM was changed since it
                 was loaded or has no name.
         """
+        if self._hf_peft_config_loaded:  # by add_adapter or load_adapter: only the adapters are saved
+            return super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
         lean = (self.config.lean or self.text_model is None) if lean is None else lean
         if self.text_model is None and not lean:
             raise ValueError("This model was loaded without its LLM: it can only be saved with lean=True.")

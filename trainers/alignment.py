@@ -156,11 +156,12 @@ class AlignmentTrainer(StreamedTrainer, PublishingTrainer):
         if self.is_world_process_zero():
             model_name = kwargs.pop("model_name", None)
             kwargs.setdefault("repo_id", self.hub_model_id or model_name)
-            render = adapter_card
             if isinstance(self.model, ProCLIPModel):
-                render = model_card
                 kwargs.setdefault("remote_code", self.hub_model_id is not None or None)  # publishing adds the code
-            render(self.args.output_dir, **kwargs).save(Path(self.args.output_dir) / "README.md")
+                card = model_card(self.args.output_dir, **kwargs)
+            else:
+                card = adapter_card(self.args.output_dir, **kwargs)
+            card.save(Path(self.args.output_dir) / "README.md")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.args.should_save:

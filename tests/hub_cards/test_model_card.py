@@ -120,18 +120,22 @@ def test_results_become_the_model_index_of_the_hub(trained, results, tmp_path):
     flickr, imagenet = index["results"]
     assert flickr["task"]["type"] == "image-text-retrieval"
     assert flickr["dataset"] == {
-        "name": "owner/flickr30k",
+        "name": "Flickr30k",
         "type": "owner/flickr30k",
         "config": "Flickr30k",
         "split": "test",
         "revision": "abc",
     }
     assert [metric["value"] for metric in flickr["metrics"]] == [0.71234567, 0.8123]
-    assert imagenet["dataset"]["name"] == "imagenet-v2"  # and not where it lies on this machine
+    assert [metric["type"] for metric in (*flickr["metrics"], *imagenet["metrics"])] == ["recall"] * 2 + [
+        "accuracy"
+    ] * 2
+    assert imagenet["dataset"]["type"] == "imagenet-v2"  # and not where it lies on this machine
     assert len(ModelCard.load(file).data.eval_results) == 4
 
 
 def test_what_was_not_measured_is_said(trained, results):
+    assert "these do not name the weights" in model_card(trained, results=[results]).text
     assert (
         "Not measured here: zero-shot classification; retrieval by long texts; languages"
         in model_card(trained, results=[results]).text
@@ -282,7 +286,8 @@ def test_results_are_held_against_the_weights(tmp_path, dtype, lean):
         model.save_pretrained(tmp_path / name, lean=lean)
         processor.save_pretrained(tmp_path / name)
     evaluation = evaluation_of(tmp_path / "mine", dtype, tmp_path)
-    assert "0.7123" in model_card(tmp_path / "mine", results=[evaluation]).text
+    card = model_card(tmp_path / "mine", results=[evaluation]).text
+    assert "0.7123" in card and "which the results name by their hash" in card
     with pytest.raises(ValueError, match="other weights"):
         model_card(tmp_path / "other", results=[evaluation])
     # Those that are found are shown only where they are of these weights: a folder can hold a baseline's too.

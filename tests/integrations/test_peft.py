@@ -124,6 +124,24 @@ def test_merged_it_is_a_plain_model(trained, tmp_path):
     torch.testing.assert_close(logits(ProCLIPModel.from_pretrained(tmp_path)), logits(merged))
 
 
+@pytest.mark.parametrize("lean", [False, True])
+def test_adapters_by_transformers_itself(tmp_path, lean):
+    """`add_adapter` of Transformers trains and saves the adapters alone: text adapter and logit scale stay the base's."""
+    model = ProCLIPModel.from_vision_text_pretrained(tiny.clip(), tiny.LLAMA_DIR)
+    model.save_pretrained(tmp_path / "base", lean=lean)
+    model = ProCLIPModel.from_pretrained(tmp_path / "base")
+    model.add_adapter(LoraConfig(r=2, target_modules=TARGETS["both"]))
+    before = model.logit_scale.clone()
+    train(model)
+    assert torch.equal(model.logit_scale, before)
+    model.save_pretrained(tmp_path / "adapter")
+    assert not list((tmp_path / "adapter").glob("model*.safetensors"))
+    again = ProCLIPModel.from_pretrained(tmp_path / "base")
+    again.load_adapter(str(tmp_path / "adapter"))
+    torch.testing.assert_close(logits(again), logits(model))
+    torch.testing.assert_close(logits(AutoModel.from_pretrained(tmp_path / "adapter")), logits(model))
+
+
 def test_training_goes_on_where_it_was(base, trained, tmp_path):
     _, model, folder = trained
     again = ProCLIPPeftModel.from_pretrained(ProCLIPModel.from_pretrained(base), str(folder), is_trainable=True)
