@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import trainers
 from tests.trainers.tiny_training import (
+    KILLED_IN,
     assert_same_bits,
     inheritance_trainer,
     killed_trainer,
@@ -23,7 +24,7 @@ from trainers.alignment import last_complete_checkpoint
 REPOSITORY = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("job", ["stage-1", "stage-2"])
+@pytest.mark.parametrize("job", list(KILLED_IN))
 def test_killed_and_resumed_is_as_never_killed(tmp_path, job):
     killed = subprocess.run(
         [sys.executable, "-m", "tests.trainers.tiny_training", job, str(tmp_path / "killed")],
@@ -34,9 +35,8 @@ def test_killed_and_resumed_is_as_never_killed(tmp_path, job):
     )
     assert killed.returncode == -9, killed.stderr
     left = {folder.name for folder in (tmp_path / "killed").iterdir()}
-    # Stage 2 was killed in the middle of writing the third checkpoint, with its weights in place.
-    assert left == {"checkpoint-3", "checkpoint-6"} | ({"checkpoint-9"} if job == "stage-2" else set())
-    if job == "stage-2":
+    assert left == {"checkpoint-3", "checkpoint-6"} | ({"checkpoint-9"} if KILLED_IN[job] == "checkpoint" else set())
+    if KILLED_IN[job] == "checkpoint":
         assert (tmp_path / "killed" / "checkpoint-9" / "model.safetensors").exists()
 
     whole = killed_trainer(job, tmp_path / "whole")
@@ -47,7 +47,7 @@ def test_killed_and_resumed_is_as_never_killed(tmp_path, job):
     resumed_steps = [log["step"] for log in resumed.state.log_history if "loss" in log]
     assert resumed_steps == list(range(1, 13)), "resumed at step 6, with the log of the steps before"
     assert_same_bits(training_state(resumed), training_state(whole))
-    for name in ("model.safetensors", "ema_teacher.safetensors")[: 2 if job == "stage-2" else 1]:
+    for name in ("model.safetensors", "ema_teacher.safetensors")[: 2 if job.startswith("stage-2") else 1]:
         files = [load_file(tmp_path / run / "checkpoint-12" / name) for run in ("killed", "whole")]
         assert_same_bits(*files)
 

@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import TrainerCallback
 
 from modeling_proclip import ProCLIPConfig, ProCLIPModel
 from trainers.contrastive_tuning_config import ContrastiveTuningConfig
@@ -156,34 +155,37 @@ def assert_same_bits(actual: dict[str, torch.Tensor], expected: dict[str, torch.
 # Four steps an epoch, a checkpoint in the middle of each. Dropout makes the result depend on the random state too.
 KILLED_SETTINGS = {"num_train_epochs": 3, "save_strategy": "steps", "save_steps": 3}
 KILLED_TRAINERS = {"stage-1": inheritance_trainer, "stage-2": tuning_trainer}
+# Where it dies: in the middle of a step, after some of the forward passes; or of a checkpoint, the weights of which are written.
+KILLED_IN = {"stage-1": "step", "stage-2": "checkpoint", "stage-1 cached": "checkpoint", "stage-2 cached": "step"}
 
 
 def killed_trainer(job: str, folder: Path | str):
-    return KILLED_TRAINERS[job](folder, tiny_model(dropout=0.3), **KILLED_SETTINGS)
+    stage, *cached = job.split()
+    settings = {**KILLED_SETTINGS, "gradient_caching_batch_size": 4 if cached else None}
+    return KILLED_TRAINERS[stage](folder, tiny_model(dropout=0.3), **settings)
 
 
 def train_until_killed(job: str, folder: str) -> None:
-    """Stage 1 dies between two checkpoints, stage 2 in the middle of writing its third one."""
+    """To the ninth step, or to the checkpoint after it."""
 
-    def die(*args) -> None:
+    def die() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     trainer = killed_trainer(job, folder)
-    if job == "stage-2":
-        save_rng_state = trainer._save_rng_state
-        trainer._save_rng_state = lambda folder: die() if folder.endswith("-9") else save_rng_state(folder)
+    save_rng_state, embed = trainer._save_rng_state, trainer.embed
+
+    def embed_and_die(*args):
+        embeds = embed(*args)
+        # With caching: in the second pass.
+        if trainer.state.global_step == 8 and (embeds[0].requires_grad or not job.endswith("cached")):
+            die()
+        return embeds
+
+    if KILLED_IN[job] == "step":
+        trainer.embed = embed_and_die
     else:
-        trainer.add_callback(DieAt(8, die))
+        trainer._save_rng_state = lambda folder: die() if folder.endswith("-9") else save_rng_state(folder)
     trainer.train()
-
-
-class DieAt(TrainerCallback):
-    def __init__(self, step: int, die):
-        self.step, self.die = step, die
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            self.die()
 
 
 if __name__ == "__main__":
