@@ -6,13 +6,13 @@ The output directory of a recipe:
     text-stores/{llm,teacher}/  unless the recipe has them elsewhere
     preparation/model/          the untrained pair: image encoder, fresh adapter, processor
     <stage>/checkpoints/        of the Trainer
-    <stage>/model/              the stage's result, a lean checkpoint with its processor
+    <stage>/model/              the stage's result, a lean checkpoint with its processor; of stage 0 the tuned LLM
+    caption_contrastive/adapter/  the LoRA of stage 0 by itself
     <step>/started.json         the part of the recipe that decides the step's result
     <step>/complete.json        the same, versions, steps, last log: written last, so a step that has it is finished
 """
 
 import json
-import logging
 import os
 import platform
 import shutil
@@ -26,133 +26,34 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate import PartialState
 from filelock import FileLock, Timeout
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, Trainer, set_seed
 
 from modeling_proclip import ProCLIPConfig, ProCLIPModel, ProCLIPProcessor
 
-from .checkpoints import last_complete_checkpoint
+from .caption_contrastive_trainer import CaptionContrastiveTrainer
 from .contrastive_tuning_trainer import ContrastiveTuningTrainer
-from .data.pairs import PairSource, iter_texts, open_pairs
+from .data.pairs import iter_texts, open_pairs
 from .data.store_files import write_file
 from .data.text_store import TextEmbeddingStore
 from .inheritance_trainer import RepresentationInheritanceTrainer
-from .quickstart.language_model import native_dtype
-from .recipe import CONFIG_OF, ELSEWHERE, Recipe, derived_arguments, own_fields
 from .recipe_files import RecipeError
+from .recipe_progress import PREPARATION, STAGE_0, RecipeProgress
 
 
-logger = logging.getLogger(__name__)
-
-PREPARATION = "preparation"
 _VERSIONS_OF = ("proclip-transformers", "torch", "transformers", "accelerate", "datasets")
 
-# What of a recipe may change between a step and its resumption, because the step's result does not depend on it.
-_MAY_CHANGE_AT_THE_TOP = ("output_dir",)
-_MAY_CHANGE_IN_DATA = ("eval", "num_texts", "captions_per_pair")
-_MAY_CHANGE_IN_A_STAGE = (
-    "device_batch_size",
-    "disable_tqdm",
-    "log_level",
-    "logging_first_step",
-    "logging_steps",
-    "logging_strategy",
-    "save_steps",
-    "save_strategy",
-    "save_total_limit",
-    "eval_steps",
-    "eval_strategy",
-    "per_device_eval_batch_size",
-    "report_to",
-    "run_name",
-    "dataloader_num_workers",
-    "dataloader_prefetch_factor",
-    "dataloader_persistent_workers",
-    "dataloader_pin_memory",
-)
 
-
-class Curriculum:
+class Curriculum(RecipeProgress):
     """
-    One recipe on one or several processes (`accelerate launch`).
+    Runs a recipe, on one or several processes (`accelerate launch`).
 
     Args:
         recipe: checked, as [`load_recipe`] gives it.
 
-    Attributes:
-        recipe: the same.
-        output_dir: absolute.
-        arguments: stage -> its trainer config, as this machine and number of processes have it.
-
     Raises:
         RecipeError: If a stage's trainer refuses its settings.
     """
-
-    def __init__(self, recipe: Recipe):
-        self.recipe = recipe
-        self.output_dir = Path(recipe.output_dir).absolute()
-        self.processes = PartialState(cpu=not torch.accelerator.is_available())
-        self.precision = _precision(recipe.precision)
-        self.arguments = {name: self._arguments(name) for name in recipe.stages}
-
-    # What is to be done
-
-    def state_of(self, step: str) -> str:
-        """
-        "finished", "begun" or "to do".
-
-        Raises:
-            RecipeError: If the step was finished or begun with another recipe; names the keys that changed.
-        """
-        for file, state in (("complete.json", "finished"), ("started.json", "begun")):
-            path = self.output_dir / step / file
-            if path.is_file():
-                before = json.loads(path.read_text(encoding="utf-8"))["recipe"]
-                changes = list(_changes(before, self._part(step)))
-                if changes:
-                    raise RecipeError(
-                        f"{path.parent} was {state} with another recipe: {'; '.join(changes[:3])}. Give this recipe an output_dir of its own, "
-                        f"or delete {path.parent} to run it anew"
-                    )
-                return state
-        return "to do"
-
-    def predecessor(self, stage: str) -> str:
-        """The step whose model `stage` starts from."""
-        before = [name for name in self.recipe.stages if name != "caption_contrastive"]
-        position = before.index(stage)
-        return before[position - 1] if position else PREPARATION
-
-    def checkpoint_of(self, stage: str) -> str | None:
-        """The last complete checkpoint of a stage that was interrupted."""
-        if not (self.output_dir / stage / "checkpoints").is_dir():
-            return None
-        try:
-            return last_complete_checkpoint(self.output_dir / stage / "checkpoints")
-        except ValueError:
-            return None  # killed before the first one
-
-    def store_path(self, which: str) -> Path:
-        """Folder of the text store "llm" or "teacher"."""
-        path = getattr(self.recipe.text_stores, which).path
-        return self.output_dir / "text-stores" / which if path is None else Path(path).absolute()
-
-    def text_sources(self, which: str) -> list[PairSource]:
-        """What the store "llm" or "teacher" holds the captions of."""
-        data = self.recipe.data
-        trained = [data.texts or data.train] if "inheritance" in self.recipe.stages else []
-        if which == "llm" and "contrastive_tuning" in self.recipe.stages:
-            trained.append(data.train)
-        sources = [*trained, *([data.eval] if data.eval else [])]
-        return [source for i, source in enumerate(sources) if source not in sources[:i]]
-
-    def needs_store(self, which: str) -> bool:
-        """Whether a stage reads the store "llm" or "teacher"."""
-        stages = self.recipe.stages
-        return "inheritance" in stages or (which == "llm" and "contrastive_tuning" in stages)
-
-    # Running
 
     def run(self, stage: str | None = None) -> Path:
         """
@@ -175,19 +76,24 @@ class Curriculum:
             for step in (PREPARATION, *self.recipe.stages):
                 self.state_of(step)
             if stage is not None:
-                self._check_predecessor(stage)
+                self._check_predecessors(stage)
             self._on_main(self._write_resolved)
             for name in names:
-                self._prepare()
-                self._train(name)
+                if name == STAGE_0:
+                    self._tune_llm()
+                else:
+                    self._prepare()
+                    self._align(name)
         return self.output_dir / names[-1] / "model"
 
-    def _check_predecessor(self, stage: str) -> None:
-        before = self.predecessor(stage)
-        if before != PREPARATION and self.state_of(before) != "finished":
-            raise RecipeError(
-                f"stage {stage} starts from {before}, which is not finished: run --stage {before} first, or all stages by leaving --stage out"
-            )
+    def _check_predecessors(self, stage: str) -> None:
+        order = list(self.recipe.stages)
+        for before in order[: order.index(stage)]:
+            if self.state_of(before) != "finished":
+                raise RecipeError(
+                    f"stage {stage} starts from the result of {before}, which is not finished: run --stage {before} first, or all stages by "
+                    "leaving --stage out"
+                )
 
     def _prepare(self) -> None:
         """Build the text stores, and save the untrained pair."""
@@ -200,23 +106,14 @@ class Curriculum:
         set_seed(self.recipe.seed)
         model = ProCLIPModel.from_vision_text_pretrained(
             self._vision(),
-            settings.text,
+            self._llm()[0],
             vision_revision=settings.vision_revision,
-            text_revision=settings.text_revision,
+            text_revision=self._llm()[1],
             dtype={"vision_config": torch.float32, "text_config": getattr(torch, self.precision)},
             attn_implementation=settings.attn_implementation,
             **settings.config,
         )
-        processor = ProCLIPProcessor(
-            AutoImageProcessor.from_pretrained(
-                settings.image_processor or settings.vision,
-                revision=settings.vision_revision if settings.image_processor is None else "main",
-            ),
-            AutoTokenizer.from_pretrained(settings.text, revision=settings.text_revision),
-            settings.prompt_template,
-            settings.instruction,
-            settings.max_length,
-        )
+        processor = self._processor(*self._llm())
         if self.needs_store("llm"):
             self._build_store("llm", model, processor)
         if self.needs_store("teacher"):
@@ -231,6 +128,25 @@ class Curriculum:
 
         self._on_main(lambda: _replace_folder(folder / "model", save))
         self._on_main(lambda: self._finish(PREPARATION, {"seconds": round(time.perf_counter() - started, 1)}))
+
+    def _llm(self) -> tuple[str, str]:
+        """Where the LLM of stage 1 and stage 2 is, and its revision: the recipe's, or what stage 0 made of it."""
+        if STAGE_0 in self.recipe.stages:
+            return str(self.output_dir / STAGE_0 / "model"), "main"
+        return self.recipe.model.text, self.recipe.model.text_revision
+
+    def _processor(self, text: str, revision: str) -> ProCLIPProcessor:
+        settings = self.recipe.model
+        return ProCLIPProcessor(
+            AutoImageProcessor.from_pretrained(
+                settings.image_processor or settings.vision,
+                revision=settings.vision_revision if settings.image_processor is None else "main",
+            ),
+            AutoTokenizer.from_pretrained(text, revision=revision),
+            settings.prompt_template,
+            settings.instruction,
+            settings.max_length,
+        )
 
     def _vision(self) -> str | ProCLIPModel:
         """The model whose image encoder is taken: by name, or loaded if it is a ProCLIP checkpoint, whose LLM is not wanted."""
@@ -247,24 +163,64 @@ class Curriculum:
         )
 
     def _build_store(self, which: str, model: torch.nn.Module, processor: Any) -> None:
-        # Every process takes part: the first one writes, and the others wait for it at the store's own lock, which has no time limit as the
-        # barriers of torch.distributed have.
-        model.to(self.processes.device)
-        texts = chain.from_iterable(iter_texts(source) for source in self.text_sources(which))
-        settings = getattr(self.recipe.text_stores, which)
+        """Every process embeds its share of the texts."""
         TextEmbeddingStore.build(
-            texts,
-            model,
+            _Captions(self, which),
+            model.to(self.processes.device),
             processor,
             self.store_path(which),
             token_budget=self.recipe.text_stores.token_budget,
-            dtype=settings.dtype,
+            dtype=getattr(self.recipe.text_stores, which).dtype,
             progress=self.processes.is_main_process,
+            process_index=self.processes.process_index,
+            num_processes=self.processes.num_processes,
         )
         model.to("cpu")
         self.processes.wait_for_everyone()
 
-    def _train(self, stage: str) -> None:
+    def _tune_llm(self) -> None:
+        """Stage 0."""
+        folder, data, settings = self.output_dir / STAGE_0, self.recipe.data, self.recipe.model
+        if self.state_of(STAGE_0) == "finished":
+            return
+        self._on_main(lambda: self._begin(STAGE_0))
+        started = time.perf_counter()
+        args, seed = self.arguments[STAGE_0], self.recipe.seed
+        model = AutoModel.from_pretrained(
+            settings.text,
+            revision=settings.text_revision,
+            dtype=getattr(torch, self.precision),
+            attn_implementation=settings.attn_implementation,
+        )
+        processor = self._processor(settings.text, settings.text_revision)
+        trainer = CaptionContrastiveTrainer(
+            model,
+            args,
+            open_pairs(data.captions or data.train, seed, images=False),
+            self._held_out(args, images=False),
+            processing_class=processor,
+            plain_text_dataset=data.plain_texts and open_pairs(data.plain_texts, seed, images=False),
+        )
+        trainer.train(resume_from_checkpoint=self.checkpoint_of(STAGE_0))
+        adapter = _staging(folder / "adapter")
+        self._on_main(lambda: shutil.rmtree(adapter, ignore_errors=True))
+        trainer.save_model(str(adapter))
+        tuned = trainer.merge()
+
+        def finish() -> None:
+            def save(staging: Path) -> None:
+                tuned.save_pretrained(staging)
+                # The LLM's own: the processor's has a template around every text.
+                AutoTokenizer.from_pretrained(settings.text, revision=settings.text_revision).save_pretrained(staging)
+
+            _replace_folder(folder / "model", save)
+            _put_in_place(adapter, folder / "adapter")
+            self._finish(STAGE_0, self._facts(trainer, started))
+
+        self._on_main(finish)
+
+    def _align(self, stage: str) -> None:
+        """Stage 1 or stage 2."""
         folder = self.output_dir / stage
         if self.state_of(stage) == "finished":
             return
@@ -282,28 +238,33 @@ class Curriculum:
         trainer.save_model(str(staging))  # of all processes: under FSDP each holds a part
 
         def finish() -> None:
-            (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle
             processor.save_pretrained(staging)
-            shutil.rmtree(folder / "model", ignore_errors=True)
-            staging.rename(folder / "model")
-            history = trainer.state.log_history
-            facts = {
-                "steps": trainer.state.global_step,
-                "seconds": round(time.perf_counter() - started, 1),  # since it was last resumed
-                "last_log": next((log for log in reversed(history) if "loss" in log), {}),
-                "last_evaluation": next((log for log in reversed(history) if "eval_loss" in log), {}),
-                "arguments": self.arguments[stage].to_dict(),
-            }
-            self._finish(stage, facts)
+            _put_in_place(staging, folder / "model")
+            self._finish(stage, self._facts(trainer, started))
 
         self._on_main(finish)
+
+    def _facts(self, trainer: Trainer, started: float) -> dict[str, Any]:
+        history = trainer.state.log_history
+        return {
+            "steps": trainer.state.global_step,
+            "seconds": round(time.perf_counter() - started, 1),  # since it was last resumed
+            "last_log": next((log for log in reversed(history) if "loss" in log), {}),
+            "last_evaluation": next((log for log in reversed(history) if "eval_loss" in log), {}),
+            "arguments": trainer.args.to_dict(),
+        }
+
+    def _held_out(self, args: Any, *, images: bool) -> Any:
+        data = self.recipe.data
+        if data.eval is None or args.eval_strategy == "no":
+            return None
+        return open_pairs(data.eval, self.recipe.seed, images=images)
 
     def _trainer(self, stage: str, model: ProCLIPModel, processor: ProCLIPProcessor) -> Trainer:
         args, data, seed = self.arguments[stage], self.recipe.data, self.recipe.seed
         pictures = stage == "contrastive_tuning"
         rows = open_pairs(data.train if pictures else data.texts or data.train, seed, images=pictures)
-        evaluated = data.eval if args.eval_strategy != "no" else None
-        held_out = None if evaluated is None else open_pairs(evaluated, seed, images=pictures)
+        held_out = self._held_out(args, images=pictures)
         text_store = TextEmbeddingStore(self.store_path("llm"))
         if pictures:
             return ContrastiveTuningTrainer(
@@ -313,85 +274,6 @@ class Curriculum:
         return RepresentationInheritanceTrainer(
             model, args, rows, held_out, text_store=text_store, teacher_store=teacher_store
         )
-
-    # Settings
-
-    def _arguments(self, name: str) -> Any:
-        stage = self.recipe.stages[name]
-        derived = derived_arguments(name, stage, self.processes.num_processes)
-        if self._is_stream(name) and stage.arguments.get("max_steps", -1) <= 0:
-            derived["max_steps"] = self._stream_steps(name)
-        try:
-            return CONFIG_OF[name](
-                **{
-                    "output_dir": str(self.output_dir / name / "checkpoints"),
-                    "seed": self.recipe.seed,
-                    "bf16": self.precision == "bfloat16",
-                    "fp16": self.precision == "float16",
-                    "use_cpu": not torch.accelerator.is_available(),
-                    **stage.arguments,
-                    **derived,
-                }
-            )
-        except ValueError as error:
-            raise RecipeError(f"stages.{name}: {error}") from error
-
-    def source_of(self, stage: str) -> tuple[PairSource, str]:
-        """What `stage` trains on, and the key of `data` that has its number of rows."""
-        data = self.recipe.data
-        if stage == "inheritance" and data.texts is not None:
-            return data.texts, "num_texts"
-        return data.train, "num_pairs"
-
-    def _is_stream(self, stage: str) -> bool:
-        return self.source_of(stage)[0].streaming
-
-    def _stream_steps(self, stage: str) -> int:
-        key = self.source_of(stage)[1]
-        num_rows, settings = getattr(self.recipe.data, key), self.recipe.stages[stage]
-        if num_rows is None:
-            raise RecipeError(
-                f"data.{key}: a stream cannot be counted, so say how many rows it has (or set stages.{stage}.max_steps)"
-            )
-        epochs = settings.arguments.get("num_train_epochs", CONFIG_OF[stage].num_train_epochs)
-        return max(1, int(epochs * num_rows / settings.global_batch_size))
-
-    def resolved(self) -> dict[str, Any]:
-        """The recipe with all that decides the result filled in; it can be run as it is."""
-        values = self.recipe.as_dict()
-        values["precision"] = self.precision
-        if values["model"]["teacher"] is None:
-            values["model"]["teacher"] = values["model"]["vision"]
-            values["model"]["teacher_revision"] = values["model"]["vision_revision"]
-        for which in ("llm", "teacher"):
-            values["text_stores"][which]["path"] = str(self.store_path(which))
-        for name, config in self.arguments.items():
-            ours = {key: value for key, value in own_fields(config).items() if key not in ELSEWHERE}
-            if self.recipe.stages[name].published_lambda is not None:
-                del ours["lambda_ins"], ours["lambda_struct"]
-            values["stages"][name] = {**values["stages"][name], **ours}
-        return values
-
-    def _part(self, step: str) -> dict[str, Any]:
-        """What of the recipe decides the result of `step`, as JSON has it."""
-        values = self.resolved()
-        stages = values.pop("stages")
-        order = list(stages)
-        wanted = [] if step == PREPARATION else order[: order.index(step) + 1]
-        if step == PREPARATION:
-            wanted = [name for name in order if name == "caption_contrastive"]
-        for key in _MAY_CHANGE_AT_THE_TOP:
-            del values[key]
-        for key in _MAY_CHANGE_IN_DATA:
-            del values["data"][key]
-        if not self.recipe.data.train.streaming:
-            del values["data"]["num_pairs"]
-        values["text_stores"] = {which: values["text_stores"][which]["dtype"] for which in ("llm", "teacher")}
-        values["stages"] = {
-            name: {key: value for key, value in stages[name].items() if key not in _MAY_CHANGE_IN_A_STAGE}
-            for name in wanted
-        }
-        return json.loads(json.dumps(values))
 
     # Files
 
@@ -439,19 +321,23 @@ class Curriculum:
             lock.release()
 
 
+class _Captions:
+    """The texts of a store, and about how many they are, from which size and time are foretold."""
+
+    def __init__(self, progress: RecipeProgress, which: str):
+        self.progress, self.which = progress, which
+
+    def __iter__(self) -> Iterator[str]:
+        return chain.from_iterable(iter_texts(source) for source in self.progress.text_sources(self.which))
+
+    def __length_hint__(self) -> int:
+        expected = self.progress.expected_texts(self.which)
+        return NotImplemented if expected is None else expected
+
+
 def versions() -> dict[str, str]:
     """What a result depends on, beside the recipe."""
     return {**{name: version(name) for name in _VERSIONS_OF}, "python": platform.python_version()}
-
-
-def _precision(wanted: str) -> str:
-    if wanted != "auto":
-        return wanted
-    if torch.cuda.is_available():
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    if torch.accelerator.is_available():
-        return "float32"
-    return str(native_dtype()).removeprefix("torch.")
 
 
 def _staging(folder: Path) -> Path:
@@ -464,13 +350,11 @@ def _replace_folder(folder: Path, write: Any) -> None:
     shutil.rmtree(staging, ignore_errors=True)
     os.makedirs(staging)
     write(staging)
+    _put_in_place(staging, folder)
+
+
+def _put_in_place(staging: Path, folder: Path) -> None:
+    """Rename a folder that a Trainer wrote to what people find, without the pickle in it."""
+    (staging / "training_args.bin").unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
     staging.rename(folder)
-
-
-def _changes(before: Any, now: Any, path: str = "") -> Iterator[str]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in dict.fromkeys([*before, *now]):
-            yield from _changes(before.get(key), now.get(key), f"{path}.{key}" if path else key)
-    elif before != now:
-        yield f"{path} was {before!r} and is {now!r}"

@@ -7,14 +7,9 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from .curriculum import Curriculum
-from .data.pairs import open_pairs
+from .data.store_build import bytes_of_text
 from .data.text_store import TextEmbeddingStore
-
-
-# A key of two int64 beside each embedding, and the same again with its row in the index.
-_BYTES_BESIDE_AN_EMBEDDING = 16 + 24
-_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+from .recipe_progress import RecipeProgress
 
 
 @dataclass(frozen=True)
@@ -75,10 +70,10 @@ class StorePlan:
         """About how large it will be."""
         if self.texts is None or self.dim is None:
             return None
-        return self.texts * (self.dim * _BYTES[self.dtype] + _BYTES_BESIDE_AN_EMBEDDING)
+        return self.texts * bytes_of_text(self.dim, self.dtype)
 
 
-def plan_stages(curriculum: Curriculum) -> list[StagePlan]:
+def plan_stages(curriculum: RecipeProgress) -> list[StagePlan]:
     """
     The stages of a recipe, in their order. Rows that the recipe does not number are counted, which for a large dataset means to open it.
 
@@ -88,12 +83,12 @@ def plan_stages(curriculum: Curriculum) -> list[StagePlan]:
     return [_plan_stage(curriculum, name) for name in curriculum.recipe.stages]
 
 
-def plan_stores(curriculum: Curriculum) -> list[StorePlan]:
+def plan_stores(curriculum: RecipeProgress) -> list[StorePlan]:
     """The text stores that the recipe's stages read."""
     return [_plan_store(curriculum, which) for which in ("llm", "teacher") if curriculum.needs_store(which)]
 
 
-def _plan_stage(curriculum: Curriculum, name: str) -> StagePlan:
+def _plan_stage(curriculum: RecipeProgress, name: str) -> StagePlan:
     settings, arguments = curriculum.recipe.stages[name], curriculum.arguments[name]
     state = curriculum.state_of(name)
     done: dict[str, Any] = {"seconds": None, "last_evaluation": {}}
@@ -101,7 +96,7 @@ def _plan_stage(curriculum: Curriculum, name: str) -> StagePlan:
         done = json.loads((curriculum.output_dir / name / "complete.json").read_text(encoding="utf-8"))
     elif (checkpoint := curriculum.checkpoint_of(name)) is not None:
         state = f"resumes from {Path(checkpoint).name}"
-    rows = _count(curriculum, name)
+    rows = curriculum.rows_of(name)
     steps = arguments.max_steps if arguments.max_steps > 0 else None
     if steps is None and rows is not None:
         steps = int(arguments.num_train_epochs * (rows // settings.global_batch_size))
@@ -125,35 +120,14 @@ def _plan_stage(curriculum: Curriculum, name: str) -> StagePlan:
     )
 
 
-def _count(curriculum: Curriculum, stage: str) -> int | None:
-    source, key = curriculum.source_of(stage)
-    stated = getattr(curriculum.recipe.data, key)
-    if stated is not None or source.streaming:
-        return stated
-    try:
-        return len(open_pairs(source, images=stage == "contrastive_tuning"))
-    except FileNotFoundError:
-        return None
-
-
-def _plan_store(curriculum: Curriculum, which: str) -> StorePlan:
-    path, data = curriculum.store_path(which), curriculum.recipe.data
+def _plan_store(curriculum: RecipeProgress, which: str) -> StorePlan:
+    path = curriculum.store_path(which)
     stored = len(TextEmbeddingStore(path)) if (path / "store.json").is_file() else 0
-    rows = 0
-    for stage in ("inheritance", "contrastive_tuning"):
-        if stage in curriculum.recipe.stages and (which == "llm" or stage == "inheritance"):
-            counted = _count(curriculum, stage)
-            if counted is None:
-                rows = 0
-                break
-            # Both stages read the same captions unless stage 1 has texts of its own.
-            rows = rows + counted if data.texts is not None else max(rows, counted)
-    texts = rows * data.captions_per_pair or None
     dtype = getattr(curriculum.recipe.text_stores, which).dtype
-    return StorePlan(which, path, stored, texts, _dim(curriculum, which), dtype)
+    return StorePlan(which, path, stored, curriculum.expected_texts(which), _dim(curriculum, which), dtype)
 
 
-def _dim(curriculum: Curriculum, which: str) -> int | None:
+def _dim(curriculum: RecipeProgress, which: str) -> int | None:
     model = curriculum.recipe.model
     try:
         if which == "llm":

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from transformers import TrainingArguments
 
+from .caption_contrastive_config import CaptionContrastiveConfig
 from .contrastive_tuning_config import PUBLISHED_BATCH, ContrastiveTuningConfig, batch_invariant_weights
 from .data.pairs import PairSource
 from .inheritance_config import RepresentationInheritanceConfig
@@ -16,6 +17,7 @@ from .strict_fields import build, check_fields, nearest
 
 # The stages in the order in which they run, each from the last one's result.
 CONFIG_OF = {
+    "caption_contrastive": CaptionContrastiveConfig,
     "inheritance": RepresentationInheritanceConfig,
     "contrastive_tuning": ContrastiveTuningConfig,
 }
@@ -77,17 +79,22 @@ class DataSettings:
     Attributes:
         train: pictures with captions.
         texts: captions for stage 1; by default those of `train`.
+        captions: two or more captions of a picture in every row, for stage 0; by default those of `train`.
+        plain_texts: rows of a query and a document, mixed into stage 0.
         eval: held-out pictures with captions, for stages with an `eval_strategy`.
         num_pairs: rows of `train`, where they cannot be counted (a stream) or need not be (`--dry-run`).
-        num_texts: rows of `texts`, likewise.
+        num_texts, num_captions: rows of `texts` and `captions`, likewise.
         captions_per_pair: about how many different captions a picture has; only foretells the text stores' size.
     """
 
     train: PairSource
     texts: PairSource | None = None
+    captions: PairSource | None = None
+    plain_texts: PairSource | None = None
     eval: PairSource | None = None
     num_pairs: int | None = None
     num_texts: int | None = None
+    num_captions: int | None = None
     captions_per_pair: int = 2
 
 
@@ -236,6 +243,7 @@ def _check_numbers(recipe: Recipe, where: str) -> None:
         "model.max_length": recipe.model.max_length,
         "data.num_pairs": recipe.data.num_pairs,
         "data.num_texts": recipe.data.num_texts,
+        "data.num_captions": recipe.data.num_captions,
         "data.captions_per_pair": recipe.data.captions_per_pair,
         "text_stores.token_budget": recipe.text_stores.token_budget,
     }

@@ -193,7 +193,9 @@ def test_two_processes_train_as_one(whole, content, tmp_path):
 
 def test_one_stage_at_a_time(whole, content, tmp_path):
     recipe = changed(content, tmp_path)
-    with pytest.raises(RecipeError, match="starts from inheritance, which is not finished: run --stage inheritance"):
+    with pytest.raises(
+        RecipeError, match="starts from the result of inheritance, which is not finished: run --stage inheritance"
+    ):
         Curriculum(recipe).run("contrastive_tuning")
     with pytest.raises(RecipeError, match="no stage 'tuning', only inheritance, contrastive_tuning"):
         Curriculum(recipe).run("tuning")
@@ -254,6 +256,37 @@ def test_without_stage_1_stage_2_starts_from_the_fresh_adapter(content, tmp_path
     pair, tuned = weights(out, "preparation"), weights(out, "contrastive_tuning")
     assert all(torch.equal(pair[name], tuned[name]) for name in pair if name.startswith("vision_model."))
     assert any(not torch.equal(pair[name], tuned[name]) for name in pair if name.startswith("text_adapter."))
+
+
+def test_a_stream_is_resumed_to_the_same_bits(content, tmp_path):
+    content = copy.deepcopy(content)
+    del content["data"]["texts"]
+    content["data"]["train"] |= {"streaming": True, "shuffle_buffer_size": 8}
+    for key in ("inheritance", "contrastive_tuning"):  # 24 pictures, twice, by 8
+        content["stages"][key]["num_train_epochs"] = 2
+    with pytest.raises(RecipeError, match=r"data.num_pairs: a stream cannot be counted"):
+        Curriculum(changed(content, tmp_path))
+    content["data"]["num_pairs"] = 24
+    (tmp_path / "whole").mkdir()
+    Curriculum(changed(content, tmp_path / "whole")).run()
+    recipe = changed(content, tmp_path)
+    for stage in ("inheritance", "contrastive_tuning"):
+        curriculum = Curriculum(recipe)
+        assert curriculum.arguments[stage].max_steps == 6
+        die_in_stage(curriculum, stage, 3, interrupt)
+        with pytest.raises(Interrupted):
+            curriculum.run()
+    Curriculum(recipe).run()
+    assert_same_weights(tmp_path / "whole" / "out", tmp_path / "out")
+
+
+def test_what_cannot_be_a_stream_is_refused(content, tmp_path):
+    streamed = {**content["data"]["train"], "streaming": True}
+    with pytest.raises(RecipeError, match="data.eval.streaming: held-out rows are read by number"):
+        Curriculum(changed(content, tmp_path, data__eval=streamed))
+    stage_0 = {"global_batch_size": 8, "max_steps": 1}
+    with pytest.raises(RecipeError, match="stages.caption_contrastive: draws pairs by row number"):
+        Curriculum(changed(content, tmp_path, data__train=streamed, stages__caption_contrastive=stage_0))
 
 
 @pytest.mark.parametrize("stage", ["inheritance", "contrastive_tuning"])

@@ -219,6 +219,17 @@ def test_every_recipe_is_valid_and_writes_to_a_place_of_its_own(name):
     ProCLIPConfig(**recipe.model.config)
 
 
+def test_stage_0_has_llm2clips_numbers():
+    """LLM2CLIP, arXiv 2411.04997, v6."""
+    recipe = load_recipe(RECIPES / "llm2clip-stage-0-vit-l-14-3m.yaml")
+    assert list(recipe.stages) == ["caption_contrastive", "contrastive_tuning"]
+    stage = recipe.stages["caption_contrastive"]
+    assert (stage.global_batch_size, recipe.data.captions.streaming) == (2048, False)
+    published = {"learning_rate": 2e-4, "warmup_steps": 300, "num_train_epochs": 1, "max_length": 512}
+    published |= {"lora_r": 16, "lora_alpha": 32}
+    assert {key: stage.arguments[key] for key in published} == published
+
+
 def test_the_sigmoid_recipe_has_a_bias_to_train():
     recipe = load_recipe(RECIPES / "proclip-siglip2-sigmoid-3m.yaml")
     assert recipe.stages["contrastive_tuning"].arguments["loss"] == "sigmoid"

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPProcessor, Ll
 from tests.modeling_proclip import tiny
 from tests.trainers.tiny_encoders import make_texts, tiny_clip
 from tests.trainers.tiny_training import DieAt
+from trainers.caption_contrastive_trainer import CaptionContrastiveTrainer
 from trainers.curriculum import Curriculum
 from trainers.recipe import load_recipe
 
@@ -97,6 +98,17 @@ def die_in_stage(curriculum: Curriculum, stage: str, step: int, die) -> None:
         return made
 
     curriculum._trainer = trainer  # type: ignore[method-assign]
+
+
+def die_in_stage_0(monkeypatch, step: int) -> None:
+    """Make the trainer of stage 0 die at the end of an optimizer step."""
+    init = CaptionContrastiveTrainer.__init__
+
+    def with_death(self, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        self.add_callback(DieAt(step, interrupt))
+
+    monkeypatch.setattr(CaptionContrastiveTrainer, "__init__", with_death)
 
 
 if __name__ == "__main__":
