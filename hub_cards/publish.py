@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -78,6 +78,7 @@ def publish(
     card: Mapping[str, Any] | None = None,
     token: str | None = None,
     dry_run: bool = False,
+    announce: Callable[[PublishReport], None] | None = None,
 ) -> PublishReport:
     """
     Send a checkpoint to the Hub: weights, configuration, processor, the code that loads it where this package is not installed, and the card.
@@ -104,6 +105,7 @@ def publish(
             them, also in place of a README.md.
         token: Of the Hub; by default that of `hf auth login` or `HF_TOKEN`. It is never printed.
         dry_run: Check everything, say what would be sent, and ask the Hub nothing (but for the LLM that `text_model` names).
+        announce: Called with what is going to be sent, before it is.
 
     Returns:
         [`PublishReport`].
@@ -129,6 +131,8 @@ def publish(
         )
         if dry_run:
             return _report(staged, repo_id)
+        if announce is not None:
+            announce(_report(staged, repo_id))
         return upload(staged, repo_id, private=private, revision=revision, message=message, token=token)
 
 
@@ -152,14 +156,14 @@ def publish_model(
     """
     repo_id = full_name(repo_id, token)
     with TemporaryDirectory() as saved, TemporaryDirectory() as staging:
-        model.save_pretrained(saved, lean=lean)
+        sharding = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+        model.save_pretrained(saved, lean=lean, **sharding)
         if processor is not None:
             processor.save_pretrained(saved)
         staged = stage(
             Path(saved),
             Path(staging),
             repo_id,
-            max_shard_bytes=None if max_shard_size is None else convert_file_size_to_int(max_shard_size),
             with_processor=processor is not None,
         )
         message = commit_message or MESSAGE
@@ -209,7 +213,7 @@ def upload(
         head = api.model_info(repo_id, revision=revision).sha
         there = api.list_repo_files(repo_id, revision=head)
         removed = _stale(there, staged)
-        operations = [CommitOperationAdd(name, staged.folder / name) for name in staged.files]
+        operations: list[Any] = [CommitOperationAdd(name, staged.folder / name) for name in staged.files]
         operations += [CommitOperationDelete(name) for name in removed]
         commit = api.create_commit(repo_id, operations, commit_message=message, revision=revision, parent_commit=head)
     if not {"processor_config.json", "preprocessor_config.json"} & {*there, *staged.files}:
@@ -266,8 +270,8 @@ def _stale(there: list[str], staged: Staged) -> list[str]:
 def _staging_folder(folder: Path, beside: bool) -> Iterator[Path]:
     """An empty folder, removed at the end: `beside` the checkpoint where it takes weights, so that a killed run's is found and removed."""
     if not beside:
-        with TemporaryDirectory(prefix="proclip-publish-") as staging:
-            yield Path(staging)
+        with TemporaryDirectory(prefix="proclip-publish-") as temporary:
+            yield Path(temporary)
         return
     staging = folder.resolve().with_name(f".{folder.resolve().name}.publish")
     shutil.rmtree(staging, ignore_errors=True)

@@ -1,13 +1,14 @@
 """The code that travels with a checkpoint, so that it loads with `trust_remote_code=True` where this package is not installed."""
 
-from importlib.util import find_spec
 from pathlib import Path
 
 from transformers.dynamic_module_utils import get_relative_import_files
 
+import modeling_proclip
 
-# Which class of which file each Auto class takes, by config.json and by processor_config.json. Transformers' own `register_for_auto_class` keeps one of a model's Auto classes only, and
-# the zero-shot pipeline needs the other.
+
+# Which class of which file each Auto class takes, by config.json and by processor_config.json. Transformers' own `register_for_auto_class`
+# keeps one of a model's Auto classes only, and the zero-shot pipeline needs the other.
 AUTO_MAP = {
     "AutoConfig": "configuration_proclip.ProCLIPConfig",
     "AutoModel": "modeling_proclip.ProCLIPModel",
@@ -23,8 +24,7 @@ def code_files() -> list[Path]:
     They are found as Transformers finds them when it loads them: by their relative imports, which therefore name siblings only. Nothing of
     the conversion is among them.
     """
-    spec = find_spec("modeling_proclip")
-    folder = Path(spec.origin).parent
+    folder = Path(modeling_proclip.__file__).parent
     entries = {folder / f"{reference.split('.')[0]}.py" for reference in (AUTO_MAP | PROCESSOR_AUTO_MAP).values()}
     needed = {Path(file) for entry in entries for file in get_relative_import_files(entry)}
     return sorted(entries | needed)

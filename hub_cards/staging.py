@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -296,8 +296,11 @@ def _plan(config: ProCLIPConfig, tensors: dict[str, StoredTensor], lean: bool, s
         def llm_state() -> dict[str, torch.Tensor]:
             return recorded_text_model(config, None, config.text_config.dtype, {}).state_dict()
 
+        def llm_tensor(name: str) -> torch.Tensor:
+            return llm_state()[name]
+
         planned += [
-            PlannedTensor(prefix + name, tensor.dtype, tuple(tensor.shape), lambda name=name: llm_state()[name])
+            PlannedTensor(prefix + name, tensor.dtype, tuple(tensor.shape), partial(llm_tensor, name))
             for name, tensor in shapes.items()
         ]
     return sorted(planned, key=lambda tensor: tensor.name)

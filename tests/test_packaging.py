@@ -2,6 +2,7 @@
 
 import email
 import email.message
+import re
 import subprocess
 import sys
 import zipfile
@@ -69,6 +70,14 @@ def test_readme_describes_the_wheel(metadata):
 
 def test_extras_that_error_messages_name_exist(metadata):
     assert set(cli.EXTRA_OF.values()) <= set(metadata.get_all("Provides-Extra"))
+
+
+def test_the_oldest_transformers_that_is_tested_is_the_oldest_that_is_supported(metadata):
+    (requirement,) = (name for name in metadata.get_all("Requires-Dist") if name.startswith("transformers"))
+    (tested,) = re.findall(
+        r"^OLDEST := transformers==([\d.]+)\.\*$", (REPOSITORY / "Makefile").read_text(), re.MULTILINE
+    )
+    assert f">={tested}" in requirement.replace(" ", "").split(";")[0].replace("transformers", "").split(",")
 
 
 def test_packages_import_outside_the_checkout(python, installed):

@@ -55,7 +55,7 @@ class PublishingTrainer(Trainer):
         repo_id = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
         self.hub_model_id = full_name(repo_id, token)
         make_repository(self.hub_model_id, private, token)
-        self.push_in_progress = None
+        self.push_in_progress: PushInProgress | None = None
         self._background = HfApi(token=token)  # sends one thing after the other
 
     def push_to_hub(
@@ -110,7 +110,7 @@ class PublishingTrainer(Trainer):
         shutil.rmtree(links, ignore_errors=True)
         shutil.copytree(checkpoint_folder, links, copy_function=_link)
         settings = self._publish_settings(message, self.args.hub_token, self.args.hub_revision, None)
-        jobs = [self._background.run_as_future(_publish_and_remove, links, self.hub_model_id, **settings)]
+        jobs: list[Any] = [self._background.run_as_future(_publish_and_remove, links, self.hub_model_id, **settings)]
         whole = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: Path(checkpoint_folder).name}
         if path := whole.get(self.args.hub_strategy):
             jobs.append(
@@ -123,10 +123,9 @@ class PublishingTrainer(Trainer):
                     run_as_future=True,
                 )
             )
-        if busy:
-            self.push_in_progress.jobs.extend(jobs)
-        else:
-            self.push_in_progress = PushInProgress(jobs)
+        if busy and self.push_in_progress is not None:
+            jobs = [*self.push_in_progress.jobs, *jobs]
+        self.push_in_progress = PushInProgress(jobs)
 
     def _publish_settings(
         self, message: str | None, token: str | None, revision: str | None, private: bool | None

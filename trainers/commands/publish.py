@@ -68,6 +68,7 @@ def publish(
         text_model_revision=text_model_revision,
         card=said,
         dry_run=dry_run,
+        announce=lambda plan: typer.echo(f"sending {plan.num_bytes:,} bytes to {plan.repo_id}", err=True),
     )
     verb = "would send" if dry_run else "sent"
     rows = [(f"{verb} {name}", f"{size:,} bytes") for name, size in sorted(report.files.items())]
