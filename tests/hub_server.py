@@ -11,12 +11,12 @@ import json
 import re
 import secrets
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -463,15 +463,18 @@ class Handler(BaseHTTPRequestHandler):
         below = {p: blob for p, blob in files.items() if not path or p.startswith(path.rstrip("/") + "/")}
         if path and not below:
             raise HubError(404, f"{path} does not exist", "EntryNotFound")
+        folders = folders_of(below) - folders_of([path + "/file"])
         if self.query.get("recursive", ["false"])[0].lower() not in ("true", "1"):
             depth = path.count("/") + 1 if path else 0
+            folders = {p for p in folders if p.count("/") == depth}
             below = {p: blob for p, blob in below.items() if p.count("/") == depth}
-        return [describe(p, blob) for p, blob in sorted(below.items())]
+        return [describe_folder(p) for p in sorted(folders)] + [describe(p, blob) for p, blob in sorted(below.items())]
 
     def _paths_info(self, body: bytes, kind: str, name: str, revision: str) -> Any:
         files = self._find(self._repository(name, kind), revision).files
         wanted = json.loads(body)["paths"] if body.startswith(b"{") else parse_qs(body.decode()).get("paths", [])
-        return [describe(path, files[path]) for path in wanted if path in files]
+        found = [describe(path, files[path]) for path in wanted if path in files]
+        return found + [describe_folder(path) for path in wanted if path in folders_of(files)]
 
     def _refs(self, body: bytes, kind: str, name: str) -> Any:
         repository = self._repository(name, kind)
@@ -643,6 +646,16 @@ class Handler(BaseHTTPRequestHandler):
         if self.fault and self.fault.drop_after is not None:
             self.wfile.flush()
             raise Dropped
+
+
+def folders_of(paths: Iterable[str]) -> set[str]:
+    """All folders that hold files of these paths."""
+    return {str(folder) for path in paths for folder in PurePosixPath(path).parents} - {"."}
+
+
+def describe_folder(path: str) -> dict[str, Any]:
+    """A folder's entry of a tree."""
+    return {"type": "directory", "oid": git_oid(path.encode()), "size": 0, "path": path}
 
 
 def describe(path: str, blob: Blob) -> dict[str, Any]:

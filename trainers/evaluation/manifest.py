@@ -58,6 +58,7 @@ class Data:
         split: its split.
         config: its configuration, if it has several.
         revision: commit on the Hub. None takes the newest and records which that was.
+        files: for the layout "table", a pattern of the split's files in the source, where other files lie beside them (`test/*.tar`).
         num_items: rows. A source with another number is refused. None, for your own data, checks nothing.
         num_captions: captions in all rows together, likewise.
         layout: "table" (anything `datasets` reads: rows with columns), "caption_file" (a file whose rows name pictures in a folder),
@@ -74,6 +75,7 @@ class Data:
     split: str = "test"
     config: str | None = None
     revision: str | None = None
+    files: str | None = None
     num_items: int | None = None
     num_captions: int | None = None
     layout: typing.Literal["table", "caption_file", "caption_folder", "mmvp", "openmoji"] = "table"

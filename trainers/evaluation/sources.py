@@ -106,11 +106,11 @@ def open_data(
 
 
 def fetched_revision(rows: datasets.Dataset) -> str | None:
-    """The commit that `datasets` fetched `rows` from, as its own record of the files says; None if it has none."""
-    for url in rows.info.download_checksums or {}:
-        commit = re.search(r"@([0-9a-f]{40})/", url)
-        if commit:
-            return commit.group(1)
+    """The commit on the Hub that `rows` were fetched from: `datasets` keeps them in a folder of its name. None if there is no such folder."""
+    for file in rows.cache_files:
+        name = Path(file["filename"]).parent.name
+        if re.fullmatch("[0-9a-f]{40}", name):
+            return name
     return None
 
 
@@ -199,9 +199,13 @@ def _local(folder: Path | None, source: str, where: str) -> Path:
 def _table(source: str, folder: Path | None, manifest: Manifest, where: str) -> datasets.Dataset:
     data = manifest.data
     remedy = f"a local copy is given with --source {manifest.name}=PATH or --data-dir DIR"
+    # Without a pattern `datasets` takes the kind of most files for that of the data, and one archive beside two texts is a text.
+    files = None if data.files is None else {data.split: data.files}
     try:
         if folder is None:
-            rows = datasets.load_dataset(source, data.config, split=data.split, revision=data.revision)
+            rows = datasets.load_dataset(
+                source, data.config, split=data.split, revision=data.revision, data_files=files
+            )
         elif folder.is_file():
             loader = {".jsonl": "json", ".tsv": "csv"}.get(folder.suffix, folder.suffix[1:])
             if loader not in ("csv", "json", "parquet", "arrow"):
@@ -218,7 +222,7 @@ def _table(source: str, folder: Path | None, manifest: Manifest, where: str) -> 
                 rows = rows[data.split]
         else:
             # A configuration is a name on the Hub; a local copy is what that configuration holds.
-            rows = datasets.load_dataset(str(folder), split=data.split)
+            rows = datasets.load_dataset(str(folder), split=data.split, data_files=files)
     except IndexError as error:  # what load_from_disk makes of a dataset that was saved without rows
         raise ValueError(f"{where}: {source} has no rows") from error
     except (OSError, datasets.exceptions.DatasetGenerationError) as error:

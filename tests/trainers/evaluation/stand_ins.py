@@ -194,8 +194,8 @@ def _fine_grained_rows(manifest: Manifest, world: ColorWorld) -> tuple[list[dict
 
 def _write_table(manifest: Manifest, rows: list[dict], path: Path) -> None:
     columns, data = manifest.columns, manifest.data
-    if data.source.startswith("clip-benchmark/wds_") or data.source.endswith("wds_imagenet1k"):
-        return _write_tar(manifest, rows, path)
+    if data.files is not None:
+        return write_tar(manifest, rows, path)
     content: dict[str, list] = {}
     features: dict[str, Any] = {}
     for key, column in columns.items():
@@ -204,7 +204,9 @@ def _write_table(manifest: Manifest, rows: list[dict], path: Path) -> None:
             features[column] = datasets.Image()
         elif key == "label":
             content[column] = [row["label"] for row in rows]
-            features[column] = datasets.ClassLabel(names=rows[0]["names"])
+            features[column] = datasets.Value("int64")
+            if manifest.classes.names == "feature":
+                features[column] = datasets.ClassLabel(names=rows[0]["names"])
         elif key == "captions":
             content[column] = [row["captions"] for row in rows]
             features[column] = datasets.List(datasets.Value("string"))
@@ -225,9 +227,12 @@ def _write_table(manifest: Manifest, rows: list[dict], path: Path) -> None:
         table.to_parquet(path / "data" / f"{data.split}-00000-of-00001.parquet")
 
 
-def _write_tar(manifest: Manifest, rows: list[dict], path: Path) -> None:
+def write_tar(manifest: Manifest, rows: list[dict], path: Path) -> None:
     """A WebDataset as the repositories `wds_...` have it: `test/0.tar`, a file for each column."""
     (path / manifest.data.split).mkdir(parents=True)
+    for name in ("classnames.txt", "zeroshot_classification_templates.txt", "test/nshards.txt"):
+        (path / name).parent.mkdir(exist_ok=True)
+        (path / name).write_text("1\n")
     with tarfile.open(path / manifest.data.split / "0.tar", "w") as tar:
         for i, row in enumerate(rows):
             for key, column in manifest.columns.items():

@@ -13,7 +13,6 @@ from tests.trainers.evaluation.stand_ins import ColorModel, ColorWorld
 from trainers.evaluation.manifest import Manifest, parse_manifest
 from trainers.evaluation.metrics import mean_per_class_accuracy, retrieval_ranks, zero_shot_ranks
 from trainers.evaluation.runner import evaluate
-from trainers.evaluation.sources import fetched_revision
 
 
 def save_rows(folder: Path, rows: list[dict], **features) -> str:
@@ -264,14 +263,6 @@ def test_sources_of_an_unknown_kind_and_split(bench: Bench, tmp_path):
     (lone / "image" / "1.jpg").write_bytes(b"")
     folders = retrieval(str(lone), data={"source": str(lone), "layout": "caption_folder"})
     assert "under every name, but '1' has only one of them" in bench.refused(folders)
-
-
-def test_the_revision_that_was_fetched_is_read_from_the_record_of_the_files():
-    rows = datasets.Dataset.from_dict({"a": [1]})
-    assert fetched_revision(rows) is None
-    commit = "0123456789abcdef" * 2 + "01234567"
-    rows.info.download_checksums = {f"hf://datasets/some/where@{commit}/data/test.parquet": {"num_bytes": 1}}
-    assert fetched_revision(rows) == commit
 
 
 # The rank functions that the engine is built on
