@@ -63,6 +63,19 @@ def load(repo, revision, output):
     scores = {s["label"]: s["score"] for s in classify(picture, candidate_labels=texts, hypothesis_template="{}")}
     assert torch.allclose(torch.tensor([scores[text] for text in texts]), logits.softmax(-1)[0], atol=1e-6), scores
 
+    text_embeds = model(**processor(text=texts, return_tensors="pt")).text_embeds
+    features = pipeline("feature-extraction", model=repo, **settings)(texts, return_tensors=True)
+    assert torch.allclose(torch.cat(features), text_embeds, atol=1e-5)
+    image_embeds = model(**processor(images=picture, return_tensors="pt")).image_embeds
+    features = pipeline("image-feature-extraction", model=repo, **settings)([picture], return_tensors=True)
+    assert torch.allclose(torch.cat(features), image_embeds, atol=1e-5)
+    if find_spec("sentence_transformers"):
+        from sentence_transformers import SentenceTransformer
+
+        encoder = SentenceTransformer(repo, **settings)
+        assert torch.allclose(encoder.encode(texts, convert_to_tensor=True), text_embeds, atol=1e-5)
+        assert torch.allclose(encoder.encode([picture], convert_to_tensor=True), image_embeds, atol=1e-5)
+
     # What is saved here loads here again, by the code that was saved with it.
     model.save_pretrained(output)
     processor.save_pretrained(output)
