@@ -49,7 +49,8 @@ def model_card(
         base_licenses: Licences of the towers, under "vision" and "text". By default those that the cards of the base models name, as far as
             they are in their folders or in the Hub's local cache.
         languages: ISO 639 codes of the languages that the model is for. By default those that the LLM's card names.
-        datasets: What it was trained on: names, on the Hub where they are there, and the licence of each or None if it is not known.
+        datasets: What it was trained on: names, on the Hub where they are there, and the licence of each or None if it is not known. Beside
+            those that the trainers recorded.
         limits: Sentences to add to the card's limits.
         remote_code: Whether the snippets load it with `trust_remote_code=True` and without this package. By default as the checkpoint's
             `auto_map` says; publishing adds one.
@@ -76,6 +77,10 @@ def model_card(
     base_cards = {
         tower: base_card(name, checkpoint.config.get(f"{tower}_model_revision")) for tower, name in bases.items()
     }
+    recorded = [stage["data"] for stage in checkpoint.training if stage.get("data")]
+    trained_on = {**{shown_dataset(data["source"]): None for data in recorded}, **(datasets or {})}
+    # A recorded source may be a path; only of a data set on the Hub there is a revision.
+    on_hub = {data["source"] for data in recorded if data["revision"]} | {*filter(is_hub_name, datasets or {})}
     if languages is None:
         languages = _listed(base_cards.get("text", {}).get("language"))
     name, title = repo_id or PLACEHOLDER, (repo_id or Path(folder).resolve().name).split("/")[-1]
@@ -88,7 +93,7 @@ def model_card(
         license_link=license_link,
         language=list(languages) or None,
         base_model=[name for name in bases.values() if is_hub_name(name)] or None,
-        datasets=[name for name in datasets or {} if is_hub_name(name)] or None,
+        datasets=sorted(on_hub) or None,
         tags=["proclip", "clip", "image-text-retrieval", "feature-extraction", "sentence-transformers"],
         eval_results=model_index(measured) or None,
     )
@@ -114,7 +119,7 @@ def model_card(
         trust=", trust_remote_code=True" if remote_code else "",
         loads_text=checkpoint.loads_text,
         checkpoint_license=license_name or license or UNKNOWN,
-        datasets={shown_dataset(name): licence or UNKNOWN for name, licence in (datasets or {}).items()},
+        datasets={shown_dataset(name): licence or UNKNOWN for name, licence in trained_on.items()},
         languages=list(languages),
         tasks=rows_of_tasks(measured),
         weights_checked=all(evaluated_weights(file) is not None for file in results),

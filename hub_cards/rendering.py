@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 from huggingface_hub import CardData, RepoCard
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from .results import shown_dataset
 from .validity import check_metadata
 
 
@@ -24,4 +25,5 @@ def render(card_class: type[_Card], template: str, data: CardData, **values: Any
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, keep_trailing_newline=True
     )
+    environment.filters["shown_dataset"] = shown_dataset
     return card_class(environment.get_template(template).render(card_data=data.to_yaml(), **values))

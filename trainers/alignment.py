@@ -138,8 +138,7 @@ class AlignmentTrainer(StreamedTrainer, PublishingTrainer):
     def _record_training(self) -> None:
         """Write into the model's configuration what its card says of this stage."""
         if self.state.global_step:
-            num_rows = len(self.rows) if isinstance(self.rows, DrawnCaptions) else None
-            record = training_record(self, self.stage, num_rows)
+            record = training_record(self, self.stage, self.rows)
             self.model.config.training = [*self._earlier_stages, record]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:

@@ -6,6 +6,9 @@ from typing import Any
 
 from transformers import Trainer, TrainingArguments
 
+from .collators import DrawnCaptions
+from .data.pairs import PairRows, PairStream
+
 
 # Of the Trainer's own arguments those that decide what is learned; a stage's own settings are recorded all.
 _SETTINGS = (
@@ -25,16 +28,17 @@ _SETTINGS = (
 _PACKAGES = ("proclip-transformers", "transformers", "torch")
 
 
-def training_record(trainer: Trainer, stage: str, num_rows: int | None) -> dict[str, Any]:
+def training_record(trainer: Trainer, stage: str, rows: DrawnCaptions | PairStream) -> dict[str, Any]:
     """
     How far `trainer` has trained its model, and with which settings, as JSON.
 
     Args:
         stage: Name of the stage, in words.
-        num_rows: Rows of its data set; None for a stream.
+        rows: What it is trained on.
 
     Returns:
-        "stage", "trainer", "steps", "num_epochs", "batch_size" (rows of a step, of all processes), "num_processes", "num_rows", "settings"
+        "stage", "trainer", "steps", "num_epochs", "batch_size" (rows of a step, of all processes), "num_processes", "num_rows" (None of a stream), "data" (source, split and revision
+        of what [`open_pairs`] opened, else None), "settings"
         (those of the stage that are set, and those of the Trainer that decide what is learned), "final" (what was logged last) and
         "versions" of the packages.
     """
@@ -53,11 +57,19 @@ def training_record(trainer: Trainer, stage: str, num_rows: int | None) -> dict[
         "num_epochs": round(state.epoch or 0, 4),
         "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "num_processes": args.world_size,
-        "num_rows": num_rows,
+        "num_rows": len(rows) if isinstance(rows, DrawnCaptions) else None,
+        "data": _data(rows.rows if isinstance(rows, DrawnCaptions) else rows),
         "settings": {name: _plain(value) for name, value in settings.items() if value is not None},
         "final": {name: logged[name] for name in sorted(logged) if name == "loss" or name.endswith("_loss")},
         "versions": {package: _version(package) for package in _PACKAGES},
     }
+
+
+def _data(rows: Any) -> dict[str, Any] | None:
+    if not isinstance(rows, (PairRows, PairStream)):
+        return None
+    source = rows.source
+    return {"source": str(source.source), "split": source.split, "revision": source.revision}
 
 
 def _plain(value: Any) -> Any:

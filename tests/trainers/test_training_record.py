@@ -1,9 +1,14 @@
 """What a trained checkpoint records of its training, and the card that the trainers write of it."""
 
+import json
+
+import pytest
 from huggingface_hub import ModelCard
 
+from hub_cards import model_card
 from modeling_proclip import ProCLIPConfig
-from tests.trainers.tiny_training import inheritance_trainer, tiny_model, tuning_trainer
+from tests.trainers.tiny_training import CAPTIONS, inheritance_trainer, tiny_model, tuning_trainer
+from trainers.data import PairSource, open_pairs
 
 
 def test_the_trainers_card_tells_of_its_run(tmp_path):
@@ -33,3 +38,23 @@ def test_a_model_that_was_not_trained_records_nothing(tmp_path):
     trainer = tuning_trainer(tmp_path, tiny_model(load_text_model=True), max_steps=2)
     trainer.save_model()
     assert ProCLIPConfig.from_pretrained(tmp_path).training is None
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_data_is_recorded_and_on_the_card(tmp_path, streaming):
+    rows = "".join(
+        json.dumps({"image": f"{i}.png", "text": captions[0]}) + "\n" for i, captions in enumerate(CAPTIONS)
+    )
+    (tmp_path / "captions.jsonl").write_text(rows)
+    source = PairSource(source=str(tmp_path / "captions.jsonl"), streaming=streaming)
+    model = tiny_model(load_text_model=True)
+    inheritance_trainer(tmp_path / "run", model, open_pairs(source, images=False), max_steps=2).train()
+    (stage,) = model.config.training
+    assert stage["num_rows"] == (None if streaming else len(CAPTIONS))
+    assert stage["data"] == {"source": str(tmp_path / "captions.jsonl"), "split": "train", "revision": None}
+    model.save_pretrained(tmp_path / "model")
+    card = model_card(tmp_path / "model")
+    assert "| data | captions.jsonl, train |" in card.text and "| data, captions.jsonl | unknown |" in card.text
+    assert (" rows, from a stream," in card.text) == streaming
+    assert card.data.datasets is None and str(tmp_path) not in str(card)
+    assert model_card(tmp_path / "model", datasets={"owner/pictures": "mit"}).data.datasets == ["owner/pictures"]
