@@ -16,7 +16,7 @@ from transformers.trainer_utils import has_length
 from hub_cards import adapter_card, model_card
 from modeling_proclip import ProCLIPModel
 
-from .alignment_checks import check_store, proclip_of, set_input_statistics, train_only
+from .alignment_checks import check_store, check_texts, proclip_of, refuse_sharding, set_input_statistics, train_only
 from .alignment_config import AlignmentConfig
 from .checkpoints import STATE_FILE, last_complete_checkpoint
 from .collators import DrawnCaptions
@@ -83,12 +83,11 @@ class AlignmentTrainer(StreamedTrainer, PublishingTrainer):
         self._parts: dict[str, dict[str, list[torch.Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._joined_rows = 0  # of the batch at hand, of all processes
         super().__init__(model=model, args=args, train_dataset=self.rows, eval_dataset=eval_dataset, **kwargs)
+        refuse_sharding(self.accelerator)
         self._earlier_stages = model.config.training or []
         self._check_sizes()
         hidden_size = model.config.text_config.hidden_size
-        check_store(
-            "text_store", text_store, hidden_size, self.rows, "build it with this model's LLM, by `proclip embed`."
-        )
+        self.check_store("text_store", text_store, hidden_size, "build it with this model's LLM, by `proclip embed`.")
         set_input_statistics(model, text_store)
         # Each batch's loss is a mean, which Trainer divides by the number of accumulated batches, or a sum, which it must not.
         self.loss_is_scaled_for_ga = args.reduction == "sum"
@@ -96,6 +95,14 @@ class AlignmentTrainer(StreamedTrainer, PublishingTrainer):
             self.add_callback(_SetEpoch(self.rows))
         self._speed = _Speed()
         self.add_callback(self._speed)
+
+    def check_store(self, name: str, store: Any, size: int, remedy: str) -> None:
+        """Raises KeyError if captions are missing in `store`, ValueError if its embeddings are not of `size`; says the `remedy`."""
+        check_store(name, store, size, self.rows, remedy)
+        evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        trained = self.rows.rows if isinstance(self.rows, DrawnCaptions) else self.rows
+        for dataset in (trained, *evaluated.values()):
+            check_texts(name, store, dataset)
 
     def _check_sizes(self) -> None:
         """A dataset shorter than one batch of all processes would, with its last batch dropped, be empty."""

@@ -1,19 +1,29 @@
 """What is made sure of before a training begins: what is trained, and that the stores of embeddings fit."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any
 
+import datasets
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import nn
+from tqdm.auto import tqdm
 
 from modeling_proclip import ProCLIPModel
 
-from .collators import DrawnCaptions
+from .collators import DrawnCaptions, captions_of
+from .data import TextEmbeddingStore
+from .data.pair_rows import PairRows, texts_of
 from .data.pair_stream import PairStream
+from .data.store_files import text_keys
 
 
 logger = logging.getLogger(__name__)
+
+_ROWS_AT_A_TIME = 10_000
 
 
 def train_only(model: nn.Module, trained: Iterable[nn.Parameter]) -> None:
@@ -76,6 +86,46 @@ def check_store(name: str, store: Any, size: int, rows: DrawnCaptions | PairStre
         raise ValueError(f"{name} holds embeddings of size {found}, but this model needs {size}: {remedy}")
 
 
+def check_texts(name: str, store: Any, dataset: Any) -> None:
+    """
+    Look for all captions of `dataset` in `store`, by their keys alone, so that a training does not end hours later at one that is missing.
+
+    Checked are rows in a list, a dataset of the `datasets` library and a [`PairRows`], of which pictures are not decoded: 3 million captions
+    take about a minute. Other datasets would have to decode them, and a store that is no [`TextEmbeddingStore`] may know what to do.
+
+    Raises:
+        KeyError: If captions are missing; names the first and tells how many there are.
+    """
+    captions = _captions(dataset)
+    if captions is None or not isinstance(store, TextEmbeddingStore):
+        return
+    missing: dict[str, None] = {}
+    progress = tqdm(total=len(dataset), desc=f"captions in the {name}", unit=" rows", delay=5, leave=False)
+    for rows in iter(lambda: list(islice(captions, _ROWS_AT_A_TIME)), []):
+        texts = [caption for of_row in rows for caption in of_row]
+        found = store.find(text_keys(texts)) >= 0
+        missing |= dict.fromkeys(text for text, there in zip(texts, found, strict=True) if not there)
+        progress.update(len(rows))
+    progress.close()
+    if missing:
+        raise KeyError(f"{name}: {store.missing_message(list(missing))}")
+
+
+def _captions(dataset: Any) -> Iterator[list[str]] | None:
+    """The captions of each row, or None if reading them would decode pictures."""
+    if isinstance(dataset, PairRows):
+        opened = dataset.rows
+        columns = {
+            column if column in opened.table.column_names else column.split(".")[0] for column in opened.text_columns
+        }
+        return (texts_of(row, opened) for row in opened.table.select_columns(sorted(columns)))
+    if isinstance(dataset, datasets.Dataset) and "text" in dataset.column_names:
+        dataset = dataset.select_columns("text")
+    elif not isinstance(dataset, list):
+        return None
+    return (captions_of(row, f"row {i}") for i, row in enumerate(dataset))
+
+
 def set_input_statistics(model: ProCLIPModel, text_store: Any) -> None:
     """Give an adapter that standardises its input and was not told how yet the mean and deviation of the text store."""
     adapter = model.text_adapter
@@ -83,3 +133,18 @@ def set_input_statistics(model: ProCLIPModel, text_store: Any) -> None:
         return
     adapter.set_input_statistics(*text_store.statistics())
     logger.warning("The adapter's input statistics were unset; they are now those of the text store.")
+
+
+def refuse_sharding(accelerator: Accelerator) -> None:
+    """
+    Raises ValueError under FSDP and DeepSpeed.
+
+    The loss reads the logit scale outside of the model's forward pass, the EMA teacher follows whole parameters, and the logit scale is
+    clamped in place after a step. With sharded or master copies none of these is what it seems.
+    """
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ValueError(
+            f"{accelerator.distributed_type} shards or copies parameters, but the EMA teacher and the logit scale need them whole. It is not "
+            "needed either: the LLM takes no part in this stage, and what is trained fits on one device. So use DDP, which `accelerate launch "
+            "--multi_gpu` starts, and gradient_caching_batch_size where a batch does not fit."
+        )

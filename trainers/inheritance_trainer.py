@@ -8,7 +8,6 @@ from torch import nn
 from modeling_proclip import ProCLIPModel
 
 from .alignment import AlignmentTrainer, distillation_loss, unit
-from .alignment_checks import check_store
 from .collators import InheritanceCollator
 from .inheritance_config import RepresentationInheritanceConfig
 
@@ -75,11 +74,10 @@ class RepresentationInheritanceTrainer(AlignmentTrainer):
             data_collator=InheritanceCollator(text_store, teacher_store),
             **kwargs,
         )
-        check_store(
+        self.check_store(
             "teacher_store",
             teacher_store,
             model.config.projection_dim,
-            self.rows,
             "build it with the CLIP whose image encoder this model has, by `proclip embed`.",
         )
 
