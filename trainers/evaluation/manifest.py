@@ -6,13 +6,12 @@ in it is checked against the data before a number comes out (`trainers.evaluatio
 
 import dataclasses
 import difflib
-import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
+from .strict_yaml import build, check_keys, read_yaml
 
 
 KINDS = ("retrieval", "zero_shot", "fine_grained", "caption_retrieval", "linear_probe", "cka")
@@ -200,7 +199,7 @@ def load_manifest(name_or_path: str | Path) -> list[Manifest]:
         path = MANIFESTS / f"{name_or_path}.yaml"
         if not path.is_file():
             _unknown("benchmark", str(name_or_path), manifest_names())
-    return parse_manifest(_read_yaml(path), str(path))
+    return parse_manifest(read_yaml(path), str(path))
 
 
 def load_suite(name_or_path: str | Path) -> Suite:
@@ -219,11 +218,11 @@ def load_suite(name_or_path: str | Path) -> Suite:
         path = SUITES / f"{name_or_path}.yaml"
         if not path.is_file():
             _unknown("suite", str(name_or_path), suite_names() + manifest_names())
-    content = _read_yaml(path)
+    content = read_yaml(path)
     if "kind" in content:
         manifests = parse_manifest(content, str(path))
         return Suite(name=path.stem, tasks=manifests)
-    _check_keys(content, {"name", "title", "tasks"}, {"name", "tasks"}, str(path))
+    check_keys(content, {"name", "title", "tasks"}, {"name", "tasks"}, str(path))
     if not isinstance(content["tasks"], list) or not content["tasks"]:
         raise ValueError(f"{path}: tasks must be a list of benchmarks that is not empty")
     tasks: list[Manifest] = []
@@ -265,7 +264,7 @@ def check_unique(tasks: list[Manifest]) -> list[Manifest]:
 
 def parse_manifest(content: Any, where: str) -> list[Manifest]:
     """The benchmarks that the mapping `content`, read from `where`, describes. ValueError as for [`load_manifest`]."""
-    manifest = _build(Manifest, content, where)
+    manifest = build(Manifest, content, where)
     _check(manifest, where)
     if manifest.variants is None:
         return [manifest]
@@ -273,7 +272,7 @@ def parse_manifest(content: Any, where: str) -> list[Manifest]:
         raise ValueError(f"{where}: variants must not be empty, and need a name with {{variant}} in it")
     counts = manifest.variants if isinstance(manifest.variants, dict) else dict.fromkeys(manifest.variants, {})
     for variant, own in counts.items():
-        _check_keys(own, {"num_items", "num_captions"}, set(), f"{where}, variant {variant}")
+        check_keys(own, {"num_items", "num_captions"}, set(), f"{where}, variant {variant}")
     return [_fill(manifest, variant, own) for variant, own in counts.items()]
 
 
@@ -312,7 +311,7 @@ def _check(manifest: Manifest, where: str) -> None:
         metrics = METRICS["fine_grained"][1:] if pairs else METRICS["fine_grained"][:1]
         if manifest.primary_metric not in metrics:
             raise ValueError(f"{where}: with these columns, metric must be one of {', '.join(metrics)}")
-    _check_keys(manifest.columns, required | optional, required, f"{where}, columns")
+    check_keys(manifest.columns, required | optional, required, f"{where}, columns")
     if manifest.primary_metric not in METRICS[manifest.kind]:
         raise ValueError(
             f"{where}: metric must be one of {', '.join(METRICS[manifest.kind])}, got {manifest.metric!r}"
@@ -348,79 +347,6 @@ def _check(manifest: Manifest, where: str) -> None:
             raise ValueError(f"{where}: {key} must be at least 1, got {value}")
     if (manifest.data.layout == "caption_file") != (manifest.data.caption_file is not None):
         raise ValueError(f"{where}: caption_file belongs to the layout caption_file, which needs it")
-
-
-def _build(cls: type, content: Any, where: str) -> Any:
-    """A dataclass from a mapping: unknown and missing keys and wrong types are refused."""
-    fields = {f.name: f for f in dataclasses.fields(cls) if f.metadata.get("in_file", True)}
-    required = {
-        name
-        for name, f in fields.items()
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    }
-    _check_keys(content, set(fields), required, where)
-    hints = typing.get_type_hints(cls)
-    return cls(**{name: _value(hints[name], value, f"{where}, {name}") for name, value in content.items()})
-
-
-def _value(hint: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return _build(hint, value, where)
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is types.UnionType:
-        for choice in arguments:
-            if _fits(choice, value):
-                return _value(choice, value, where)
-    elif _fits(hint, value):
-        if origin is list:
-            return [_value(arguments[0], item, where) for item in value]
-        return value
-    wanted = " or ".join(map(repr, arguments)) if origin is typing.Literal else str(getattr(hint, "__name__", hint))
-    raise ValueError(
-        f"{where}: expected {wanted}, got {value!r:.80} (text that YAML could read as something else needs quotes)"
-    )
-
-
-def _fits(hint: Any, value: Any) -> bool:
-    if hint is type(None):
-        return value is None
-    if dataclasses.is_dataclass(hint):
-        return isinstance(value, dict)
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is typing.Literal:
-        return value in arguments
-    if origin is list:
-        return isinstance(value, list) and all(_fits(arguments[0], item) for item in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(
-            _fits(arguments[0], key) and _fits(arguments[1], item) for key, item in value.items()
-        )
-    return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
-
-
-def _check_keys(content: Any, known: set[str], required: set[str], where: str) -> None:
-    if not isinstance(content, dict):
-        raise ValueError(f"{where}: expected keys with values, found {type(content).__name__} {content!r:.80}")
-    for key in content:
-        if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(sorted(known))}"
-            raise ValueError(f"{where}: unknown key {key!r}{hint}")
-    missing = sorted(required - set(content))
-    if missing:
-        raise ValueError(f"{where}: {missing[0]!r} is missing")
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"there is no file {path}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected keys with values, found {type(content).__name__}")
-    return content
 
 
 def _unknown(what: str, name: str, known: list[str]) -> None:
