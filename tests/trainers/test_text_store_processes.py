@@ -33,8 +33,9 @@ def start(prepare, path, index=0, count=1):
         code = 1
         try:
             prepare()
-            summary = build(path, index, count).build_summary
-            print(os.path.basename(path), index, "new", summary.num_new, "stored", summary.num_stored, flush=True)
+            store = build(path, index, count)
+            summary = store.build_summary
+            print(os.path.basename(path), index, "new", summary.num_new, "stored", summary.num_stored, len(store), flush=True)
             code = 0
         finally:
             os._exit(code)
@@ -142,7 +143,7 @@ def test_a_killed_build_resumes_to_the_same_bytes(forks):
 def test_two_writers_share_the_work(forks):
     run, path = forks
     said = [line for line in run.stdout.splitlines() if line.startswith("two-writers")]
-    assert said == ["two-writers 0 new 50 stored 0", "two-writers 0 new 0 stored 100"]
+    assert said == ["two-writers 0 new 50 stored 0 50", "two-writers 0 new 0 stored 100 50"]
     store = path / "two-writers"
     assert run.stderr.count(f"another process is writing the text store {store} as writer-0-of-1: waiting for it") == 1
     assert contents(store) == contents(path / "whole")
@@ -180,6 +181,7 @@ def test_several_processes_fill_one_store(forks, name):
         assert [line[1] for line in said] == ["0", "1", "2"]
         new = [int(line[3]) for line in said]
         assert sum(new) == 50 and min(new) > 5, "shared by hash"
+        assert [line[6] for line in said] == ["50"] * 3, "each waits for the others"
 
 
 def test_processes_that_divide_otherwise_are_refused(encoder, tmp_path):
@@ -187,7 +189,7 @@ def test_processes_that_divide_otherwise_are_refused(encoder, tmp_path):
     with store_layout.writer(tmp_path, 1, 4):
         with pytest.raises(ValueError, match="being filled by writer-1-of-4, but this process is writer-0-of-1"):
             encoder.build(make_texts(10), tmp_path)
-        assert encoder.build(make_texts(10), tmp_path, process_index=0, num_processes=4).build_summary.num_new == 0
+    assert encoder.build(make_texts(10), tmp_path, process_index=0, num_processes=4).build_summary.num_new == 0
     assert encoder.build(make_texts(10), tmp_path).build_summary.num_stored == 10
 
 

@@ -135,10 +135,13 @@ class Writer:
             )
             publish(temporary, self.path / name)
 
-    def is_alone(self) -> bool:
-        """Whether nobody else writes the store now."""
+    def wait_for_others(self) -> None:
+        """Returns when those that write the store now are done, or dead. For a writer that has given its own lock back."""
         with store_lock(self.path):
-            return not self.others()
+            others = self.others()
+        for name in others:
+            with store_lock(self.path, name):
+                pass
 
     def others(self) -> list[str]:
         """The other writers that hold their locks now. For who holds the lock "store": a writer that starts meanwhile would be disturbed."""

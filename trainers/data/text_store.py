@@ -205,8 +205,8 @@ class TextEmbeddingStore:
         """Embeds those of `texts` that the store at `path` does not have yet, each once, and adds them.
 
         A build that was interrupted goes on where it was when it is called again: to the same bytes, if it gets the same texts and settings.
-        Several processes can fill one store: each embeds the texts whose hash falls to it, into shards of its own. What they leave is the
-        same to look up as what one process leaves, but the rows are in another order.
+        Several processes can fill one store: each embeds the texts whose hash falls to it, into shards of its own, and then waits for the
+        others. What they leave is the same to look up as what one process leaves, but the rows are in another order.
 
         Args:
             texts: any iterable of strings, read once and in pieces. From 10,000 texts on, if it tells how many there are
@@ -222,7 +222,7 @@ class TextEmbeddingStore:
             process_index, num_processes: which of the processes that fill the store this one is. All get the same texts.
 
         Returns:
-            The opened store, with what is there now; its `build_summary` tells what was done.
+            The opened store; its `build_summary` tells what this process did.
 
         Raises:
             ValueError: If the store was made by another model, template, pooling, length or dtype (names the field and both values), if
@@ -262,12 +262,11 @@ class TextEmbeddingStore:
                 dtype=dtype,
                 progress=progress,
             )
-            is_alone = this.is_alone()
+        this.wait_for_others()
         if read_settings(path) is None:
             raise ValueError(f"there are no texts to embed, and no text store at {path} yet")
         store = cls(path)
-        if is_alone:
-            store.index  # noqa: B018 - made now, so that who opens the store next need not wait
+        store.index  # noqa: B018 - made now, so that who opens the store next need not wait
         store.build_summary = summary
         return store
 
