@@ -14,6 +14,8 @@ the same keys (BLAKE2b of the text) and the same bytes, written in transactions 
    machine disturbs little, and by the clock. Making the texts is not counted; hashing them is.
 3. The resident memory (VmRSS of /proc/self/status) of each of these processes, at the end; it counts Python, NumPy and torch, and pages of
    mapped files. RssAnon is the part of it that is the process's own.
+4. With `--index-texts N`: a store of N random keys and embeddings of one number, to see how the index scales: making it, the most memory
+   that this took (VmHWM), opening it, and looking up.
 """
 
 import argparse
@@ -39,7 +41,7 @@ import torch
 SHARD_SIZE = 8192
 BATCH_SIZE = 2048  # texts of a look-up
 ROWS_A_TURN = 100_000
-TURNS = 5
+WARM_UP, TURNS = 8, 5
 
 
 def text_of(number: int) -> str:
@@ -73,9 +75,9 @@ class Texts:
 
 
 def memory() -> dict[str, float]:
-    """VmRSS and RssAnon of this process in MB."""
-    status = Path("/proc/self/status").read_text()
-    return {name: int(re.search(rf"{name}:\s+(\d+) kB", status)[1]) * 1024 / 1e6 for name in ("VmRSS", "RssAnon")}
+    """VmRSS, RssAnon and VmHWM (the most that VmRSS has been) of this process in MB."""
+    status, names = Path("/proc/self/status").read_text(), ("VmRSS", "RssAnon", "VmHWM")
+    return {name: int(re.search(rf"{name}:\s+(\d+) kB", status)[1]) * 1024 / 1e6 for name in names}
 
 
 def build(path: Path, num_texts: int, dim: int, share: tuple[int, int] = (0, 1)) -> dict[str, float]:
@@ -123,6 +125,42 @@ def build_peer(path: Path, num_texts: int, dim: int) -> dict[str, float]:
                 rows = sorted((key.tobytes(), value.tobytes()) for key, value in zip(keys, values))
                 transaction.cursor().putmulti(rows)
     return {"embedded": num_texts, "seconds": time.perf_counter() - started, **memory()}
+
+
+def write_keys(path: Path, num_texts: int) -> dict[str, float]:
+    """A store of random keys, and embeddings of one number."""
+    from trainers.data.store_layout import make_directory, writer
+
+    make_directory(path)
+    random = np.random.default_rng(0)
+    with writer(path, 0, 1) as this:
+        this.write_settings(1, "float16", {"model": "stand-in"})
+        for begin in range(0, num_texts, 1 << 16):
+            size = min(1 << 16, num_texts - begin)
+            keys = random.integers(-(1 << 63), 1 << 63, (size, 2), dtype=np.int64)
+            this.write_shard(torch.zeros(size, 1, dtype=torch.float16), keys)
+    return {}
+
+
+def index_keys(path: Path) -> dict[str, float]:
+    """Opens the store at `path`, makes its index, opens it again and finds keys."""
+    from trainers.data.text_store import TextEmbeddingStore
+
+    before, started = memory()["VmRSS"], time.perf_counter()
+    TextEmbeddingStore(path).index  # noqa: B018
+    making, most, started = time.perf_counter() - started, memory()["VmHWM"], time.perf_counter()
+    store = TextEmbeddingStore(path)
+    store.index  # noqa: B018
+    opening = time.perf_counter() - started
+    random = np.random.default_rng(1)
+    keys = np.concatenate([store.shards[i].read("keys").numpy() for i in random.integers(0, len(store.shards), 8)])
+    keys = random.permutation(keys)
+    started = time.process_time()
+    for begin in range(0, len(keys), BATCH_SIZE):
+        if (store.find(keys[begin : begin + BATCH_SIZE]) < 0).any():
+            raise SystemExit("a key was not found")
+    rate = len(keys) / (time.process_time() - started)
+    return {"texts": len(store), "making": making, "before": before, "most": most, "opening": opening, "rate": rate}
 
 
 class Ours:
@@ -228,6 +266,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-texts", type=int, default=1_000_000)
     parser.add_argument("--dim", type=int, default=576, help="of SmolLM2-135M")
+    parser.add_argument("--index-texts", type=int, default=0, help="texts of the store whose index is measured")
     parser.add_argument("--folder", type=Path, help="for the stores; a temporary one by default")
     parser.add_argument("--json", type=Path, help="write the table there")
     parser.add_argument("--step", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
@@ -237,7 +276,14 @@ def main() -> None:
         path, numbers = Path(path), [int(number) for number in numbers]
         if step in ("ours", "lmdb"):
             return serve(step, path, *numbers)
-        print(json.dumps({"build": build, "verify": verify, "build-lmdb": build_peer}[step](path, *numbers)))
+        steps = {
+            "build": build,
+            "verify": verify,
+            "build-lmdb": build_peer,
+            "write-keys": write_keys,
+            "index": index_keys,
+        }
+        print(json.dumps(steps[step](path, *numbers)))
         return
 
     scratch = Path(tempfile.mkdtemp(dir=arguments.folder))
@@ -251,7 +297,9 @@ def main() -> None:
         peer_built = result_of(child("build-lmdb", scratch / "lmdb", *sizes))
         turns: dict[str, list[dict[str, Any]]] = {"ours": [], "lmdb": []}
         servers = {side: child(side, scratch / side, *sizes, stdin=subprocess.PIPE) for side in turns}
-        for turn in range(TURNS + 2):  # the first two bring the files into the page cache
+        for turn in range(
+            WARM_UP + TURNS
+        ):  # the first ones bring the files into the page cache, and the pages of the index into memory
             for side, server in servers.items():
                 server.stdin.write("turn\n")
                 server.stdin.flush()
@@ -265,6 +313,14 @@ def main() -> None:
             server.stdin.close()
             server.wait()
         on_disk = {side: sum(file.stat().st_size for file in (scratch / side).rglob("*")) / 1e6 for side in turns}
+        indexed = None
+        if arguments.index_texts:
+            result_of(child("write-keys", scratch / "keys", arguments.index_texts))
+            indexed = result_of(child("index", scratch / "keys"))
+            print(
+                "index of {texts:,} texts: made in {making:.1f} s with {most:.0f} MB at most ({before:.0f} MB before), opened in "
+                "{opening:.2f} s, {rate:,.0f} keys/s found".format(**indexed)
+            )
     finally:
         shutil.rmtree(scratch)
 
@@ -273,7 +329,7 @@ def main() -> None:
         return {"name": name, "ours": ours, "peer": peer, "ratio": ratio, "unit": unit}
 
     def median(side: str, name: str) -> float:
-        return statistics.median(turn[name] for turn in turns[side][2:])
+        return statistics.median(turn[name] for turn in turns[side][WARM_UP:])
 
     last = {side: done[-1] for side, done in turns.items()}
     rows = [
@@ -299,6 +355,7 @@ def main() -> None:
         "dtype": "float16",
         "shards_when_killed": built["left"],
         "verified_in_seconds": verified["seconds"],
+        "index": indexed,
         "resident_before_opening": {side: done["before"]["VmRSS"] for side, done in last.items()},
     }
     print(f"resident before opening: {settings['resident_before_opening']}")
