@@ -205,8 +205,8 @@ class TextEmbeddingStore:
         """Embeds those of `texts` that the store at `path` does not have yet, each once, and adds them.
 
         A build that was interrupted goes on where it was when it is called again: to the same bytes, if it gets the same texts and settings.
-        Several processes can fill one store: each embeds the texts whose hash falls to it, into shards of its own, and then waits for the
-        others. What they leave is the same to look up as what one process leaves, but the rows are in another order.
+        Several processes can fill one store: each embeds the texts whose hash falls to it, into shards of its own, and then waits for
+        those that are still at work. What they leave is the same to look up as what one process leaves, but the rows are in another order.
 
         Args:
             texts: any iterable of strings, read once and in pieces. From 10,000 texts on, if it tells how many there are
