@@ -296,34 +296,35 @@ def summarise(
 
 
 def print_entries(console: Console, title: str, entries: list[dict[str, Any]]) -> None:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    """Of the other languages, where an English LLM knows little, only the JSON tells."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
-    for heading in (*COLUMNS.values(), "seeds"):
+    columns = [key for key in COLUMNS if key != "others"]
+    for heading in (*(COLUMNS[key] for key in columns), "seeds"):
         table.add_column(heading, justify="right", no_wrap=True)
     for entry in entries:
-        cells = []
-        for key in COLUMNS:
-            mean, std, scale = entry[key]["mean"], entry[key]["std"], 1 if key == "drift" else 100
-            digits = 3 if key == "drift" else 1
-            cells.append(f"{scale * mean:.{digits}f}" + ("" if std is None else f" ± {scale * std:.{digits}f}"))
+        cells = [
+            _with_spread(entry[key], 1, digits=3) if key == "drift" else _with_spread(entry[key], 100, digits=1)
+            for key in columns
+        ]
         table.add_row(entry["title"], *cells, str(len(entry["seeds"])))
     console.print(table)
 
 
+def _with_spread(value: dict[str, Any], scale: int, digits: int) -> str:
+    spread = "" if value["std"] is None else f"±{scale * value['std']:.{digits}f}"
+    return f"{scale * value['mean']:.{digits}f}{spread}"
+
+
 def print_shares(console: Console, shares: dict[str, dict[str, Any]]) -> None:
-    table = Table(
-        title="‖∇ λ L_reg‖ / ‖∇ L_info‖ in the image encoder, by batch", title_justify="left", box=box.SIMPLE_HEAD
-    )
-    table.add_column("reduction", no_wrap=True)
-    batches = list(next(iter(shares.values())))
-    for batch in batches:
-        table.add_column(batch, justify="right")
-    for kind, by_batch in shares.items():
-        cells = [
-            f"{value['mean']:.3f}" + ("" if value["std"] is None else f" ± {value['std']:.3f}")
-            for value in by_batch.values()
-        ]
-        table.add_row({"mean": "mean (ours)", "sum": "sum (published)"}[kind], *cells)
+    """How hard L_reg pulls, a row a reduction and a column a batch."""
+    table = Table(title="|grad λ L_reg| / |grad L_info| in the image encoder, by batch", title_justify="left")
+    table.box, table.padding = box.SIMPLE_HEAD, (0, 1, 0, 0)
+    table.add_column("", no_wrap=True)
+    for batch in next(iter(shares.values())):
+        table.add_column(batch, justify="right", no_wrap=True)
+    for kind, title in (("mean", "mean (ours)"), ("sum", "sum (published)")):
+        table.add_row(title, *(_with_spread(value, 1, digits=3) for value in shares[kind].values()))
     console.print(table)
 
 
@@ -384,6 +385,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--size", choices=list(SIZES), default="full", help="of the quickstart's task")
     parser.add_argument("--skip-sweep", action="store_true", help="leave the batch sweep out")
+    parser.add_argument("--report", action="store_true", help="run nothing: the tables of what is finished")
     parser.add_argument("--output-dir", type=Path, default=Path("ablation-output"))
     parser.add_argument("--json", type=Path, help="where the results go, besides the table")
     args = parser.parse_args()
@@ -393,16 +395,19 @@ def main() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     console, size, folder = Console(highlight=False), SIZES[args.size], args.output_dir.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / ".lock", timeout=0):
-            # All seeds of the tables come before the sweep: a table of one seed has no spread.
-            plan = [(seed, run) for seed in args.seeds for run in (*table_5(size), *table_7(size))]
-            plan += [(seed, None) for seed in args.seeds]
-            if not args.skip_sweep:
-                plan += [(seed, run) for seed in args.seeds for run in batch_sweep(size)]
-            train(console, folder, size, plan)
-    except Timeout:
-        sys.exit(f"error: another run is writing to {folder}: wait for it, or choose another --output-dir")
+    # All seeds of the tables come before the sweep: a table of one seed has no spread.
+    plan: list[tuple[int, Run | None]] = [
+        (seed, run) for seed in args.seeds for run in (*table_5(size), *table_7(size))
+    ]
+    plan += [(seed, None) for seed in args.seeds]
+    if not args.skip_sweep:
+        plan += [(seed, run) for seed in args.seeds for run in batch_sweep(size)]
+    if not args.report:
+        try:
+            with FileLock(folder / ".lock", timeout=0):
+                train(console, folder, size, plan)
+        except Timeout:
+            sys.exit(f"error: another run is writing to {folder}: wait for it, or choose another --output-dir")
 
     results = collect(folder, size, args.seeds)
     print_entries(console, "Table 5: the losses, on the quickstart's data", results["table_5"])

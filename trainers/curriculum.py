@@ -29,6 +29,7 @@ import yaml
 from filelock import FileLock, Timeout
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, Trainer, set_seed
 
+from hub_cards import model_card
 from modeling_proclip import ProCLIPConfig, ProCLIPModel, ProCLIPProcessor
 
 from .caption_contrastive_trainer import CaptionContrastiveTrainer
@@ -239,6 +240,7 @@ class Curriculum(RecipeProgress):
 
         def finish() -> None:
             processor.save_pretrained(staging)
+            model_card(staging).save(staging / "README.md")
             _put_in_place(staging, folder / "model")
             self._finish(stage, self._facts(trainer, started))
 

@@ -89,6 +89,8 @@ def test_the_result_loads_with_its_llm_and_embeds(whole):
     assert model.get_text_features(**inputs).pooler_output.shape == (1, 16)
     assert store.fingerprint["prompt_template"] == processor.prompt_template
     assert sorted(path.name for path in folder.iterdir() if path.suffix == ".bin") == []
+    card = (folder / "README.md").read_text()
+    assert "ContrastiveTuningTrainer" in card and "RepresentationInheritanceTrainer" in card
 
 
 def test_the_stores_hold_what_their_stages_read(whole, content):

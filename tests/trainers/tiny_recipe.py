@@ -15,11 +15,10 @@ import numpy as np
 import torch
 import yaml
 from PIL import Image
-from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPProcessor, LlamaConfig, LlamaModel
+from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPProcessor, LlamaConfig, LlamaModel, TrainerCallback
 
 from tests.modeling_proclip import tiny
 from tests.trainers.tiny_encoders import make_texts, tiny_clip
-from tests.trainers.tiny_training import DieAt
 from trainers.caption_contrastive_trainer import CaptionContrastiveTrainer
 from trainers.curriculum import Curriculum
 from trainers.recipe import load_recipe
@@ -85,6 +84,17 @@ class Interrupted(BaseException):
 
 def interrupt(*args: Any, **kwargs: Any) -> None:
     raise Interrupted
+
+
+class DieAt(TrainerCallback):
+    """Calls `die` at the end of an optimizer step."""
+
+    def __init__(self, step: int, die):
+        self.step, self.die = step, die
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.die()
 
 
 def die_in_stage(curriculum: Curriculum, stage: str, step: int, die) -> None:
