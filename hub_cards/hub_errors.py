@@ -4,15 +4,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from huggingface_hub import constants, get_token
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HTTPError,  # of what the client connects with: httpx in release 1, httpx2 in release 2
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+)
 
 from .staging import PublishError
 
-
-try:
-    from httpx2 import TransportError  # what huggingface_hub 2 connects with, ...
-except ImportError:
-    from httpx import TransportError  # type: ignore[no-redef]  # ... and huggingface_hub 1
 
 LOG_IN = (
     "The Hub does not know your token, or there is none (401): log in by `hf auth login`, or set HF_TOKEN to a token of "
@@ -31,7 +31,7 @@ def readable_hub_errors(repo_id: str, token: str | None = None) -> Iterator[None
     """
     try:
         yield
-    except (HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, TransportError, RuntimeError) as error:
+    except (HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, RuntimeError) as error:
         # Of a large file that is not taken the client raises a RuntimeError, whose cause says why.
         cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ is not None else error
         if isinstance(cause, HfHubHTTPError):
@@ -40,7 +40,7 @@ def readable_hub_errors(repo_id: str, token: str | None = None) -> Iterator[None
             message = LOG_IN
         elif isinstance(cause, OfflineModeIsEnabled):
             message = "HF_HUB_OFFLINE is set, so nothing can be sent: unset it."
-        elif isinstance(cause, TransportError):
+        elif isinstance(cause, HTTPError):
             message = f"The Hub at {constants.ENDPOINT} cannot be reached or hung up ({cause}). {AGAIN}"
         else:
             raise

@@ -92,12 +92,13 @@ class Fault:
 
 @dataclass(frozen=True)
 class Request:
-    """A request and the bytes of its body that arrived."""
+    """A request, the bytes of its body that arrived, and those of a file that were sent in answer."""
 
     method: str
     path: str
     num_bytes: int
     status: int | None
+    num_bytes_sent: int = 0
 
 
 class HubServer:
@@ -168,6 +169,10 @@ class HubServer:
     def bytes_received(self, path: str = "") -> int:
         """Bytes of request bodies that arrived, of requests whose path holds the regular expression `path`."""
         return sum(request.num_bytes for request in self.requests if re.search(path, request.path))
+
+    def bytes_sent(self, path: str) -> int:
+        """Bytes of files that were sent, for requests whose path holds the regular expression `path`."""
+        return sum(request.num_bytes_sent for request in self.requests if re.search(path, request.path))
 
     def count(self, method: str, path: str) -> int:
         """Requests so far whose path holds the regular expression `path`."""
@@ -284,7 +289,7 @@ class Handler(BaseHTTPRequestHandler):
     def _handle(self) -> None:
         url = urlsplit(self.path)
         self.route, self.query = url.path, parse_qs(url.query)
-        self.received, self.status, self.wrote = 0, None, False
+        self.received, self.sent, self.status = 0, 0, None
         self.fault = self.hub.take_fault(self.command, self.route)
         try:
             if self.command == "PUT" and (match := re.fullmatch(r"/lfs/(\w{64})(?:/(\d+))?", self.route)):
@@ -304,7 +309,7 @@ class Handler(BaseHTTPRequestHandler):
             self.connection.close()
         finally:
             with self.hub.lock:
-                self.hub.requests.append(Request(self.command, self.route, self.received, self.status))
+                self.hub.requests.append(Request(self.command, self.route, self.received, self.status, self.sent))
 
     def _body(self) -> Iterator[bytes]:
         """The request's body in blocks, up to where a fault cuts it."""
@@ -642,6 +647,7 @@ class Handler(BaseHTTPRequestHandler):
             while left:
                 block = stream.read(min(BLOCK, left))
                 self.wfile.write(block)
+                self.sent += len(block)
                 left -= len(block)
         if self.fault and self.fault.drop_after is not None:
             self.wfile.flush()

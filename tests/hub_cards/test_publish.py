@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard, snapshot_download
+from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, LlamaConfig, LlamaModel
@@ -487,6 +488,23 @@ def test_parts_of_a_large_file(checkpoint, hub, no_waiting):
     size = report.files["model.safetensors"]
     assert hub.bytes_received(r"^/lfs/\w+/") == size + 50_000 + 7_000 + hub.bytes_received("^/lfs/complete")
     assert hub.read("alice/x", "model.safetensors") == (checkpoint / "model.safetensors").read_bytes()
+
+
+def test_a_download_that_is_cut_goes_on_where_it_was(checkpoint, hub, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 10_000)  # what the client keeps; 10 MB else
+    report = publish(checkpoint, "alice/x")
+    hub.drop("GET", "/model.safetensors", after=100_000)
+    hub.fail("GET", "/tokenizer.json", 429, Retry_After="0")
+    folder = Path(snapshot_download("alice/x", revision=report.commit))
+    assert hub.bytes_sent("/model.safetensors") == report.files["model.safetensors"]  # not a byte twice
+    assert (folder / "model.safetensors").read_bytes() == (checkpoint / "model.safetensors").read_bytes()
+    assert torch.equal(
+        AutoModel.from_pretrained(folder).logit_scale, AutoModel.from_pretrained(checkpoint).logit_scale
+    )
+    hub.patch(monkeypatch, tmp_path / "stranger", token=None)
+    with pytest.raises(RepositoryNotFoundError):
+        snapshot_download("alice/x", local_dir=tmp_path / "seen")  # it is private
 
 
 def test_nobody_there(checkpoint, hub, monkeypatch, no_waiting):
