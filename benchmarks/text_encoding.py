@@ -36,7 +36,8 @@ from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPVisionConfig,
 
 from modeling_proclip import ProCLIPModel, ProCLIPProcessor
 from trainers.data import encode_texts
-from trainers.data.text_encoding import CPU_TOKEN_BUDGET, fastest_linear
+from trainers.data.text_encoding import CPU_TOKEN_BUDGET
+from trainers.onednn import fastest_linear
 from trainers.quickstart.language_model import unpack_language_model
 
 

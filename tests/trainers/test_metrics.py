@@ -156,6 +156,35 @@ def test_scores_that_float32_cannot_tell_apart_are_ranked_right(direction: str):
     assert recall(right=second, wrong=nearest) == [0.0, 0.5]
 
 
+@pytest.mark.parametrize(
+    ("rows", "columns"), [(1, 8), (255, 16), (256, 24), (700, 1024), (3, 8 * 255), (4, 8 * 256), (5, 13)]
+)
+def test_booleans_are_counted_without_overflow(rows, columns):
+    generator = torch.Generator().manual_seed(0)
+    for mask in (torch.ones(rows, columns, dtype=torch.bool), torch.rand(rows, columns, generator=generator) < 0.5):
+        for along in (0, 1):
+            found = metrics._count_true(mask, along)
+            assert found.dtype == torch.int32 and torch.equal(found, mask.sum(along, dtype=torch.int32))
+    columns_first = mask.T.contiguous().T
+    assert torch.equal(metrics._count_true(columns_first, 1), mask.sum(1, dtype=torch.int32))
+
+
+def test_recall_is_exact_where_float32_products_are_not_of_float32(monkeypatch):
+    images, texts, text_to_image = random_set(60)
+    expected = retrieval_recall(images, texts, text_to_image)
+    products = metrics._products
+
+    def rounded(first, second):
+        if first.dtype == torch.float32:  # as oneDNN does where it is allowed to
+            first, second = first.bfloat16().float(), second.bfloat16().float()
+        return products(first, second)
+
+    assert metrics._keeps_float32(16)
+    monkeypatch.setattr(metrics, "_products", rounded)
+    assert not metrics._keeps_float32(16)
+    assert retrieval_recall(images, texts, text_to_image) == expected
+
+
 def test_recall_does_not_depend_on_order_length_or_autocast():
     images, texts, text_to_image = random_set(60)
     expected = retrieval_recall(images, texts, text_to_image)

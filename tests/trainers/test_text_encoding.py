@@ -5,7 +5,8 @@ from transformers import CLIPVisionModel
 from modeling_proclip import ProCLIPProcessor
 from modeling_proclip.text_tower import weights_sha256
 from tests.trainers.tiny_encoders import make_texts, tiny_clip, tiny_proclip
-from trainers.data import encode_texts, text_encoding
+from trainers import onednn
+from trainers.data import encode_texts
 from trainers.data.text_encoding import encoder_fingerprint, load_encoder
 
 
@@ -91,7 +92,7 @@ def test_embeddings_have_the_model_s_dtype():
     assert embeddings.dtype == torch.bfloat16 and embeddings.shape == (3, 32)
 
 
-@pytest.mark.skipif(not text_encoding._HAS_ONEDNN, reason="torch was built without oneDNN")
+@pytest.mark.skipif(not onednn.HAS_ONEDNN, reason="torch was built without oneDNN")
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear_layers_through_onednn_equal_torch_s_own(bias):
     torch.manual_seed(0)
@@ -99,7 +100,7 @@ def test_linear_layers_through_onednn_equal_torch_s_own(bias):
     with torch.no_grad():
         expected = layer.double()(inputs.double()).float()
         layer.float()
-        with text_encoding.OneDNNLinear():
+        with onednn.OneDNNLinear():
             torch.testing.assert_close(layer(inputs), expected, atol=1e-5, rtol=1e-5)
             with torch.profiler.profile() as profile:
                 layer(inputs)

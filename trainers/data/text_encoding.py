@@ -2,19 +2,16 @@
 
 import hashlib
 import json
-import platform
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from torch.overrides import TorchFunctionMode
 from transformers import AutoModel, AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase
 
 from modeling_proclip import ProCLIPModel, ProCLIPProcessor
 from modeling_proclip.text_tower import module_sha256
+from trainers.onednn import fastest_linear
 
 
 # Padded tokens in a batch. On two CPU cores 1,000 encode faster than 8,000, whose activations leave the caches; a GPU wants to be filled.
@@ -102,30 +99,6 @@ def embeddings_of(features: Any) -> torch.Tensor:
 def count_truncated(texts: Sequence[str], model: torch.nn.Module, processor: Any) -> int:
     """How many of `texts` are longer than the model reads, so that [`encode_texts`] cuts them."""
     return sum(sum(_tokenize(texts[i : i + 4096], model, processor)[1]) for i in range(0, len(texts), 4096))
-
-
-# Built into torch for x86; elsewhere it may be there without a fast matrix product.
-_HAS_ONEDNN = torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
-
-
-class OneDNNLinear(TorchFunctionMode):
-    """Within this context, float32 linear layers on the CPU run through oneDNN, without gradient.
-
-    Torch gives them to MKL, which leaves half of an AMD processor idle: on one core of a Zen 5, for 1,000 tokens, MKL does 82 GFLOP/s and
-    oneDNN 172. bfloat16 goes through oneDNN anyway. The choice does not hang on a measurement, so a build that is resumed makes it again.
-    """
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        """Calls `func`, or oneDNN in its place where it is a float32 linear layer."""
-        if func is F.linear and not kwargs and args[0].dtype == args[1].dtype == torch.float32:
-            inputs, weight, bias = args if len(args) == 3 else (*args, None)
-            return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
-        return func(*args, **(kwargs or {}))
-
-
-def fastest_linear(device: torch.device) -> AbstractContextManager:
-    """The context in which linear layers on `device` run fastest without gradient: [`OneDNNLinear`] on an x86 CPU."""
-    return OneDNNLinear() if device.type == "cpu" and _HAS_ONEDNN else nullcontext()
 
 
 def load_encoder(name_or_path: str, device: str | None = None) -> tuple[torch.nn.Module, Any]:
