@@ -91,7 +91,6 @@ def stage(
     max_shard_bytes: int | None = None,
     with_code: bool = True,
     with_processor: bool = True,
-    with_card: bool = True,
     text_model: str | None = None,
     text_model_revision: str | None = None,
     card: Mapping[str, Any] | None = None,
@@ -108,7 +107,6 @@ def stage(
         max_shard_bytes: Split the weights into files of at most so many bytes; by default they are as in `source`.
         with_code: Add the code that loads the checkpoint without this package.
         with_processor: Refuse a checkpoint without tokenizer and image processor.
-        with_card: Refuse a checkpoint without a README.md that no card can be rendered for.
         text_model, text_model_revision: Name on the Hub of the LLM of a lean checkpoint that names a folder. Its weights are compared.
         card: What [`model_card`] is to say beside what the checkpoint holds: the card is rendered with it, whatever card there is.
         sketch: Lay out weights in name and size only, without reading them.
@@ -148,8 +146,9 @@ def stage(
             (folder / file.name).symlink_to(file.resolve())
     else:
         (sketch_tensors if sketch else write_tensors)(folder, planned, max_shard_bytes or MAX_SHARD_BYTES)
-    if with_card:
-        _write_card(source, folder, repo_id, card)
+    _write_card(source, folder, repo_id, card)
+    if staged.lean != was_lean and card is None and (source / "README.md").is_file():
+        staged.notes.append("README.md is sent as it is: see that it says nothing of the LLM that is no longer so.")
 
     staged.files = file_sizes(folder)
     read = {tensor.file.name for tensor in tensors.values()} | {WEIGHTS[1]}

@@ -240,8 +240,10 @@ def test_lean_of_a_full_checkpoint_sends_the_vision_side_only(pair, llm, hub, tm
 
 def test_full_of_a_lean_checkpoint_holds_the_llm(pair, hub, tmp_path):
     lean = save(pair, tmp_path / "lean", lean=True)
+    (lean / "README.md").write_text("---\nlicense: mit\n---\nlean")
     foretold = publish(lean, "alice/x", lean=False, dry_run=True)
     report = publish(lean, "alice/x", lean=False)
+    assert report.notes == ["README.md is sent as it is: see that it says nothing of the LLM that is no longer so."]
     assert report.files == foretold.files and not report.lean and report.text_model_bytes == 0
     state = load_file(hub.blob_path(hub.files("alice/x")["model.safetensors"].sha256))
     ours = pair.state_dict()
