@@ -88,10 +88,10 @@ class StandIn:
 
 
 def stand_in(manifest: Manifest, world: ColorWorld, folder: Path) -> StandIn:
-    """Data of `manifest`'s schema with few rows; its counts are set to theirs, and long prompt ensembles cut to two."""
+    """Data of `manifest`'s schema with few rows; its counts are set to theirs, and long prompt ensembles cut to two prompts or one."""
     changes: dict[str, Any] = {}
     if manifest.kind == "zero_shot":
-        changes["prompts"] = manifest.prompt_templates[:2]
+        changes["prompts"] = manifest.prompt_templates[: 2 if manifest.classes.count <= 200 else 1]
         manifest = dataclasses.replace(manifest, **changes)
         rows, value = _zero_shot_rows(manifest, world)
     elif manifest.kind == "fine_grained":
