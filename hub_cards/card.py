@@ -66,4 +66,5 @@ def quickstart_card(results: Mapping[str, Any]) -> ModelCard:
         num_language_concepts=results["num_language_concepts"],
         seed=results["seed"],
         size=results["size"],
+        llm=results.get("llm", "plain"),
     )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType, gather_object
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerControl
 from transformers.trainer_utils import speed_metrics
 
 from modeling_proclip import ProCLIPModel, ProCLIPProcessor
@@ -69,6 +69,8 @@ class CaptionContrastiveTrainer(Trainer):
     >>> pair = ProCLIPModel.from_vision_text_pretrained(CLIP, "tuned-llm")
     ```"""
 
+    control: TrainerControl
+
     def __init__(
         self,
         model: ProCLIPModel | PreTrainedModel,
@@ -85,7 +87,7 @@ class CaptionContrastiveTrainer(Trainer):
         check_bidirectional(text_model)
         self.tokenizer = _text_tokenizer(processing_class, args.max_length)
         self.frozen = None
-        if args.cache_frozen_layers:
+        if args.cache_frozen_layers and args.lora_num_layers is not None:
             num_frozen = len(text_model.layers) - args.lora_num_layers
             self.frozen = FrozenLayerStates(text_model, num_frozen, self.tokenizer.pad_token_id)
         self.pairs = CaptionPairs(train_dataset, args.seed, plain_text_dataset)

@@ -9,11 +9,19 @@ import time
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
+from peft import LoraConfig
 from PIL import Image
-from transformers import AutoModel, AutoProcessor
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModel, AutoProcessor
 
 import modeling_proclip  # noqa: F401  registers the classes
+from hub_cards import check_card
+from trainers.data import TextEmbeddingStore, encode_texts
+from trainers.evaluation import caption_retrieval
 from trainers.quickstart.emoji_pictures import IMAGE_SIZE, LANGUAGES, PLACES, View, load_concepts, render
+from trainers.quickstart.language_model import TUNING_ADAPTER
+from trainers.quickstart.run import LANGUAGE_MODELS, Quickstart
 from trainers.quickstart.task import SIZES, make_task
 
 
@@ -105,6 +113,41 @@ def test_the_checkpoint_loads_whole_and_lean_with_equal_embeddings(first_run, tm
         again = AutoModel.from_pretrained(tmp_path / "lean")(**inputs)
     torch.testing.assert_close(again.text_embeds, outputs.text_embeds, atol=1e-6, rtol=0)
     torch.testing.assert_close(again.image_embeds, outputs.image_embeds, atol=1e-6, rtol=0)
+
+
+def test_the_tuned_llm_has_its_own_folder_and_store_and_knows_other_languages(tmp_path):
+    output_dir = tmp_path
+    names = [name for concept in load_concepts(80)[:40] for name in (concept.name, concept.names["fr"])]
+    runs, recall = {llm: Quickstart(output_dir, "small", 0, llm) for llm in LANGUAGE_MODELS}, {}
+    for llm, run in runs.items():
+        run.draw()
+        run.pair_with_llm()
+        embeds = torch.empty(len(names), 576)
+        for batch in encode_texts(names, run.pair, run.processor):
+            embeds[batch.indices] = batch.embeddings.float()
+        recall[llm] = caption_retrieval(embeds[::2], embeds[1::2])["caption_r@1"]
+    assert recall["tuned"] > recall["plain"] + 0.05
+    assert {folder.name for folder in output_dir.glob("llm*")} == {"llm", "llm-tuned"}
+    assert not AutoConfig.from_pretrained(output_dir / "llm-tuned").is_causal
+    # A store of the one refuses the other.
+    plain, tuned = runs["plain"], runs["tuned"]
+    TextEmbeddingStore.build(names[:2], plain.pair, plain.processor, output_dir / "text-store")
+    with pytest.raises(ValueError, match="a store of its own"):
+        TextEmbeddingStore.build(names[:2], tuned.pair, tuned.processor, output_dir / "text-store")
+
+
+def test_the_tuning_adapter_is_small_and_its_card_is_valid():
+    weights = TUNING_ADAPTER / "adapter_model.safetensors"
+    assert weights.stat().st_size < 6e6
+    card = ModelCard.load(TUNING_ADAPTER / "README.md")
+    assert (card.data.base_model, card.data.library_name) == ("HuggingFaceTB/SmolLM2-135M-Instruct", "peft")
+    check_card(card)
+    config = LoraConfig.from_pretrained(str(TUNING_ADAPTER))
+    assert (config.r, config.lora_alpha, config.base_model_name_or_path) == (16, 32, card.data.base_model)
+    with safe_open(weights, "pt") as tensors:
+        names = list(tensors.keys())
+        assert len(names) == 2 * len(config.target_modules)
+        assert all(tensors.get_tensor(name).abs().max() > 0 for name in names)
 
 
 def test_bad_arguments_are_one_line(tmp_path):

@@ -15,6 +15,10 @@ def quickstart(
         Literal["small", "full"],
         typer.Option(help="full is the table of the README, small a smoke test of two minutes."),
     ] = "full",
+    llm: Annotated[
+        Literal["plain", "tuned"],
+        typer.Option(help="plain is SmolLM2 as published, tuned has a LoRA of stage 0 in it: more languages."),
+    ] = "plain",
     seed: Annotated[int, typer.Option(min=0, help="Of pictures, captions, fresh adapters and batches.")] = 0,
 ) -> None:
     """Align a real LLM with a real CLIP by ProCLIP and its baselines, and print the table.
@@ -24,4 +28,4 @@ def quickstart(
     """
     from ..quickstart.run import quickstart as run
 
-    run(output_dir, size, seed)
+    run(output_dir, size, seed, llm)
