@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from .checkpoint import base_card, is_hub_name, own_weights, read_checkpoint, shown_name
 from .citations import citations
-from .rendering import render
+from .rendering import render, signed
 from .results import RESULTS_FILE, Result, evaluated_weights, model_index, not_measured, read_results, shown_dataset
 
 
@@ -32,6 +32,7 @@ def model_card(
     limits: Sequence[str] = (),
     remote_code: bool | None = None,
     weights_in: str | Path | None = None,
+    title: str | None = None,
 ) -> ModelCard:
     """
     Render the card of a checkpoint from its state on the disk: configuration, tensors' headers, the record of its training, results.
@@ -54,10 +55,12 @@ def model_card(
         limits: Sentences to add to the card's limits.
         remote_code: Whether the snippets load it with `trust_remote_code=True` and without this package. By default as the checkpoint's
             `auto_map` says; publishing adds one.
+        title: Of the card; by default the name of the repository or folder.
         weights_in: Folder of the weights that results are held against, if not `folder`: publishing lays out another state of them.
 
     Returns:
-        `ModelCard` whose metadata [`check_card`] accepts. Nothing is written.
+        `ModelCard` whose metadata [`check_card`] accepts. Nothing is written. One that holds nothing but what the checkpoint says is signed
+        by a comment at its end, so that publishing can render it anew, with later results and the name on the Hub.
 
     Raises:
         ValueError: If the folder holds no ProCLIP checkpoint, a result names other weights, a licence or language code is none of the
@@ -69,7 +72,7 @@ def model_card(
     for name, given in (("base_models", base_models), ("base_licenses", base_licenses)):
         if unknown := set(given or {}) - set(_TOWERS):
             raise ValueError(f"{name} has no key {sorted(unknown)[0]!r}; the keys are {', '.join(_TOWERS)}")
-    weights_in = weights_in or folder
+    weights_in, given_results, said_languages = weights_in or folder, results, languages
     results = results_in(weights_in) if results is None else _checked(results, weights_in)
     measured = [result for file in results for result in read_results(file)]
     named = {**checkpoint.base_models, **(base_models or {})}
@@ -83,7 +86,8 @@ def model_card(
     on_hub = {data["source"] for data in recorded if data["revision"]} | {*filter(is_hub_name, datasets or {})}
     if languages is None:
         languages = _listed(base_cards.get("text", {}).get("language"))
-    name, title = repo_id or PLACEHOLDER, (repo_id or Path(folder).resolve().name).split("/")[-1]
+    name = repo_id or PLACEHOLDER
+    title = title or (repo_id or Path(folder).resolve().name).split("/")[-1]
     data = ModelCardData(
         model_name=title,
         library_name="transformers",
@@ -98,7 +102,7 @@ def model_card(
         eval_results=model_index(measured) or None,
     )
     methods = {stage["settings"]["method"] for stage in checkpoint.training if "method" in stage["settings"]}
-    return render(
+    card = render(
         ModelCard,
         "model_card.md",
         data,
@@ -127,6 +131,18 @@ def model_card(
         limits=list(limits),
         citations=citations(methods, checkpoint.config["vision_config"]["model_type"]),
     )
+    told = (
+        license,
+        license_name,
+        license_link,
+        base_models,
+        base_licenses,
+        said_languages,
+        datasets,
+        given_results,
+        limits,
+    )
+    return card if any(told) else ModelCard(signed(card.content))
 
 
 def results_in(folder: str | Path) -> list[Path]:

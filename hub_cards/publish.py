@@ -88,8 +88,8 @@ def publish(
     interrupted or killed finishes when it is repeated.
 
     Args:
-        folder: What `model.save_pretrained` and `processor.save_pretrained` wrote. Its README.md is the card; without one the card is
-            rendered ([`model_card`]).
+        folder: What `model.save_pretrained` and `processor.save_pretrained` wrote. Its README.md is the card; without one, or if it is
+            still what [`model_card`] wrote from the checkpoint alone, the card is rendered.
         repo_id: `owner/name` on the Hub; a name alone is the user's own.
         private: Whether only its owner sees a new repository: `None` means yes. One that is there keeps what it is, and is refused if it is
             public and this is not `False`.

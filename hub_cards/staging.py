@@ -24,6 +24,7 @@ from modeling_proclip.text_tower import weights_sha256
 from .checkpoint import is_hub_name
 from .model import PLACEHOLDER, model_card
 from .remote_code import AUTO_MAP, PROCESSOR_AUTO_MAP, code_files
+from .rendering import is_untouched
 from .validity import check_card
 
 
@@ -306,14 +307,15 @@ def _plan(config: ProCLIPConfig, tensors: dict[str, StoredTensor], lean: bool, s
 
 
 def _write_card(source: Path, folder: Path, repo_id: str, card: Mapping[str, Any] | None) -> None:
-    if card is not None or not (source / "README.md").is_file():
+    file = source / "README.md"
+    text = file.read_text(encoding="utf-8") if file.is_file() else None
+    if card is not None or text is None or is_untouched(text):
         try:
             made = model_card(folder, **{"repo_id": repo_id, "weights_in": source, **(card or {})})
         except (TypeError, ValueError, OSError) as error:
             raise PublishError(f"The card of {source} cannot be made: {error}") from error
         made.save(folder / "README.md")
         return
-    text = (source / "README.md").read_text(encoding="utf-8")
     (folder / "README.md").write_text(text.replace(PLACEHOLDER, repo_id), encoding="utf-8")
     try:
         check_card(ModelCard.load(folder / "README.md"))

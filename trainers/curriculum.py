@@ -240,7 +240,7 @@ class Curriculum(RecipeProgress):
 
         def finish() -> None:
             processor.save_pretrained(staging)
-            model_card(staging).save(staging / "README.md")
+            model_card(staging, title=self.output_dir.name).save(staging / "README.md")
             _put_in_place(staging, folder / "model")
             self._finish(stage, self._facts(trainer, started))
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, LlamaConfig, LlamaModel
 from typer.testing import CliRunner
 
+from hub_cards import model_card
 from hub_cards.publish import publish
 from hub_cards.staging import PublishError
 from modeling_proclip import ProCLIPModel
@@ -175,6 +176,18 @@ def test_card_says_what_it_is_told_and_what_was_measured(copy, hub, tmp_path):
     assert "other weights" in run(copy, "alice/x", "--card", told).output
     told.write_text("just words\n")
     assert "no keys and values" in run(copy, "alice/x", "--card", told).output
+
+
+def test_a_card_that_nobody_touched_is_rendered_anew(copy, hub):
+    model_card(copy).save(copy / "README.md")
+    (copy / "results.json").write_text(json.dumps(RESULTS))
+    publish(copy, "alice/x")
+    card = hub.read("alice/x", "README.md").decode()
+    assert "trust_remote_code=True" in card and "0.7123" in card and "import modeling_proclip" not in card
+    for touched in (str(model_card(copy)).replace("# my-proclip", "# Mine"), str(model_card(copy, license="mit"))):
+        (copy / "README.md").write_text(touched)
+        publish(copy, "alice/y")
+        assert hub.read("alice/y", "README.md").decode() == touched.replace("path/of/this/folder", "alice/y")
 
 
 def test_card_is_rendered_where_there_is_none(checkpoint, hub):
