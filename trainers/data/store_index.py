@@ -21,7 +21,7 @@ from .store_layout import shard_checksums, store_lock
 
 logger = logging.getLogger(__name__)
 
-KEYS_IN_MEMORY = 1 << 22  # keys that are sorted at a time; the arrays that this takes hold about 250 MB
+KEYS_IN_MEMORY = 1 << 22  # keys that are sorted at a time; with what sorting takes, about 650 MB
 _LOWEST, _WIDTH = -(1 << 63), 1 << 64  # of 64-bit integers
 
 

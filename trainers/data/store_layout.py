@@ -174,14 +174,15 @@ def writer(path: Path, process_index: int, num_processes: int) -> Iterator[Write
                 except Timeout:
                     pass
                 else:
+                    # While the lock "store" is held no other writer can start, whose file this might be.
+                    for leftover in path.glob("writer-*" + TEMPORARY_SUFFIX):
+                        name = leftover.name.removesuffix(TEMPORARY_SUFFIX)
+                        if name == this.name or _is_free(path, name):
+                            leftover.unlink(missing_ok=True)
                     break
             logger.warning("another process is writing the text store %s as %s: waiting for it", path, this.name)
             with own:
                 pass  # free again; the others are to be looked at once more before it is taken
-        for leftover in path.glob("writer-*" + TEMPORARY_SUFFIX):
-            name = leftover.name.removesuffix(TEMPORARY_SUFFIX)
-            if name == this.name or _is_free(path, name):
-                leftover.unlink(missing_ok=True)
         yield this
 
 
