@@ -421,7 +421,7 @@ def main() -> None:
         soft_wrap=True,
     )
     if args.json is not None:
-        command = " ".join(["python", "examples/ablation.py", *sys.argv[1:]])
+        command = f"python examples/ablation.py --seeds {' '.join(map(str, args.seeds))} --size {args.size}"
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
         write_json(args.json, {"command": command, "size": args.size, "versions": versions, **results})
 
