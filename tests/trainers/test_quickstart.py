@@ -19,10 +19,12 @@ import modeling_proclip  # noqa: F401  registers the classes
 from hub_cards import check_card
 from trainers.data import TextEmbeddingStore, encode_texts
 from trainers.evaluation import caption_retrieval
+from trainers.quickstart.baseline import train_llm2clip
 from trainers.quickstart.emoji_pictures import IMAGE_SIZE, LANGUAGES, PLACES, View, load_concepts, render
+from trainers.quickstart.evaluate import embed_pictures, score
 from trainers.quickstart.language_model import TUNING_ADAPTER
 from trainers.quickstart.run import LANGUAGE_MODELS, Quickstart
-from trainers.quickstart.task import SIZES, make_task
+from trainers.quickstart.task import SIZES, PictureDataset, make_task
 
 
 def run_quickstart(output_dir, *arguments, **kwargs):
@@ -148,6 +150,27 @@ def test_the_tuning_adapter_is_small_and_its_card_is_valid():
         names = list(tensors.keys())
         assert len(names) == 2 * len(config.target_modules)
         assert all(tensors.get_tensor(name).abs().max() > 0 for name in names)
+
+
+def test_llm2clips_checkpoint_is_the_one_that_was_scored(first_run, results):
+    output_dir, _ = first_run
+    checkpoint = train_llm2clip(output_dir, size="small")
+    task = make_task(SIZES["small"], 0)
+    model, processor = AutoModel.from_pretrained(checkpoint), AutoProcessor.from_pretrained(checkpoint)
+    images = embed_pictures(model, PictureDataset(task, task.test, processor.image_processor).pixel_values)
+    store = TextEmbeddingStore(output_dir / "text-store")
+
+    def embed_texts(texts):
+        with torch.inference_mode():
+            return model.get_text_features(llm_embeds=store.lookup(texts)).pooler_output
+
+    row = results["rows"][2]
+    found = score(task, images, embed_texts)
+    for key in ("zero_shot_seen", "zero_shot_unseen", "i2t_r@1", "t2i_r@1"):
+        assert found[key] == pytest.approx(row[key], abs=0.02)
+    before = (checkpoint / "model.safetensors").stat().st_mtime_ns
+    assert train_llm2clip(output_dir, size="small") == checkpoint
+    assert (checkpoint / "model.safetensors").stat().st_mtime_ns == before
 
 
 def test_bad_arguments_are_one_line(tmp_path):

@@ -8,8 +8,10 @@ import datasets
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 from tests.trainers.tiny_encoders import tiny_proclip
+from trainers.cli import app
 from trainers.evaluation.cka import cka_by_layer
 from trainers.evaluation.encoders import Encoder
 from trainers.evaluation.linear_probe import linear_probe
@@ -167,6 +169,11 @@ def test_a_run_of_cka_alone_has_a_report_without_a_verdict(suite, encoders, tmp_
 def test_models_of_one_name_are_told_before_any_work(suite, encoders, tmp_path):
     with pytest.raises(ValueError, match="need different names, but these are called base, base, tuned"):
         evaluate([encoders[1], encoders[1], encoders[0]], suite, tmp_path)
+
+
+def test_other_models_need_a_baseline_on_the_command_line():
+    done = CliRunner().invoke(app, ["evaluate", "a", "--suite", "quickstart", "--also", "b"])
+    assert done.exit_code == 1 and "--also needs --baseline" in done.stderr
 
 
 def test_too_few_pictures_for_cka_name_the_benchmark(suite, encoders, tmp_path):
