@@ -57,16 +57,16 @@ class StreamedTrainer(Trainer):
             self._stream_loader.load_state_dict(json.loads(self._stream_state.read_text()))
         return self._stream_loader
 
-    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """
         As [`~transformers.Trainer.train`], from the folder of a checkpoint.
 
         Raises:
             FileNotFoundError: If the checkpoint does not tell how far this process had read the stream.
         """
-        if resume_from_checkpoint is None or not isinstance(self.train_dataset, PairStream):
+        if not resume_from_checkpoint or not isinstance(self.train_dataset, PairStream):
             return super().train(resume_from_checkpoint, **kwargs)
-        self._stream_state = Path(resume_from_checkpoint) / self._stream_file()
+        self._stream_state = Path(str(resume_from_checkpoint)) / self._stream_file()
         if not self._stream_state.exists():
             raise FileNotFoundError(
                 f"{self._stream_state} is missing: the checkpoint is of a run on rows by number, or on fewer processes"

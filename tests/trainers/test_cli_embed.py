@@ -233,7 +233,7 @@ def test_verifies_a_store_and_says_what_to_do(tmp_path, checkpoint):
 
 def test_options_that_do_not_go_together_are_refused(tmp_path):
     for arguments, message in (
-        (["a.txt"], "--model is missing"),
+        (["a.txt"], "--model, --output is missing"),
         (["--model", "m", "--output", "o"], "TEXTS is missing"),
         (["a.txt", "--verify", tmp_path], "needs both TEXTS and --model"),
         (["--verify", tmp_path, "--output", "o"], "leave --output out"),

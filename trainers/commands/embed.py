@@ -72,9 +72,9 @@ def embed(
         if (texts is None) != (model is None):
             raise typer.BadParameter("to embed a sample again, --verify needs both TEXTS and --model")
         return _verify(verify, texts, model, column, split, device)
-    for name, value in (("TEXTS", texts), ("--model", model), ("--output", output)):
-        if value is None:
-            raise typer.BadParameter(f"{name} is missing")
+    if texts is None or model is None or output is None:
+        missing = {"TEXTS": texts, "--model": model, "--output": output}
+        raise typer.BadParameter(f"{', '.join(name for name, value in missing.items() if value is None)} is missing")
 
     from ..data.text_encoding import load_encoder
     from ..data.text_files import read_texts

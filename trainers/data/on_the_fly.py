@@ -45,8 +45,9 @@ class OnTheFlyStore:
     """
 
     def __init__(self, store: TextEmbeddingStore, model: torch.nn.Module, processor: Any, num_cached: int = 100_000):
-        settings = {"dtype": str(store.dtype).removeprefix("torch."), "fingerprint": store.fingerprint}
-        check_same_encoder(store.path, settings, settings["dtype"], encoder_fingerprint(model, processor))
+        dtype = str(store.dtype).removeprefix("torch.")
+        settings = {"dtype": dtype, "fingerprint": store.fingerprint}
+        check_same_encoder(store.path, settings, dtype, encoder_fingerprint(model, processor))
         self.store, self.processor, self.num_cached = store, processor, num_cached
         # A trainer takes the LLM off the model that it trains; this one keeps it. The weights are the same.
         self.model = copy.copy(model)

@@ -90,7 +90,7 @@ def write_index(path: Path, shards: Sequence[MappedSafetensors], keys_in_memory:
         for (first, second), rows in _sorted_parts(shards, keys_in_memory):
             for column, values in enumerate((first, second, rows)):
                 file.seek(start + 8 * (column * total + done))
-                file.write(np.ascontiguousarray(values))
+                file.write(np.ascontiguousarray(values).data)
             done += len(rows)
 
 

@@ -30,7 +30,7 @@ def checksum(data: np.ndarray | torch.Tensor) -> str:
     """The 128-bit BLAKE2b hash of the bytes of `data`, in hexadecimal digits."""
     if isinstance(data, torch.Tensor):
         data = data.contiguous().view(torch.uint8).numpy()
-    return hashlib.blake2b(np.ascontiguousarray(data), digest_size=16).hexdigest()
+    return hashlib.blake2b(np.ascontiguousarray(data).data, digest_size=16).hexdigest()
 
 
 def shard_paths(path: Path) -> list[Path]:
