@@ -46,6 +46,7 @@ class AlignmentTrainer(StreamedTrainer, PublishingTrainer):
     """
 
     stage: str  # its name, on the card
+    data_collator: Any
 
     def embed(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """The embeddings `(batch_size, projection_dim)` that are trained, of unit length, by the wrapped `model`."""
@@ -136,7 +137,7 @@ class AlignmentTrainer(StreamedTrainer, PublishingTrainer):
         model = proclip_of(self.model)
         text_model, model.text_model = model.text_model, None
         try:
-            output = super().train(resume_from_checkpoint, **kwargs)
+            output = super().train(resume_from_checkpoint or None, **kwargs)
             self._record_training()
             return output
         finally:

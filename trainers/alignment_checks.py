@@ -139,8 +139,8 @@ def refuse_sharding(accelerator: Accelerator) -> None:
     """
     Raises ValueError under FSDP and DeepSpeed.
 
-    The loss reads the logit scale outside of the model's forward pass, the EMA teacher follows whole parameters, and the logit scale is
-    clamped in place after a step. With sharded or master copies none of these is what it seems.
+    torch's FSDP2 and DeepSpeed take no parameter without dimensions, which the logit scale is. Besides, the loss reads it outside of the
+    model's forward pass, it is clamped in place after a step, and the EMA teacher follows whole parameters. See docs/training_at_scale.md.
     """
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise ValueError(

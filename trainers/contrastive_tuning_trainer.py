@@ -136,7 +136,7 @@ class ContrastiveTuningTrainer(AlignmentTrainer):
             loss = global_info_nce_loss(images, texts, logit_scale)
             self.record(info_nce_loss=loss, logit_scale=logit_scale)
         if self.ema is not None:
-            distillation, parts = distillation_loss(images, *frozen, self.args)
+            distillation, parts = distillation_loss(images, frozen[0], self.args)
             loss = loss + distillation
             self.record(**parts)
         return loss

@@ -91,6 +91,7 @@ class RepresentationInheritanceTrainer(AlignmentTrainer):
 
     def loss_of(self, embeds: tuple[torch.Tensor, ...], frozen: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """L_stage1."""
-        loss, parts = distillation_loss(*embeds, *frozen, self.args)
+        (student,), (teacher,) = embeds, frozen
+        loss, parts = distillation_loss(student, teacher, self.args)
         self.record(**parts)
         return loss

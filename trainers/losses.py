@@ -21,8 +21,8 @@ from torch.utils.checkpoint import checkpoint
 from .distributed import gather_with_grad, row_counts, world_size
 
 
-# Numbers in a block of rows against all columns: 8 MB of float64. Blocks of half or double that size are as fast.
-BLOCK_ELEMENTS = 2**20
+# Numbers in a block of rows against all columns: 2 MB of float64, of which a loss and its gradient hold a dozen.
+BLOCK_ELEMENTS = 2**18
 
 
 def instance_alignment_loss(student: torch.Tensor, teacher: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
@@ -263,6 +263,9 @@ def _structure_sum(
     distance: str,
 ) -> torch.Tensor:
     penalty = F.mse_loss if distance == "squared" else F.smooth_l1_loss
+    # Once, and not in every block.
+    dtype = _distance_dtype(student.device)
+    student_columns, teacher_columns = student_columns.to(dtype), teacher_columns.to(dtype)
 
     def of_block(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         student_distances = _pairwise_distances(student, student_columns)

@@ -12,6 +12,7 @@ import torch
 import torch.multiprocessing as mp
 from transformers import TrainerCallback
 
+from tests.trainers import tiny_llm
 from tests.trainers.tiny_training import (
     assert_same_bits,
     inheritance_trainer,
@@ -94,6 +95,31 @@ def run_case(case: str, caching: bool, folder: Path, world_size: int) -> dict:
     return {"gradients": keep.gradients, "logs": logs, "eval": trainer.evaluate(), "state": training_state(trainer)}
 
 
+def run_stage_0(caching: bool, folder: Path, world_size: int) -> dict:
+    """Loss and gradients of the LLM's first step, of twelve pairs with a hard negative each over all processes."""
+    hard = [
+        {**row, "negative": [other["text"][0]]} for row, other in zip(tiny_llm.ROWS, tiny_llm.ROWS[1:], strict=False)
+    ]
+    settings = {"gradient_caching_batch_size": 2 if world_size > 1 else 5} if caching else {}
+    trainer = tiny_llm.trainer(
+        folder,
+        rows=hard,
+        per_device_train_batch_size=12 // world_size,
+        lora_dropout=0.0,
+        max_steps=1,
+        max_grad_norm=0.0,
+        **settings,
+    )
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_B" in name:  # zero at first, and so would be the gradients of A
+                parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(len(name)))
+    keep = KeepGradients()
+    trainer.add_callback(keep)
+    trainer.train()
+    return {"gradients": keep.gradients, "loss": trainer.state.log_history[0]["loss"]}
+
+
 def _rank(rank: int, world_size: int, port: int, folder: Path) -> None:
     torch.set_num_threads(1)
     os.environ |= {
@@ -103,6 +129,8 @@ def _rank(rank: int, world_size: int, port: int, folder: Path) -> None:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
+    for caching in CACHING:
+        torch.save(run_stage_0(caching, folder / "stage-0", world_size), folder / f"stage-0 {caching} {rank}.pt")
     for case in CASES:
         for caching in CACHING:
             of_case = folder / f"{case} {caching}"
@@ -122,12 +150,12 @@ def several_processes(world_size: int) -> list[dict[tuple[str, bool], dict]]:
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         # From a server that has imported everything once: that takes longer than all the training.
-        multiprocessing.set_forkserver_preload(["tests.trainers.tiny_training"])
+        multiprocessing.set_forkserver_preload(["tests.trainers.test_equivalence"])
         mp.start_processes(_rank, (world_size, port, Path(folder)), world_size, start_method="forkserver")
         return [
             {
                 (case, caching): torch.load(Path(folder, f"{case} {caching} {rank}.pt"), weights_only=True)
-                for case in CASES
+                for case in ["stage-0", *CASES]
                 for caching in CACHING
             }
             for rank in range(world_size)
@@ -172,6 +200,22 @@ def test_several_processes_train_as_one(world_size, case, caching):
         assert rank["eval"].keys() == ranks[0]["eval"].keys()
     # Rank 0 logs for all: the loss, and each part of it.
     assert_same_training(ranks[0], one_process(case), num_steps(case))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("caching", CACHING, ids=["plain", "cached"])
+def test_stage_0(tmp_path, world_size, caching):
+    one = run_stage_0(False, tmp_path / "one", 1)
+    if world_size == 1:
+        results = [run_stage_0(caching, tmp_path, 1)]
+    else:
+        results = [results["stage-0", caching] for results in several_processes(world_size)]
+    # As one vector: with cosines scaled by 50, float32's rounding of single small gradients is larger than that.
+    expected = torch.cat([gradient.flatten() for gradient in one["gradients"].values()])
+    for actual in results:
+        gradients = torch.cat([actual["gradients"][name].flatten() for name in one["gradients"]])
+        assert (gradients - expected).norm() < 1e-5 * expected.norm()
+    assert results[0]["loss"] == pytest.approx(one["loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("caching", CACHING, ids=["plain", "cached"])
