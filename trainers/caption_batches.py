@@ -277,7 +277,7 @@ def plain_pair(row: Mapping[str, Any], name: str) -> dict[str, Any]:
     texts = caption_list(row, name)
     if len(texts) != 2:
         raise ValueError(f'{name} has {len(texts)} texts in "text": plain text needs [query, document].')
-    return _pair(row, texts, *texts, name) | {"instruction": row.get("instruction")}
+    return _pair(row, texts, texts[0], texts[1], name) | {"instruction": row.get("instruction")}
 
 
 def _pair(row: Mapping[str, Any], captions: list[str], query: str, document: str, name: str) -> dict[str, Any]:

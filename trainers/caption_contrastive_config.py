@@ -11,7 +11,7 @@ class CaptionContrastiveConfig(LoraTrainingArguments):
     Arguments of [`CaptionContrastiveTrainer`]: those of [`~transformers.TrainingArguments`] and the following.
 
     Args:
-        lora_r (`int`, defaults to 16), lora_alpha (`float`, defaults to 32), lora_dropout (`float`, defaults to 0.05):
+        lora_r (`int`, defaults to 16), lora_alpha (`int`, defaults to 32), lora_dropout (`float`, defaults to 0.05):
             Of the LoRA on every linear layer of the trained decoder layers (LLM2CLIP, arXiv 2411.04997; LLM2Vec for the dropout).
         lora_num_layers (`int`, *optional*):
             How many of the LLM's decoder layers, counted from the last, get a LoRA. All by default, as published.

@@ -15,9 +15,10 @@ class LoraTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = False
     ddp_find_unused_parameters: bool | None = False
     data_seed: int | None = None
+    label_names: list[str] | None = None
 
     lora_r: int = 16
-    lora_alpha: float = 32
+    lora_alpha: int = 32
     lora_dropout: float = 0.05
     lora_num_layers: int | None = None
     max_length: int | None = None
