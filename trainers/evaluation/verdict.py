@@ -24,6 +24,7 @@ from .bootstrap import RESAMPLES, Interval, Outcomes, interval, resample, score_
 MARGIN = 0.01
 CONFIDENCE = 0.95
 MIN_ITEMS = 30
+A_LITTLE = 0.1  # of the baseline's score
 
 # What is averaged together, and how it is called. The first answers the question; a group that is not here is an area of its own.
 AREAS = {
@@ -86,7 +87,7 @@ class Verdict:
     """The answer, and what it follows from.
 
     Attributes:
-        answer: "yes", "no", "partly", "undecided" or "not measured": is CLIP's zero-shot knowledge broken?
+        answer: "yes", "a little", "no", "partly", "undecided" or "not measured": is CLIP's zero-shot knowledge broken?
         headline: the answer in a sentence.
         sentences: what else the intervals say: the tasks that lost, retrieval, the linear probe.
         averages: one a area, zero-shot classification first.
@@ -231,6 +232,8 @@ def _answer(average: Change | None, tasks: list[Change], margin: float) -> tuple
     on_average = describe(average, margin)
     of = f"{lost} of {len(tasks)} zero-shot tasks"
     if average.decision == "lost":
+        if average.difference.low > -A_LITTLE * average.baseline.value:
+            return "a little", f"A little. Zero-shot classification {on_average}{_mean_of(tasks)}."
         return "yes", f"Yes. Zero-shot classification {on_average}{_mean_of(tasks)}."
     if average.decision == "undecided":
         if lost:

@@ -62,6 +62,15 @@ def test_a_broken_clip_is_said_to_be_broken():
     assert any("The largest loss of zero-shot classification is in set-" in sentence for sentence in verdict.sentences)
 
 
+def test_a_loss_that_is_surely_under_a_tenth_of_the_score_is_a_little():
+    right = correct(0.8, 4000)
+    a_little = compare([task("set", right & (np.arange(4000) >= 200), right)])  # about 4 of 80 points
+    assert (a_little.answer, a_little.averages[0].decision) == ("a little", "lost")
+    assert a_little.headline.startswith("A little. Zero-shot classification lost ")
+    # About 8 of 80 points: the interval reaches past a tenth.
+    assert compare([task("set", right & (np.arange(4000) >= 400), right)]).answer == "yes"
+
+
 def test_a_kept_clip_is_said_to_be_kept_only_where_the_data_can_say_so():
     right = correct(0.7, 4000)
     swapped = right.copy()
