@@ -90,8 +90,8 @@ def check_texts(name: str, store: Any, dataset: Any) -> None:
     """
     Look for all captions of `dataset` in `store`, by their keys alone, so that a training does not end hours later at one that is missing.
 
-    Checked are rows in a list, a dataset of the `datasets` library and a [`PairRows`], of which pictures are not decoded: 3 million captions
-    take about a minute. Other datasets would have to decode them, and a store that is no [`TextEmbeddingStore`] may know what to do.
+    Checked are rows in a list, a dataset of the `datasets` library and a [`PairRows`], of which pictures are not decoded. Other
+    datasets would have to decode them, and a store that is no [`TextEmbeddingStore`] may know what to do.
 
     Raises:
         KeyError: If captions are missing; names the first and tells how many there are.
