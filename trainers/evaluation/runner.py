@@ -21,7 +21,7 @@ from .manifest import Manifest
 from .report.examples import Retrieved
 from .results import Results
 from .sources import open_data
-from .tasks import Outcome, Task, prepare_task
+from .tasks import EmbeddingTask, Outcome, Task, prepare_task
 
 
 logger = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ def evaluate(
                 task = prepare_task(manifest, open_data(manifest, local, limit, seed))
             keys = image_keys(task, state, progress)
             baseline = runs[1].encoder if len(runs) > 1 else None
-            if manifest.kind == "cka":
+            if not isinstance(task, EmbeddingTask):  # CKA
                 for run in runs:
                     if baseline is None:
                         logger.warning(
@@ -148,7 +148,7 @@ class _Run:
             None if limit is None else {"limit": limit},
         )
 
-    def score(self, task: Task, keys: np.ndarray) -> Retrieved | None:
+    def score(self, task: EmbeddingTask, keys: np.ndarray) -> Retrieved | None:
         """Embeds what is missing; the main process computes the numbers and writes them.
 
         Returns:

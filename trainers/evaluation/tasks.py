@@ -39,11 +39,10 @@ class Task:
     Attributes:
         manifest: what it is.
         data: its rows.
-        image_columns: columns of the pictures to embed; `score` gets those of the first column, then of the second, in rows' order.
-        texts: to embed, in the order in which `score` gets them.
+        image_columns: columns of its pictures.
+        texts: its texts.
         space: "shared", the texts' embeddings in the space of the pictures, or "text", those of the text encoder by itself (a ProCLIP's
             LLM before the adapter).
-        score: `(image_embeds, text_embeds)` to the numbers.
         identity: what else the data is, beside pictures and texts, for the fingerprint.
         facts: counts for the results.
     """
@@ -51,15 +50,29 @@ class Task:
     manifest: Manifest
     data: OpenedData
     image_columns: tuple[str, ...]
-    texts: list[str]
-    score: Callable[[torch.Tensor, torch.Tensor], Outcome]
+    texts: list[str] = field(default_factory=list)
     space: str = "shared"
     identity: list[Any] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass
+class EmbeddingTask(Task):
+    """A benchmark whose numbers come from one model's embeddings.
+
+    Attributes:
+        score: `(image_embeds, text_embeds)` to the numbers: the pictures of the first column, then of the second, in rows' order, and the
+            texts in theirs.
+    """
+
+    score: Callable[[torch.Tensor, torch.Tensor], Outcome] = field(kw_only=True)
+
+
 def prepare_task(manifest: Manifest, data: OpenedData) -> Task:
     """Reads texts and labels of `data` and checks them.
+
+    Returns:
+        An [`EmbeddingTask`], except of CKA, which compares the encoders of two models: see comparison.py.
 
     Raises:
         ValueError: If a caption, label or class name is not what the manifest states; names benchmark and row.
@@ -74,11 +87,8 @@ def prepare_task(manifest: Manifest, data: OpenedData) -> Task:
     }[manifest.kind](manifest, data)
 
 
-def _retrieval(manifest: Manifest, data: OpenedData) -> Task:
-    where = f"benchmark {manifest.name}"
-    captions = read_captions(
-        data.rows[manifest.columns["captions"]], where, manifest.caption_separator, manifest.max_captions
-    )
+def _retrieval(manifest: Manifest, data: OpenedData) -> EmbeddingTask:
+    where, captions = f"benchmark {manifest.name}", _captions(manifest, data)
     if len(captions) < 2:
         raise ValueError(f"{where}: one picture has nothing to be told from: retrieval needs at least 2")
     text_to_image = torch.tensor([row for row, texts in enumerate(captions) for _ in texts])
@@ -91,22 +101,19 @@ def _retrieval(manifest: Manifest, data: OpenedData) -> Task:
         items = {"i2t_rank": image_ranks, "t2i_rank": text_ranks, "text_to_image": text_to_image}
         return Outcome(metrics, items, _notes_on_texts(texts))
 
-    return Task(
+    return EmbeddingTask(
         manifest,
         data,
         (manifest.columns["image"],),
         texts,
-        score,
+        score=score,
         identity=text_to_image.tolist(),
         facts={"num_captions": len(texts)},
     )
 
 
-def _caption_retrieval(manifest: Manifest, data: OpenedData) -> Task:
-    where = f"benchmark {manifest.name}"
-    captions = read_captions(
-        data.rows[manifest.columns["captions"]], where, manifest.caption_separator, manifest.max_captions
-    )
+def _caption_retrieval(manifest: Manifest, data: OpenedData) -> EmbeddingTask:
+    where, captions = f"benchmark {manifest.name}", _captions(manifest, data)
     for row, some in enumerate(captions):
         if len(some) < 2:
             raise ValueError(
@@ -124,17 +131,13 @@ def _caption_retrieval(manifest: Manifest, data: OpenedData) -> Task:
         items = {"i2t_rank": first_ranks, "t2i_rank": second_ranks, "text_to_image": torch.arange(len(captions))}
         return Outcome(metrics, items, _notes_on_texts(firsts + seconds))
 
-    return Task(manifest, data, (), firsts + seconds, score, space="text", facts={"num_captions": 2 * len(captions)})
+    return EmbeddingTask(
+        manifest, data, (), firsts + seconds, score=score, space="text", facts={"num_captions": 2 * len(captions)}
+    )
 
 
-def _zero_shot(manifest: Manifest, data: OpenedData) -> Task:
-    where, classes = f"benchmark {manifest.name}", manifest.classes
-    assert classes is not None  # the manifest was checked
-    label_column = manifest.columns["label"]
-    feature = data.rows.features[label_column]
-    names = class_names(classes, data, feature, where)
-    unedited = feature.names if getattr(feature, "names", None) else None
-    labels = torch.tensor(read_labels(data.rows[label_column], names, unedited, where))
+def _zero_shot(manifest: Manifest, data: OpenedData) -> EmbeddingTask:
+    names, labels = _classes_and_labels(manifest, data)
     templates = manifest.prompt_templates
     texts = [template.replace("{}", name) for name in names for template in templates]
     class_index = torch.arange(len(names)).repeat_interleave(len(templates))
@@ -161,12 +164,12 @@ def _zero_shot(manifest: Manifest, data: OpenedData) -> Task:
             notes.append(f"{same} class names are also another class's: their prompts tie, and a tie counts as wrong.")
         return Outcome(metrics, items, notes)
 
-    return Task(
+    return EmbeddingTask(
         manifest,
         data,
         (manifest.columns["image"],),
         texts,
-        score,
+        score=score,
         identity=[labels.tolist(), names],
         facts={
             "num_classes": len(names),
@@ -178,7 +181,7 @@ def _zero_shot(manifest: Manifest, data: OpenedData) -> Task:
     )
 
 
-def _fine_grained(manifest: Manifest, data: OpenedData) -> Task:
+def _fine_grained(manifest: Manifest, data: OpenedData) -> EmbeddingTask:
     columns, template = manifest.columns, manifest.prompt_templates[0]
     pairs = "image_1" in columns
     text_columns = ("caption_1", "caption_2") if pairs else ("caption", "negative")
@@ -214,25 +217,19 @@ def _fine_grained(manifest: Manifest, data: OpenedData) -> Task:
             ) / len(kinds)
         return Outcome(metrics, items)
 
-    return Task(
+    return EmbeddingTask(
         manifest,
         data,
         tuple(columns[name] for name in image_columns),
         [text for side in sides for text in side],
-        score,
+        score=score,
         identity=[categories],
         facts={"prompts": [template]},
     )
 
 
-def _linear_probe(manifest: Manifest, data: OpenedData) -> Task:
-    where, classes = f"benchmark {manifest.name}", manifest.classes
-    assert classes is not None  # the manifest was checked
-    label_column = manifest.columns["label"]
-    feature = data.rows.features[label_column]
-    names = class_names(classes, data, feature, where)
-    unedited = feature.names if getattr(feature, "names", None) else None
-    labels = torch.tensor(read_labels(data.rows[label_column], names, unedited, where))
+def _linear_probe(manifest: Manifest, data: OpenedData) -> EmbeddingTask:
+    names, labels = _classes_and_labels(manifest, data)
     train, test = labels[: data.num_train], labels[data.num_train :]
 
     def score(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> Outcome:
@@ -241,7 +238,7 @@ def _linear_probe(manifest: Manifest, data: OpenedData) -> Task:
         try:
             found = linear_probe(image_embeds[: len(train)], train, image_embeds[len(train) :], test)
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
+            raise ValueError(f"benchmark {manifest.name}: {error}") from error
         predictions = torch.from_numpy(found.predictions)
         items = {"correct": (predictions == test).to(torch.uint8), "label": test, "prediction": predictions}
         notes = [
@@ -254,17 +251,31 @@ def _linear_probe(manifest: Manifest, data: OpenedData) -> Task:
         "num_train": len(train),
         "features": "image embeddings in the shared space, not normalised, divided by their root mean square",
     }
-    return Task(
-        manifest, data, (manifest.columns["image"],), [], score, identity=[labels.tolist(), names], facts=facts
+    return EmbeddingTask(
+        manifest, data, (manifest.columns["image"],), score=score, identity=[labels.tolist(), names], facts=facts
     )
 
 
 def _cka(manifest: Manifest, data: OpenedData) -> Task:
-    def score(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> Outcome:
-        raise NotImplementedError("CKA compares two models: see comparison.py")
-
     facts = {"features": "mean over the tokens of each layer; the last is the image embedding"}
-    return Task(manifest, data, (manifest.columns["image"],), [], score, facts=facts)
+    return Task(manifest, data, (manifest.columns["image"],), facts=facts)
+
+
+def _captions(manifest: Manifest, data: OpenedData) -> list[list[str]]:
+    """Every row's captions."""
+    column, where = data.rows[manifest.columns["captions"]], f"benchmark {manifest.name}"
+    return read_captions(column, where, manifest.caption_separator, manifest.max_captions)
+
+
+def _classes_and_labels(manifest: Manifest, data: OpenedData) -> tuple[list[str], torch.Tensor]:
+    """The classes' names, and the number of every row's class `(rows,)`."""
+    where, classes = f"benchmark {manifest.name}", manifest.classes
+    assert classes is not None  # the manifest was checked
+    label_column = manifest.columns["label"]
+    feature = data.rows.features[label_column]
+    names = class_names(classes, data, feature, where)
+    unedited = feature.names if getattr(feature, "names", None) else None
+    return names, torch.tensor(read_labels(data.rows[label_column], names, unedited, where))
 
 
 def _recall(ranks: dict[str, torch.Tensor]) -> dict[str, float]:
