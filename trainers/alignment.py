@@ -18,10 +18,11 @@ from modeling_proclip import ProCLIPModel
 
 from .alignment_checks import check_store, check_texts, proclip_of, refuse_sharding, set_input_statistics, train_only
 from .alignment_config import AlignmentConfig
-from .checkpoints import STATE_FILE, last_complete_checkpoint
+from .checkpoints import CheckpointingTrainer, last_complete_checkpoint
 from .collators import DrawnCaptions
 from .data.pair_stream import PairStream
 from .data.stream_loader import StreamLoader
+from .epochs import SetEpoch
 from .gradient_caching import cached_backward
 from .losses import global_instance_alignment_loss, global_structure_alignment_loss
 from .publishing import PublishingTrainer
@@ -29,7 +30,7 @@ from .streamed_trainer import StreamedTrainer
 from .training_record import training_record
 
 
-class AlignmentTrainer(StreamedTrainer, PublishingTrainer):
+class AlignmentTrainer(CheckpointingTrainer, StreamedTrainer, PublishingTrainer):
     """
     The part of a stage's trainer that is not its loss.
 
@@ -93,7 +94,7 @@ class AlignmentTrainer(StreamedTrainer, PublishingTrainer):
         # Each batch's loss is a mean, which Trainer divides by the number of accumulated batches, or a sum, which it must not.
         self.loss_is_scaled_for_ga = args.reduction == "sum"
         if isinstance(self.rows, DrawnCaptions):
-            self.add_callback(_SetEpoch(self.rows))
+            self.add_callback(SetEpoch(self.rows))
         self._speed = _Speed()
         self.add_callback(self._speed)
 
@@ -169,18 +170,6 @@ class AlignmentTrainer(StreamedTrainer, PublishingTrainer):
             else:
                 card = adapter_card(self.args.output_dir, **kwargs)
             card.save(Path(self.args.output_dir) / "README.md")
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self.args.should_save:
-            # One left by an earlier run in the same folder would make this checkpoint look complete while it is written.
-            folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
-            (folder / STATE_FILE).unlink(missing_ok=True)
-        super()._save_checkpoint(model, trial)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        # Every process has written its file before the first one writes the last file of the checkpoint.
-        self.accelerator.wait_for_everyone()
 
     def get_train_dataloader(self) -> DataLoader | StreamLoader:
         """As Trainer; with gradient caching its batches stay in the host's memory."""
@@ -306,15 +295,6 @@ class AlignmentTrainer(StreamedTrainer, PublishingTrainer):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         output.metrics.update({f"{metric_key_prefix}_{name}": v for name, v in self.evaluation_metrics().items()})
         return output
-
-
-class _SetEpoch(TrainerCallback):
-    # accelerate calls set_epoch of a dataset only where its sampler has none, and not on several processes.
-    def __init__(self, rows: DrawnCaptions):
-        self.rows = rows
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self.rows.set_epoch(int(state.epoch or 0))
 
 
 class _Speed(TrainerCallback):

@@ -7,16 +7,18 @@ from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Dataset, IterableDataset, Sampler
+from torch.utils.data import IterableDataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
 from modeling_proclip.prompt_template import templated_tokenizer
+
+from .epochs import EpochDataset
 
 
 TokenRow = Mapping[str, list[int]]  # a text's "input_ids", "attention_mask" and "token_type_ids", not padded
 
 
-class CaptionPairs(Dataset):
+class CaptionPairs(EpochDataset):
     """
     Rows of captions as pairs: of a picture's captions two are drawn in every epoch, in random order (LLM2CLIP, arXiv 2411.04997: two
     captions of one picture are positives). The draw is a function of seed, epoch and row alone, as in [`DrawnCaptions`], so a resumed run
@@ -40,18 +42,8 @@ class CaptionPairs(Dataset):
                 raise ValueError(
                     f"{name} is a stream ({type(dataset).__name__}): pairs are drawn by row number, so pass a dataset with len() and [i]."
                 )
+        super().__init__()
         self.rows, self.plain_rows, self.seed = rows, plain_rows, seed
-        # In shared memory: data workers that live through several epochs have a copy of this object.
-        self._epoch = torch.tensor(0).share_memory_()
-
-    @property
-    def epoch(self) -> int:
-        """The epoch whose pairs are shown."""
-        return int(self._epoch)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Show the pairs of that epoch, also in data workers that run already."""
-        self._epoch.fill_(epoch)
 
     @property
     def num_plain(self) -> int:

@@ -2,13 +2,12 @@
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType, gather_object
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerControl
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerControl
 from transformers.trainer_utils import speed_metrics
 
 from modeling_proclip import ProCLIPModel, ProCLIPProcessor
@@ -25,15 +24,16 @@ from .caption_batches import (
 )
 from .caption_contrastive_config import CaptionContrastiveConfig
 from .caption_losses import caption_contrastive_loss, global_caption_contrastive_loss
-from .checkpoints import STATE_FILE, last_complete_checkpoint
+from .checkpoints import CheckpointingTrainer, last_complete_checkpoint
 from .data.text_encoding import CPU_TOKEN_BUDGET, GPU_TOKEN_BUDGET
+from .epochs import SetEpoch
 from .evaluation.metrics import caption_retrieval
 from .frozen_layers import FrozenLayerStates
 from .gradient_caching import cached_backward
 from .lora import add_lora
 
 
-class CaptionContrastiveTrainer(Trainer):
+class CaptionContrastiveTrainer(CheckpointingTrainer):
     r"""
     Trains a LoRA on an LLM that attends in both directions: of two captions of one picture one must find the other among those of the
     other pictures, by the cosine of their pooled embeddings (LLM2CLIP, arXiv 2411.04997).
@@ -108,7 +108,7 @@ class CaptionContrastiveTrainer(Trainer):
                 "micro_batch_tokens gives the processes different numbers of forward passes, which FSDP runs together: leave it out."
             )
         self.loss_is_scaled_for_ga = True  # a batch is a step: there is nothing to divide by
-        self.add_callback(_SetEpoch(self.pairs))
+        self.add_callback(SetEpoch(self.pairs))
 
     def merge(self) -> PreTrainedModel:
         """
@@ -251,26 +251,6 @@ class CaptionContrastiveTrainer(Trainer):
     def _compute_frozen(self, texts: list[tuple[str, str | None]]) -> None:
         if self.frozen is not None:
             self.frozen.fill(self.tokenizer(list(dict.fromkeys(texts))), self._token_budget())
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self.args.should_save:
-            # One left by an earlier run in the same folder would make this checkpoint look complete while it is written.
-            folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
-            (folder / STATE_FILE).unlink(missing_ok=True)
-        super()._save_checkpoint(model, trial)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        # Every process has written its file before the first one writes the last file of the checkpoint.
-        self.accelerator.wait_for_everyone()
-
-
-class _SetEpoch(TrainerCallback):
-    def __init__(self, pairs: CaptionPairs):
-        self.pairs = pairs
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self.pairs.set_epoch(int(state.epoch or 0))
 
 
 def _text_model(model: ProCLIPModel | PreTrainedModel) -> tuple[PreTrainedModel, str]:

@@ -1,15 +1,33 @@
-"""Which checkpoint a training goes on from."""
+"""Which checkpoint a training goes on from, and how one shows that it is complete."""
 
 import logging
 from pathlib import Path
+from typing import Any
 
-from transformers import TrainerState
+from torch import nn
+from transformers import Trainer, TrainerState
 
 
 logger = logging.getLogger(__name__)
 
 # The file that Trainer writes last: a checkpoint with it is complete.
 STATE_FILE = "trainer_state.json"
+
+
+class CheckpointingTrainer(Trainer):
+    """Trainer whose checkpoints count as complete, for [`last_complete_checkpoint`], only once all of their files are written."""
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.args.should_save:
+            # One left by an earlier run in the same folder would make this checkpoint look complete while it is written.
+            folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+            (folder / STATE_FILE).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # Every process has written its file before the first one writes the last file of the checkpoint.
+        self.accelerator.wait_for_everyone()
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str:

@@ -5,10 +5,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import IterableDataset
+
+from .epochs import EpochDataset
 
 
-class DrawnCaptions(Dataset):
+class DrawnCaptions(EpochDataset):
     """
     Rows whose "text" is one caption: of a list of captions, one is drawn a row and epoch (ProCLIP, arXiv 2510.18795, Table 8: "one
     drawn at random per sample per epoch"; the published code draws without a seed). The draw is a function of seed, epoch and row alone, so
@@ -28,18 +30,8 @@ class DrawnCaptions(Dataset):
                 f"the dataset is a stream ({type(rows).__name__}), which has no row numbers: open it by trainers.data.open_pairs with "
                 "PairSource(..., streaming=True), whose streams can be shared by processes and resumed, or pass a dataset with len() and [i]"
             )
+        super().__init__()
         self.rows, self.seed = rows, seed
-        # In shared memory: data workers that live through several epochs have a copy of this object.
-        self._epoch = torch.tensor(0).share_memory_()
-
-    @property
-    def epoch(self) -> int:
-        """The epoch whose captions are shown."""
-        return int(self._epoch)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Show the captions of that epoch, also in data workers that run already."""
-        self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from modeling_proclip.prompt_template import NO_TEMPLATE, templated_tokenizer
 from modeling_proclip.text_tower import check_bidirectional
@@ -22,6 +22,7 @@ from modeling_proclip.text_tower import check_bidirectional
 from .caption_batches import stable_hash
 from .checkpoints import last_complete_checkpoint
 from .collators import DrawnCaptions
+from .epochs import SetEpoch
 from .lora import LoraTrainingArguments, add_lora
 
 
@@ -210,7 +211,7 @@ class MaskedNextTokenTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
-        self.add_callback(_SetEpoch(self.texts.rows))
+        self.add_callback(SetEpoch(self.texts.rows))
 
     def compute_loss(
         self,
@@ -255,11 +256,3 @@ class MaskedNextTokenTrainer(Trainer):
         from peft import load_peft_weights, set_peft_model_state_dict
 
         set_peft_model_state_dict(self.adapter, load_peft_weights(resume_from_checkpoint, device="cpu"))
-
-
-class _SetEpoch(TrainerCallback):
-    def __init__(self, rows: DrawnCaptions):
-        self.rows = rows
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self.rows.set_epoch(int(state.epoch or 0))
