@@ -9,6 +9,7 @@ from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import transformers.utils.hub
 from huggingface_hub import constants
 
 from .connection import TOKEN
@@ -63,6 +64,8 @@ class HubServer:
         values |= {"HF_TOKEN_PATH": str(folder / "token"), "HF_HUB_CACHE": str(folder / "hub")}
         for name, value in values.items():
             monkeypatch.setattr(constants, name, value)
+        # Transformers keeps a client with the address that it had at its first use, maybe another test's.
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
 
     def fail(self, method: str, path: str, status: int, times: int = 1, **headers: str) -> Fault:
         """Answer the next requests whose path holds the regular expression `path` with `status`."""
