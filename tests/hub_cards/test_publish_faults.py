@@ -155,7 +155,7 @@ def test_interrupted_in_the_middle_the_next_run_finishes(checkpoint, hub, tmp_pa
     shards = [name for name in sketch.files if name.endswith(".safetensors")]
     stalled = hub.stall("PUT", "^/lfs/", after=20_000)
     # A shell that runs the tests in the background has them, and so their processes, ignore Control-C.
-    start = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from trainers.cli import app; app()"
+    start = "import signal, trainers.cli; signal.signal(signal.SIGINT, signal.default_int_handler); trainers.cli.app()"
     command = [sys.executable, "-c", start, "publish", checkpoint, "alice/x", "--max-shard-size", "100KB"]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
