@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .configuration_eva_clip import EvaCLIPVisionConfig
 from .configuration_proclip import TOWERS, ProCLIPConfig, check_tower_keys
-from .lean_checkpoint import record_text_model, recorded_text_model
 from .modeling_eva_clip import EvaCLIPVisionModel
-from .pretrained_towers import absolute, of_tower, take_text, take_vision, tower_dtypes
+from .pretrained_proclip import ProCLIPPreTrainedModel
+from .pretrained_towers import absolute, of_tower, take_text, take_vision
 from .text_adapter import TextAdapter
 from .text_tower import check_bidirectional, pool_tokens
 
@@ -52,7 +52,7 @@ class ProCLIPOutput(ModelOutput):
         return tuple(v.to_tuple() if isinstance(v, ModelOutput) else v for v in super().to_tuple())
 
 
-class ProCLIPModel(PreTrainedModel):
+class ProCLIPModel(ProCLIPPreTrainedModel):
     r"""
     Image encoder E_I, frozen LLM embedder G and text adapter A of ProCLIP (arXiv 2510.18795). Image embedding v = unit(E_I(image)), text
     embedding t = unit(A(G(text))), score exp(logit_scale) * v . t.
@@ -65,8 +65,6 @@ class ProCLIPModel(PreTrainedModel):
         dtypes (`dict`, *optional*): dtypes of new towers, under `vision_config` and `text_config`. By default those of their configurations.
     """
 
-    config_class = ProCLIPConfig
-    base_model_prefix = "proclip"
     input_modalities = ("image", "text")
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
@@ -373,126 +371,6 @@ class ProCLIPModel(PreTrainedModel):
             )
         check_bidirectional(model.text_model)
         return model.eval()
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike,
-        *model_args: Any,
-        text_model: str | os.PathLike | PreTrainedModel | None = None,
-        load_text_model: bool = True,
-        verify_text_model: bool = True,
-        **kwargs: Any,
-    ) -> "ProCLIPModel":
-        r"""
-        As [`~transformers.PreTrainedModel.from_pretrained`]. A lean checkpoint brings its LLM back from where the config says.
-
-        Args:
-            text_model (`str`, `os.PathLike` or `PreTrainedModel`, *optional*):
-                Where the LLM of a lean checkpoint lies now, or the LLM itself (give that to this class: `AutoModel` copies its arguments).
-            load_text_model (`bool`, defaults to `True`): `False` loads the vision side and the adapter only.
-            verify_text_model (`bool`, defaults to `True`):
-                `False` takes the LLM whatever its weights are: one in another dtype than its files, quantised, or tuned since.
-            kwargs: `dtype` and `attn_implementation` may be a dict with the keys `vision_config` and `text_config`, and `""` for the rest. By
-                default every part has the dtype that it was saved in.
-
-        Raises:
-            ValueError: If the LLM found is not the one that the checkpoint was made with, or stays causal.
-        """
-        dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
-        check_tower_keys(dtype)
-        config = kwargs.get("config")
-        if not isinstance(config, PreTrainedConfig):
-            config = cls.config_class.from_pretrained(config or pretrained_model_name_or_path, **kwargs)
-        # The library loads a whole model in one dtype, but towers that are made in another one are filled in theirs.
-        dtypes = tower_dtypes(dtype, config)
-        # AutoModel asks for PEFT adapters this way. They may be on the LLM, which a lean checkpoint brings later.
-        adapters = dict(kwargs.pop("adapter_kwargs", None) or {})
-        late_adapter = adapters.pop("_adapter_model_path", None) if config.lean and load_text_model else None
-        loaded = super().from_pretrained(
-            pretrained_model_name_or_path,
-            *model_args,
-            load_text_model=load_text_model,
-            dtypes=dtypes,
-            dtype=dtypes[""] or "auto",
-            adapter_kwargs=adapters,
-            **kwargs,
-        )
-        model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info
-        if load_text_model and model.config.lean:
-            model.text_model = recorded_text_model(
-                model.config, text_model, dtypes["text_config"], kwargs, verify=verify_text_model
-            )
-            model.config.text_config = model.text_model.config
-        elif text_model is not None:
-            raise ValueError("text_model is for a lean checkpoint; this one has its LLM inside.")
-        if late_adapter is not None:
-            model.load_adapter(late_adapter, adapter_kwargs=adapters)
-        if model.text_model is not None:
-            check_bidirectional(model.text_model)
-        return loaded
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        is_main_process: bool = True,
-        state_dict: dict[str, torch.Tensor] | None = None,
-        *args: Any,
-        lean: bool | None = None,
-        **kwargs: Any,
-    ) -> None:
-        r"""
-        As [`~transformers.PreTrainedModel.save_pretrained`].
-
-        Args:
-            lean (`bool`, *optional*):
-                Leave the frozen LLM out and record its name, revision and content hash instead; `from_pretrained` brings it back. Without
-                this argument a model is saved as it was loaded.
-
-        Raises:
-            ValueError: If a full checkpoint is asked of a model without its LLM, or a lean one of a model whose LLM was changed since it
-                was loaded or has no name.
-        """
-        if self._hf_peft_config_loaded:  # by add_adapter or load_adapter: only the adapters are saved
-            return super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
-        lean = (self.config.lean or self.text_model is None) if lean is None else lean
-        if self.text_model is None and not lean:
-            raise ValueError("This model was loaded without its LLM: it can only be saved with lean=True.")
-        state_dict = self.state_dict() if state_dict is None else state_dict
-        prefix = "text_model."
-        text_state = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-        record_text_model(self.config, text_state, lean)
-        self.config.vision_config.dtype = self.vision_model.dtype
-        if self.text_model is not None:
-            self.config.text_config.dtype = self.text_model.dtype
-        if lean:
-            state_dict = {key: value for key, value in state_dict.items() if not key.startswith(prefix)}
-        was_lean, self.config.lean = self.config.lean, lean
-        try:
-            super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
-        finally:
-            self.config.lean = was_lean
-
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
-        r"""
-        Publish the model with the code that loads it anywhere and its card, in one commit: `hub_cards.publish.publish_model`.
-
-        Args:
-            repo_id (`str`): `owner/name`, or a name of your own.
-            kwargs: `processor` (send it too; else the repository keeps the one it has), `private` (new repositories are, unless `False`),
-                `lean`, `revision`, `commit_message`, `max_shard_size` and `token`.
-
-        Returns:
-            `PublishReport`.
-
-        Raises:
-            PublishError: If the model is not complete, or the Hub does not take it.
-        """
-        try:
-            from hub_cards.publish import publish_model
-        except ImportError:  # this file travels to the Hub, where the package is not: there Transformers' own sends it
-            return super().push_to_hub(repo_id, **kwargs)
-        return publish_model(self, repo_id, **kwargs)
 
 
 __all__ = ["ProCLIPModel", "ProCLIPOutput"]
