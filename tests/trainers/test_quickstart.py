@@ -69,6 +69,7 @@ def test_results_hold_every_row_and_number(results):
 
 
 def test_the_command_ends_with_the_table(first_run, results):
+    assert "{" not in first_run[1].stdout  # no raw logs between the steps
     output = first_run[1].stdout
     for name in ("CLIP", "LiT", "LLM2CLIP", "ProCLIP, stage 1"):
         assert name in output

@@ -210,6 +210,7 @@ class Quickstart:
             "logging_steps": max(1, steps // 60),
             "save_strategy": "no",
             "report_to": "none",
+            "disable_tqdm": False,  # by default the library's verbosity decides, and without bars every log is printed
             "use_cpu": True,
             "bf16": native_dtype() == torch.bfloat16,
             "seed": self.seed,
