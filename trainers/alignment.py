@@ -18,7 +18,7 @@ from modeling_proclip import ProCLIPModel
 
 from .alignment_checks import check_store, check_texts, proclip_of, refuse_sharding, set_input_statistics, train_only
 from .alignment_config import AlignmentConfig
-from .checkpoints import CheckpointingTrainer, last_complete_checkpoint
+from .checkpoints import CheckpointingTrainer
 from .collators import DrawnCaptions
 from .data.pair_stream import PairStream
 from .data.stream_loader import StreamLoader
@@ -122,23 +122,12 @@ class AlignmentTrainer(CheckpointingTrainer, StreamedTrainer, PublishingTrainer)
         return [name for name in super().get_decay_parameter_names(model) if name in matrices]
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """
-        As [`~transformers.Trainer.train`].
-
-        Args:
-            resume_from_checkpoint: a checkpoint's folder, or `True` for the last complete one in `output_dir`: one that a killed process
-                had not finished is passed over.
-
-        Raises:
-            ValueError: If there is no complete checkpoint.
-        """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+        """As [`CheckpointingTrainer.train`]."""
         # Without the LLM, which takes no part, checkpoints are lean and DDP has less to broadcast.
         model = proclip_of(self.model)
         text_model, model.text_model = model.text_model, None
         try:
-            output = super().train(resume_from_checkpoint or None, **kwargs)
+            output = super().train(resume_from_checkpoint, **kwargs)
             self._record_training()
             return output
         finally:

@@ -65,11 +65,18 @@ def global_caption_contrastive_loss(
     Returns:
         `()`, whose mean over the ranks is `caption_contrastive_loss` of the joined batch; so are, after DDP's averaging, the gradients.
     """
-    _check(query_embeds, document_embeds, negative_embeds, query_keys, document_keys, negative_keys)
     ranks = world_size()
     if ranks == 1:
-        columns, column_keys = _join(document_embeds, negative_embeds), _join(document_keys, negative_keys)
-        return _cross_entropy(query_embeds, columns, 0, scale, query_keys, column_keys, "mean")
+        return caption_contrastive_loss(
+            query_embeds,
+            document_embeds,
+            negative_embeds,
+            scale=scale,
+            query_keys=query_keys,
+            document_keys=document_keys,
+            negative_keys=negative_keys,
+        )
+    _check(query_embeds, document_embeds, negative_embeds, query_keys, document_keys, negative_keys)
     counts = row_counts(document_embeds)
     columns, column_keys = gather_with_grad(document_embeds, counts), document_keys
     if column_keys is not None:

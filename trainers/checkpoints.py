@@ -17,6 +17,21 @@ STATE_FILE = "trainer_state.json"
 class CheckpointingTrainer(Trainer):
     """Trainer whose checkpoints count as complete, for [`last_complete_checkpoint`], only once all of their files are written."""
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """
+        As [`~transformers.Trainer.train`].
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder, or `True` for the last complete one in `output_dir`: one that a killed process
+                had not finished is passed over.
+
+        Raises:
+            ValueError: If there is no complete checkpoint.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+        return super().train(resume_from_checkpoint or None, **kwargs)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.args.should_save:
             # One left by an earlier run in the same folder would make this checkpoint look complete while it is written.

@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_proclip.prompt_template import NO_TEMPLATE, templated_tokenizer
 from modeling_proclip.text_tower import check_bidirectional
 
 from .caption_batches import stable_hash
-from .checkpoints import last_complete_checkpoint
+from .checkpoints import CheckpointingTrainer
 from .collators import DrawnCaptions
 from .epochs import SetEpoch
 from .lora import LoraTrainingArguments, add_lora
@@ -165,7 +165,7 @@ class MaskedTexts(Dataset):
         }
 
 
-class MaskedNextTokenTrainer(Trainer):
+class MaskedNextTokenTrainer(CheckpointingTrainer):
     r"""
     Trains a LoRA on an LLM that attends in both directions to predict masked tokens. What it saves is the LoRA of the *base model*, as
     [`CaptionContrastiveTrainer`] saves: load it on `AutoModel`, or merge it by `proclip convert LLM OUT --lora FOLDER`.
@@ -240,12 +240,6 @@ class MaskedNextTokenTrainer(Trainer):
     def merge(self) -> PreTrainedModel:
         """The base model with the LoRA merged into its weights: what stage 0 goes on from. Call it last."""
         return self.adapter.merge_and_unload()
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """As [`~transformers.Trainer.train`]; `True` resumes from the last complete checkpoint in `output_dir`."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
-        return super().train(resume_from_checkpoint, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)

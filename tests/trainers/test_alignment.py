@@ -18,7 +18,7 @@ from tests.trainers.tiny_training import (
     killed_trainer,
     training_state,
 )
-from trainers.alignment import last_complete_checkpoint
+from trainers.checkpoints import last_complete_checkpoint
 
 
 REPOSITORY = Path(__file__).parents[2]
