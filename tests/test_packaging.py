@@ -9,6 +9,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 from tests.environments import PACKAGES, REPOSITORY, run
 from trainers import cli
@@ -72,12 +75,45 @@ def test_extras_that_error_messages_name_exist(metadata):
     assert set(cli.EXTRA_OF.values()) <= set(metadata.get_all("Provides-Extra"))
 
 
-def test_the_oldest_transformers_that_is_tested_is_the_oldest_that_is_supported(metadata):
-    (requirement,) = (name for name in metadata.get_all("Requires-Dist") if name.startswith("transformers"))
-    (tested,) = re.findall(
-        r"^OLDEST := transformers==([\d.]+)\.\*$", (REPOSITORY / "Makefile").read_text(), re.MULTILINE
+def locked(name: str) -> dict[str, Version]:
+    """The releases in a lock file that are for this Python and platform."""
+    text = re.sub(r" \\\n(    --hash=\S+( \\\n)?)+", "\n", (REPOSITORY / "locks" / name).read_text())
+    requirements = [Requirement(line) for line in text.splitlines() if re.match("[a-z0-9]", line)]
+    ours = (one for one in requirements if one.marker is None or one.marker.evaluate())
+    return {canonicalize_name(one.name): Version(str(one.specifier).removeprefix("==")) for one in ours}
+
+
+def wanted(metadata, *extras: str) -> list[Requirement]:
+    """What the package asks for with these extras, but for itself and torch, which comes in many builds and is in no lock."""
+    requirements = map(Requirement, metadata.get_all("Requires-Dist"))
+    asked = (
+        one for one in requirements if not one.marker or any(one.marker.evaluate({"extra": extra}) for extra in extras)
     )
-    assert f">={tested}" in requirement.replace(" ", "").split(";")[0].replace("transformers", "").split(",")
+    return [one for one in asked if one.name not in ("torch", "proclip-transformers")]
+
+
+@pytest.mark.parametrize("name", ["quickstart", "test"])
+def test_locks_hold_what_the_package_asks_for(metadata, name):
+    """`make lock` has been run since the requirements changed."""
+    releases = locked("quickstart.txt") | (locked("test.txt") if name == "test" else {})
+    extras = [
+        "quickstart",
+        "evaluation",
+        "peft",
+        "sentence-transformers",
+        *(["test", "dev"] if name == "test" else []),
+    ]
+    for requirement in wanted(metadata, *extras):
+        assert releases[canonicalize_name(requirement.name)] in requirement.specifier, requirement
+
+
+def test_the_oldest_lock_holds_the_lower_bounds(metadata):
+    releases = locked("oldest.txt")
+    lowest: dict[str, list[Version]] = {}
+    for requirement in wanted(metadata, "peft"):
+        bounds = (Version(one.version) for one in requirement.specifier if one.operator in (">=", "=="))
+        lowest.setdefault(canonicalize_name(requirement.name), []).extend(bounds)
+    assert {name: releases[name] for name in lowest} == {name: max(bounds) for name, bounds in lowest.items()}
 
 
 def test_packages_import_outside_the_checkout(python, installed):

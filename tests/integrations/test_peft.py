@@ -2,8 +2,11 @@
 
 from pathlib import Path
 
+import peft
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from peft import LoraConfig, PeftModel
 from safetensors import safe_open
 from transformers import AutoModel
@@ -124,6 +127,12 @@ def test_merged_it_is_a_plain_model(trained, tmp_path):
     torch.testing.assert_close(logits(ProCLIPModel.from_pretrained(tmp_path)), logits(merged))
 
 
+@pytest.mark.xfail(
+    Version(transformers.__version__) >= Version("5.24") and Version(peft.__version__) < Version("0.22"),
+    reason="Transformers 5.24 asks for PEFT 0.22, which is not out (make test-newest)",
+    raises=(ImportError, ValueError),
+    strict=True,
+)
 @pytest.mark.parametrize("lean", [False, True])
 def test_adapters_by_transformers_itself(tmp_path, lean):
     """`add_adapter` of Transformers trains and saves the adapters alone: text adapter and logit scale stay the base's."""
