@@ -17,7 +17,7 @@ LOCKS_test := locks/test.txt locks/language_models.txt
 LOCKS_oldest := locks/oldest.txt
 
 # What the oldest supported releases have to pass: loading, encoding, publishing, remote code.
-TESTS_oldest := tests/test_clean_environment.py tests/trainers/test_publishing.py \
+TESTS_oldest := tests/test_clean_environment.py tests/trainers/base/test_publishing.py \
   $(patsubst %,tests/modeling_proclip/test_%.py,configuration modeling processing text_tower eva_clip lean)
 
 # An environment is complete when its stamp is there. The name holds the torch, so that another TORCH starts anew.

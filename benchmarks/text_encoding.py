@@ -35,10 +35,10 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
 from modeling_proclip import ProCLIPModel, ProCLIPProcessor
+from trainers.compute.onednn import fastest_linear
 from trainers.data import encode_texts
-from trainers.data.text_encoding import CPU_TOKEN_BUDGET
-from trainers.onednn import fastest_linear
 from trainers.quickstart.language_model import unpack_language_model
+from trainers.text_store.encoding import CPU_TOKEN_BUDGET
 
 
 # What the reference outputs of llm2vec 0.2.3 were made with.

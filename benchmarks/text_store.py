@@ -82,7 +82,9 @@ def memory() -> dict[str, float]:
 
 def build(path: Path, num_texts: int, dim: int, share: tuple[int, int] = (0, 1)) -> dict[str, float]:
     """Builds or resumes the store at `path`."""
-    from trainers.data import TextEmbeddingStore, store_build, text_encoding
+    from trainers.data import TextEmbeddingStore
+    from trainers.text_store import build as store_build
+    from trainers.text_store import encoding as text_encoding
 
     embeddings = Embeddings(num_texts, dim)
 
@@ -102,7 +104,7 @@ def build(path: Path, num_texts: int, dim: int, share: tuple[int, int] = (0, 1))
 
 def verify(path: Path) -> dict[str, Any]:
     """Verifies the store at `path`."""
-    from trainers.data.store_verify import verify_store
+    from trainers.text_store.verify import verify_store
 
     started = time.perf_counter()
     found = verify_store(path, progress=False)
@@ -113,7 +115,7 @@ def build_peer(path: Path, num_texts: int, dim: int) -> dict[str, float]:
     """The same rows in LMDB."""
     import lmdb
 
-    from trainers.data.store_files import text_keys
+    from trainers.text_store.keys import text_keys
 
     embeddings, started = Embeddings(num_texts, dim), time.perf_counter()
     with lmdb.open(str(path), map_size=4 * num_texts * (2 * dim + 100) + (1 << 26)) as environment:
@@ -129,7 +131,7 @@ def build_peer(path: Path, num_texts: int, dim: int) -> dict[str, float]:
 
 def write_keys(path: Path, num_texts: int) -> dict[str, float]:
     """A store of random keys, and embeddings of one number."""
-    from trainers.data.store_layout import make_directory, writer
+    from trainers.text_store.layout import make_directory, writer
 
     make_directory(path)
     random = np.random.default_rng(0)
@@ -144,7 +146,7 @@ def write_keys(path: Path, num_texts: int) -> dict[str, float]:
 
 def index_keys(path: Path) -> dict[str, float]:
     """Opens the store at `path`, makes its index, opens it again and finds keys."""
-    from trainers.data.text_store import TextEmbeddingStore
+    from trainers.text_store.store import TextEmbeddingStore
 
     before, started = memory()["VmRSS"], time.perf_counter()
     TextEmbeddingStore(path).index  # noqa: B018
@@ -167,7 +169,7 @@ class Ours:
     """Look-up in the text store. Imports what a look-up needs, and no more."""
 
     def __init__(self, path: Path, dim: int):
-        from trainers.data.text_store import TextEmbeddingStore
+        from trainers.text_store.store import TextEmbeddingStore
 
         self.lookup = TextEmbeddingStore(path).lookup
 
@@ -178,7 +180,7 @@ class LMDB:
     def __init__(self, path: Path, dim: int):
         import lmdb
 
-        from trainers.data.store_files import text_keys
+        from trainers.text_store.keys import text_keys
 
         self._environment = lmdb.open(str(path), readonly=True, lock=False, readahead=False)
         self._keys, self._dim = text_keys, dim

@@ -37,13 +37,14 @@ from trainers import (
     RepresentationInheritanceConfig,
     RepresentationInheritanceTrainer,
 )
-from trainers.contrastive_tuning_config import PUBLISHED_LAMBDA, batch_invariant_weights
+from trainers.compute.dtypes import native_dtype
+from trainers.contrastive_tuning.config import PUBLISHED_LAMBDA, batch_invariant_weights
 from trainers.data import TextEmbeddingStore
 from trainers.losses import info_nce_loss, instance_alignment_loss, structure_alignment_loss
+from trainers.openmoji.task import SIZES, PictureDataset, Size, make_task
 from trainers.quickstart.evaluate import embed_pictures, score
-from trainers.quickstart.language_model import native_dtype, unpack_language_model
+from trainers.quickstart.language_model import unpack_language_model
 from trainers.quickstart.run import ADAPTER, FRESH_ADAPTER, INHERITANCE, TUNING
-from trainers.quickstart.task import SIZES, PictureDataset, Size, make_task
 
 
 BATCHES = (64, 128, 256, 512, 1024)

@@ -26,12 +26,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoTokenizer, TrainerCallback
 
 from trainers import CaptionContrastiveConfig, CaptionContrastiveTrainer
-from trainers.checkpoints import last_complete_checkpoint
-from trainers.quickstart.emoji_pictures import LANGUAGES, Concept, View, long_caption, random_view
+from trainers.base.checkpoints import last_complete_checkpoint
+from trainers.compute.dtypes import native_dtype
+from trainers.openmoji.images import LANGUAGES, Concept, View, long_caption, random_view
+from trainers.openmoji.task import SIZES, make_task
 from trainers.quickstart.evaluate import score, zero_shot_by_language
-from trainers.quickstart.language_model import TUNING_ADAPTER, merge_tuning, native_dtype, unpack_language_model
+from trainers.quickstart.language_model import TUNING_ADAPTER, merge_tuning, unpack_language_model
 from trainers.quickstart.run import ADAPTER, Quickstart
-from trainers.quickstart.task import SIZES, make_task
 
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import datasets
 
-from trainers.quickstart.language_model import native_dtype, unpack_language_model
-from trainers.quickstart.task import SIZES, Picture, Task, draw, make_task
+from trainers.compute.dtypes import native_dtype
+from trainers.openmoji.task import SIZES, Picture, Task, draw, make_task
+from trainers.quickstart.language_model import unpack_language_model
 
 
 def rows(task: Task, pictures: list[Picture]) -> datasets.Dataset:

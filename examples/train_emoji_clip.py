@@ -18,14 +18,7 @@ import torch
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-from trainers.quickstart.emoji_pictures import (
-    IMAGE_SIZE,
-    ZERO_SHOT_TEMPLATES,
-    load_concepts,
-    random_view,
-    render,
-    short_caption,
-)
+from trainers.openmoji.images import IMAGE_SIZE, ZERO_SHOT_TEMPLATES, load_concepts, random_view, render, short_caption
 
 
 VOCABULARY = 1280

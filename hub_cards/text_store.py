@@ -11,7 +11,7 @@ from .rendering import render
 
 
 if TYPE_CHECKING:
-    from trainers.data.text_store import TextEmbeddingStore
+    from trainers.text_store.store import TextEmbeddingStore
 
 
 # The Hub's names of sizes, and the number of rows that each ends before.

@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from .caption_contrastive_config import CaptionContrastiveConfig
-    from .caption_contrastive_trainer import CaptionContrastiveTrainer
-    from .contrastive_tuning_config import ContrastiveTuningConfig
-    from .contrastive_tuning_trainer import ContrastiveTuningTrainer
-    from .inheritance_config import RepresentationInheritanceConfig
-    from .inheritance_trainer import RepresentationInheritanceTrainer
-    from .masked_next_token import MaskedNextTokenConfig, MaskedNextTokenTrainer
+    from trainers.caption_contrastive.config import CaptionContrastiveConfig
+    from trainers.caption_contrastive.masked_next_token import MaskedNextTokenConfig, MaskedNextTokenTrainer
+    from trainers.caption_contrastive.trainer import CaptionContrastiveTrainer
+    from trainers.contrastive_tuning.config import ContrastiveTuningConfig
+    from trainers.contrastive_tuning.trainer import ContrastiveTuningTrainer
+    from trainers.inheritance.config import RepresentationInheritanceConfig
+    from trainers.inheritance.trainer import RepresentationInheritanceTrainer
 
 __all__ = [
     "CaptionContrastiveConfig",
@@ -25,14 +25,14 @@ __all__ = [
 ]
 
 _MODULES = {
-    "CaptionContrastiveConfig": "caption_contrastive_config",
-    "CaptionContrastiveTrainer": "caption_contrastive_trainer",
-    "ContrastiveTuningConfig": "contrastive_tuning_config",
-    "ContrastiveTuningTrainer": "contrastive_tuning_trainer",
-    "MaskedNextTokenConfig": "masked_next_token",
-    "MaskedNextTokenTrainer": "masked_next_token",
-    "RepresentationInheritanceConfig": "inheritance_config",
-    "RepresentationInheritanceTrainer": "inheritance_trainer",
+    "CaptionContrastiveConfig": "caption_contrastive.config",
+    "CaptionContrastiveTrainer": "caption_contrastive.trainer",
+    "ContrastiveTuningConfig": "contrastive_tuning.config",
+    "ContrastiveTuningTrainer": "contrastive_tuning.trainer",
+    "MaskedNextTokenConfig": "caption_contrastive.masked_next_token",
+    "MaskedNextTokenTrainer": "caption_contrastive.masked_next_token",
+    "RepresentationInheritanceConfig": "inheritance.config",
+    "RepresentationInheritanceTrainer": "inheritance.trainer",
 }
 
 

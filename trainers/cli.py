@@ -14,12 +14,12 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from .commands.convert import convert
-from .commands.embed import embed
-from .commands.evaluate import evaluate
-from .commands.publish import publish
-from .commands.quickstart import quickstart
-from .commands.train import train
+from trainers.commands.convert import convert
+from trainers.commands.embed import embed
+from trainers.commands.evaluate import evaluate
+from trainers.commands.publish import publish
+from trainers.commands.quickstart import quickstart
+from trainers.commands.train import train
 
 
 # Threads that wait for each other sleep instead of spinning, unless told otherwise: with another program on one of two cores, a training

@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .distributed import gather_with_grad, row_counts, world_size
+from trainers.base.distributed import gather_with_grad, row_counts, world_size
 
 
 # Numbers in a block of rows against all columns: 2 MB of float64, of which a loss and its gradient hold a dozen.

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from trainers.openmoji.task import SIZES
 from trainers.quickstart.run import TUNING
-from trainers.quickstart.task import SIZES
 
 
 ROOT = Path(__file__).parents[2]

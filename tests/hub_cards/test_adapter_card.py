@@ -19,7 +19,7 @@ from modeling_proclip import ProCLIPModel
 from tests.hub_cards.numbers import held_by_file, stated
 from tests.hub_server import hub_server
 from tests.trainers.tiny_training import tiny_model, tuning_trainer
-from trainers.peft_model import ProCLIPPeftModel
+from trainers.alignment.peft_model import ProCLIPPeftModel
 
 
 REPOSITORY = Path(__file__).parents[2]
@@ -86,7 +86,7 @@ PUBLISH_AND_LOAD = """
 import sys, torch
 from peft import PeftModel
 from modeling_proclip import ProCLIPModel
-from trainers.peft_model import ProCLIPPeftModel
+from trainers.alignment.peft_model import ProCLIPPeftModel
 
 base, adapter = sys.argv[1:]
 inputs = {"pixel_values": torch.ones(1, 3, 8, 8), "llm_embeds": torch.ones(1, 12)}

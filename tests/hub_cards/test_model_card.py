@@ -20,7 +20,7 @@ from modeling_proclip import ProCLIPModel
 from tests.hub_cards.numbers import held, held_by_file, stated
 from tests.modeling_proclip import tiny
 from tests.trainers.tiny_training import inheritance_trainer, tiny_model, tuning_trainer
-from trainers.evaluation.encoders import Encoder
+from trainers.evaluation.scoring.encoders import Encoder
 
 
 RESULTS = {

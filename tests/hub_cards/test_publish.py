@@ -14,7 +14,7 @@ from tests.hub_cards.publishing import edit, run
 from tests.hub_cards.test_model_card import RESULTS
 from tests.hub_server import TOKEN
 from tests.modeling_proclip import tiny
-from trainers.evaluation.encoders import Encoder
+from trainers.evaluation.scoring.encoders import Encoder
 
 
 def test_dry_run_foretells_every_byte_and_asks_the_hub_nothing(checkpoint, hub):

@@ -13,7 +13,7 @@ from transformers import AutoModel
 
 from modeling_proclip import ProCLIPModel
 from tests.modeling_proclip import tiny
-from trainers.peft_model import ProCLIPPeftModel
+from trainers.alignment.peft_model import ProCLIPPeftModel
 
 
 TARGETS = {

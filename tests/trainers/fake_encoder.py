@@ -4,8 +4,10 @@ from pathlib import Path
 
 import torch
 
-from trainers.data import TextEmbeddingStore, store_build, text_encoding
-from trainers.data.text_encoding import EncodedBatch
+from trainers.data import TextEmbeddingStore
+from trainers.text_store import build as store_build
+from trainers.text_store import encoding as text_encoding
+from trainers.text_store.encoding import EncodedBatch
 
 
 DIM = 6

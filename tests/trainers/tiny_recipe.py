@@ -19,9 +19,9 @@ from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPProcessor, Ll
 
 from tests.modeling_proclip import tiny
 from tests.trainers.tiny_encoders import make_texts, tiny_clip
-from trainers.caption_contrastive_trainer import CaptionContrastiveTrainer
-from trainers.curriculum import Curriculum
-from trainers.recipe import load_recipe
+from trainers.caption_contrastive.trainer import CaptionContrastiveTrainer
+from trainers.recipe.curriculum import Curriculum
+from trainers.recipe.schema import load_recipe
 
 
 NUM_PAIRS, NUM_TEXTS = 24, 40

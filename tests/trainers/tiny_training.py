@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 
 from modeling_proclip import ProCLIPConfig, ProCLIPModel
-from trainers.contrastive_tuning_config import ContrastiveTuningConfig
-from trainers.contrastive_tuning_trainer import ContrastiveTuningTrainer
-from trainers.inheritance_config import RepresentationInheritanceConfig
-from trainers.inheritance_trainer import RepresentationInheritanceTrainer
+from trainers.contrastive_tuning.config import ContrastiveTuningConfig
+from trainers.contrastive_tuning.trainer import ContrastiveTuningTrainer
+from trainers.inheritance.config import RepresentationInheritanceConfig
+from trainers.inheritance.trainer import RepresentationInheritanceTrainer
 
 
 # Trainer collects garbage at the end of every training, which takes 0.3 s for the imported modules, and they are none.

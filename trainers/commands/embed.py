@@ -76,9 +76,9 @@ def embed(
         missing = {"TEXTS": texts, "--model": model, "--output": output}
         raise typer.BadParameter(f"{', '.join(name for name, value in missing.items() if value is None)} is missing")
 
-    from ..data.text_encoding import load_encoder
-    from ..data.text_files import read_texts
-    from ..data.text_store import TextEmbeddingStore
+    from trainers.data.text_files import read_texts
+    from trainers.text_store.encoding import load_encoder
+    from trainers.text_store.store import TextEmbeddingStore
 
     # accelerate and torchrun tell each process which one it is.
     if process_index is None:
@@ -123,9 +123,9 @@ def _device_of_process() -> str | None:
 def _verify(
     store: Path, texts: str | None, model: str | None, column: str | None, split: str, device: str | None
 ) -> None:
-    from ..data.store_verify import verify_store
-    from ..data.text_encoding import load_encoder
-    from ..data.text_files import read_texts
+    from trainers.data.text_files import read_texts
+    from trainers.text_store.encoding import load_encoder
+    from trainers.text_store.verify import verify_store
 
     source, encoder, processor = None, None, None
     if texts is not None and model is not None:

@@ -80,10 +80,10 @@ def evaluate(
     """
     from accelerate import PartialState
 
-    from ..evaluation.encoders import Encoder
-    from ..evaluation.manifest import check_unique, load_suite, own_images
-    from ..evaluation.runner import evaluate as run
-    from ..evaluation.table import print_results
+    from trainers.evaluation.data.manifest import check_unique, load_suite, own_images
+    from trainers.evaluation.report.table import print_results
+    from trainers.evaluation.runner import evaluate as run
+    from trainers.evaluation.scoring.encoders import Encoder
 
     if (images is None) != (captions is None):
         raise ValueError("--images and --captions belong together")
@@ -125,7 +125,7 @@ def evaluate(
 
 def _write_report(output_dir: Path, models: list[Path], baseline: Path | None) -> None:
     """Writes the report, prints its verdicts and says where it is; without matplotlib, how to get one."""
-    from ..evaluation.report import write_report
+    from trainers.evaluation.report import write_report
 
     try:
         page = write_report(output_dir, models, baseline)
@@ -143,7 +143,7 @@ def _write_report(output_dir: Path, models: list[Path], baseline: Path | None) -
 
 def _print_list(wanted: bool) -> None:
     if wanted:
-        from ..evaluation.manifest import load_manifest, load_suite, manifest_names, suite_names
+        from trainers.evaluation.data.manifest import load_manifest, load_suite, manifest_names, suite_names
 
         typer.echo("suites")
         for name in suite_names():

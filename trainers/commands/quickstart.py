@@ -26,6 +26,6 @@ def quickstart(
     SmolLM2-135M and a small CLIP, on OpenMoji drawings with captions and names in 14 languages. Needs no network. Takes at most eight
     minutes on two cores, five when the output directory has the embedded texts of an earlier run; 1 GB of disk.
     """
-    from ..quickstart.run import quickstart as run
+    from trainers.quickstart.run import quickstart as run
 
     run(output_dir, size, seed, llm)

@@ -7,7 +7,7 @@ import typer
 
 
 if TYPE_CHECKING:
-    from ..curriculum import Curriculum
+    from trainers.recipe.curriculum import Curriculum
 
 
 def train(
@@ -28,8 +28,8 @@ def train(
     On several GPUs: `accelerate launch -m trainers.cli train RECIPE`. Relative paths in a recipe are relative to the directory that the
     command is started in. docs/recipes.md explains every key.
     """
-    from ..curriculum import Curriculum
-    from ..recipe import load_recipe
+    from trainers.recipe.curriculum import Curriculum
+    from trainers.recipe.schema import load_recipe
 
     curriculum = Curriculum(load_recipe(recipe, settings or ()))
     if dry_run:
@@ -47,7 +47,7 @@ def _print_plan(curriculum: "Curriculum") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ..curriculum_plan import plan_stages, plan_stores
+    from trainers.recipe.plan import plan_stages, plan_stores
 
     def number(value: int | None) -> str:
         return "?" if value is None else f"{value:,}"

@@ -8,20 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from .on_the_fly import OnTheFlyStore
+    from trainers.text_store.encoding import encode_texts
+    from trainers.text_store.on_the_fly import OnTheFlyStore
+    from trainers.text_store.store import TextEmbeddingStore
+
     from .pairs import PairRows, PairSource, PairStream, iter_texts, open_pairs
-    from .text_encoding import encode_texts
-    from .text_store import TextEmbeddingStore
 
 _MODULES = {
-    "OnTheFlyStore": "on_the_fly",
-    "PairRows": "pairs",
-    "PairSource": "pairs",
-    "PairStream": "pairs",
-    "TextEmbeddingStore": "text_store",
-    "encode_texts": "text_encoding",
-    "iter_texts": "pairs",
-    "open_pairs": "pairs",
+    "OnTheFlyStore": "trainers.text_store.on_the_fly",
+    "PairRows": "trainers.data.pairs",
+    "PairSource": "trainers.data.pairs",
+    "PairStream": "trainers.data.pairs",
+    "TextEmbeddingStore": "trainers.text_store.store",
+    "encode_texts": "trainers.text_store.encoding",
+    "iter_texts": "trainers.data.pairs",
+    "open_pairs": "trainers.data.pairs",
 }
 
 __all__ = [
@@ -39,7 +40,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    return getattr(import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import Dataset
 
+from .images import BrokenPicture, decode_picture
 from .pair_sources import NAMES, RawRows
-from .pictures import BrokenPicture, decode_picture
 
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import fsspec.asyn
 from torch.utils.data import IterableDataset, get_worker_info
 
+from .images import BrokenPicture
 from .pair_rows import ENOUGH_ROWS, BrokenRow, SkippedRows, read_row, row_key, row_name, texts_of
 from .pair_sources import RawRows
-from .pictures import BrokenPicture
 
 
 if TYPE_CHECKING:

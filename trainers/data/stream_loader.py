@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from ..collators import draw_caption
+from .captions import draw_caption
 from .pair_rows import ENOUGH_ROWS, SkippedRows
 from .pair_stream import PairStream, Position
 

@@ -8,13 +8,12 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from trainers.data.store_files import write_file
-
-from .cka import cka_by_layer
-from .embedding import decode
-from .encoders import Encoder
-from .report.examples import Retrieved, retrieval_examples
-from .tasks import Outcome, Task
+from trainers.evaluation.report.examples import Retrieved, retrieval_examples
+from trainers.evaluation.scoring.cka import cka_by_layer
+from trainers.evaluation.scoring.embedding import decode
+from trainers.evaluation.scoring.encoders import Encoder
+from trainers.evaluation.scoring.tasks import Outcome, Task
+from trainers.storage.files import write_file
 
 
 def score_cka(task: Task, encoder: Encoder, baseline: Encoder, batch_size: int, progress: bool) -> Outcome:

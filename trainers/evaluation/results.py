@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from trainers.data.store_files import write_file, write_safetensors
+from trainers.storage.files import write_file, write_safetensors
 
 
 FORMAT_VERSION = 1

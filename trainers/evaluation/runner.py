@@ -13,15 +13,16 @@ import numpy as np
 from accelerate import PartialState
 from filelock import FileLock, Timeout
 
+from trainers.evaluation.data.manifest import Manifest
+from trainers.evaluation.data.sources import open_data
+from trainers.evaluation.report.examples import Retrieved
+from trainers.evaluation.scoring.embedding import embed_images, embed_texts, embeddings, image_keys
+from trainers.evaluation.scoring.encoders import Encoder
+from trainers.evaluation.scoring.feature_cache import FeatureCache
+from trainers.evaluation.scoring.tasks import EmbeddingTask, Outcome, Task, prepare_task
+
 from .comparison import score_cka, write_examples
-from .embedding import embed_images, embed_texts, embeddings, image_keys
-from .encoders import Encoder
-from .feature_cache import FeatureCache
-from .manifest import Manifest
-from .report.examples import Retrieved
 from .results import Results
-from .sources import open_data
-from .tasks import EmbeddingTask, Outcome, Task, prepare_task
 
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ def evaluate(
         cache_dir: of embeddings; by default `features/` in `output_dir`. Several evaluations may share one, one after the other.
         limit: draw only so many rows of every benchmark. The results are marked as partial.
         batch_size: pictures in a batch.
-        token_budget: padded tokens in a batch of texts, see [`trainers.data.text_encoding.encode_texts`].
+        token_budget: padded tokens in a batch of texts, see [`trainers.text_store.encoding.encode_texts`].
         seed: of the rows that `limit` draws, and of the examples.
         progress: whether to show bars.
 

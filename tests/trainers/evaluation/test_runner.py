@@ -25,10 +25,10 @@ from tests.trainers.evaluation.stand_ins import ColorModel, ColorWorld
 from tests.trainers.tiny_encoders import make_texts, tiny_clip, tiny_proclip
 from trainers.cli import app
 from trainers.evaluation import retrieval_recall, zero_shot_accuracy, zero_shot_classifier
-from trainers.evaluation.encoders import Encoder
-from trainers.evaluation.manifest import load_suite, parse_manifest
+from trainers.evaluation.data.manifest import load_suite, parse_manifest
 from trainers.evaluation.results import read_results
 from trainers.evaluation.runner import evaluate
+from trainers.evaluation.scoring.encoders import Encoder
 
 
 NUM_PICTURES = 30

@@ -4,11 +4,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainers.data.store_files import write_file
+from trainers.storage.files import write_file
 
-from ..verdict import MARGIN
 from .build import build_report
 from .pairing import ModelResults
+from .verdict import MARGIN
 
 
 def write_report(

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ..bootstrap import Interval, score_interval
-from ..verdict import CONFIDENCE, MARGIN, RESAMPLES, Change, Verdict, area_of, compare, describe
+from .bootstrap import Interval, score_interval
 from .pairing import ModelResults, pair
+from .verdict import CONFIDENCE, MARGIN, RESAMPLES, Change, Verdict, area_of, compare, describe
 
 
 REPORT_VERSION = 1
@@ -41,7 +41,7 @@ def build_report(
     Args:
         models: results, each of another model.
         baseline: of the model that they came from; `None` gives scores without a verdict.
-        margin, confidence, resamples: see `trainers.evaluation.verdict.compare`.
+        margin, confidence, resamples: see `trainers.evaluation.report.verdict.compare`.
         seed: of the bootstrap; `None` takes that of the first results.
 
     Returns:

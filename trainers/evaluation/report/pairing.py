@@ -8,15 +8,16 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from ..bootstrap import (
+from trainers.evaluation.results import read_results
+
+from .bootstrap import (
     Outcomes,
     accuracy_outcomes,
     image_to_text_outcomes,
     mean_per_class_outcomes,
     text_to_image_outcomes,
 )
-from ..results import read_results
-from ..verdict import Task
+from .verdict import Task
 
 
 @dataclass(frozen=True)

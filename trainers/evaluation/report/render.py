@@ -7,8 +7,8 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from ..verdict import ceil_points, floor_points
 from . import plots
+from .verdict import ceil_points, floor_points
 
 
 METRIC_NAMES = {

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from trainers.evaluation import zero_shot_accuracy
-from trainers.evaluation.metrics import mean_per_class_accuracy, zero_shot_ranks
+from trainers.evaluation.scoring.metrics import mean_per_class_accuracy, zero_shot_ranks
 
 
 _DESCRIPTION = (

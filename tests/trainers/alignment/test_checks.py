@@ -1,0 +1,65 @@
+"""All captions are looked for before a training begins, without decoding a picture."""
+
+from types import SimpleNamespace
+
+import datasets
+import pytest
+from accelerate.utils import DistributedType
+
+from tests.trainers.tiny_encoders import tiny_proclip
+from tests.trainers.tiny_pairs import captions, write_layout
+from tests.trainers.tiny_training import picture_rows, tuning_trainer
+from trainers.alignment.checks import check_texts, refuse_sharding
+from trainers.data import TextEmbeddingStore, open_pairs
+
+
+@pytest.fixture(scope="module")
+def model_and_store(tmp_path_factory):
+    """Of the captions of four pictures."""
+    model, processor = tiny_proclip()
+    texts = [caption for i in range(4) for caption in captions(i)]
+    return model, TextEmbeddingStore.build(texts, model, processor, tmp_path_factory.mktemp("store") / "llm")
+
+
+def undecodable(count: int) -> datasets.Dataset:
+    rows = [{"image": {"bytes": b"no picture", "path": None}, "text": captions(i)} for i in range(count)]
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.List(datasets.Value("string"))})
+    return datasets.Dataset.from_list(rows, features=features)
+
+
+def pairs(tmp_path, count: int):
+    return open_pairs(write_layout(tmp_path / str(count), "webdataset", count))
+
+
+MAKERS = {
+    "list": lambda tmp_path, count: [{"text": captions(i)} for i in range(count)],
+    "datasets": lambda tmp_path, count: undecodable(count),
+    "pairs": pairs,
+}
+
+
+@pytest.mark.parametrize("kind", list(MAKERS))
+def test_all_captions_are_looked_for(tmp_path, model_and_store, kind, monkeypatch):
+    monkeypatch.setattr("trainers.data.pair_rows.decode_picture", lambda *args: 1 / 0)
+    store = model_and_store[1]
+    check_texts("text_store", store, MAKERS[kind](tmp_path, 4))
+    with pytest.raises(KeyError, match="text_store: 4 of the texts are not in the text store .*caption 4.*caption 5"):
+        check_texts("text_store", store, MAKERS[kind](tmp_path, 6))
+
+
+@pytest.mark.parametrize("where", ["train", "eval"])
+def test_a_training_is_refused_before_it_begins(tmp_path, model_and_store, where):
+    model, store = model_and_store
+    rows = [{**row, "text": captions(i % 4)} for i, row in enumerate(picture_rows(6))]
+    last_is_missing = [*rows[:-1], {**rows[-1], "text": [captions(0)[0], "nobody knows this"]}]
+    train, evaluated = (last_is_missing, rows) if where == "train" else (rows, {"held out": last_is_missing})
+    tuning_trainer(tmp_path, model, rows=rows, text_store=store, eval_dataset=rows)
+    with pytest.raises(KeyError, match="1 of the texts are not in the text store.*nobody knows this"):
+        tuning_trainer(tmp_path, model, rows=train, text_store=store, eval_dataset=evaluated)
+
+
+@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
+def test_what_would_shard_the_parameters_is_refused(kind):
+    refuse_sharding(SimpleNamespace(distributed_type=DistributedType.MULTI_GPU))
+    with pytest.raises(ValueError, match="use DDP, which `accelerate launch --multi_gpu` starts"):
+        refuse_sharding(SimpleNamespace(distributed_type=kind))

@@ -1,0 +1,167 @@
+"""Both stages on streams: what they read, killed and resumed to the same bits, on one process and on two."""
+
+import json
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch.utils.data import IterableDataset
+from transformers import CLIPImageProcessorPil, TrainerCallback
+
+from tests.trainers.alignment.test_trainer import assert_same_bits, training_state
+from tests.trainers.tiny_pairs import captions, write_webdataset
+from tests.trainers.tiny_training import DIM, LLM_DIM, TinyStore, inheritance_trainer, tiny_model, tuning_trainer
+from trainers.data import PairSource, open_pairs
+
+
+ROWS = 40
+TEXTS = [text for number in range(ROWS) for text in captions(number)]
+STORES = {"text_store": TinyStore(LLM_DIM, 1, TEXTS), "teacher_store": TinyStore(DIM, 2, TEXTS)}
+
+
+def make_source(folder: Path) -> PairSource:
+    """40 pictures in 5 shards; that of row 9 is broken."""
+    if not folder.exists():
+        write_webdataset(folder, [8] * 5, {9: b"broken"})
+    return PairSource(
+        source=str(folder), image_column="png", text_columns="json.captions", streaming=True, shuffle_buffer_size=6
+    )
+
+
+def make_trainer(stage: str, folder: Path, source: PairSource, **settings):
+    settings = {
+        "max_steps": 12,
+        "per_device_train_batch_size": 4,
+        "save_strategy": "steps",
+        "save_steps": 5,
+        "learning_rate": 1e-3,
+        **settings,
+    }
+    model, rows = tiny_model(dropout=0.3), open_pairs(source, seed=7, images=stage == "stage-2")
+    if stage == "stage-1":
+        trainer = inheritance_trainer(folder, model, rows, **STORES, **settings)
+    else:
+        processor = CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+        trainer = tuning_trainer(
+            folder, model, rows, text_store=STORES["text_store"], processing_class=processor, **settings
+        )
+    trainer.add_callback(KeepBatches(trainer))
+    return trainer
+
+
+class KeepBatches(TrainerCallback):
+    """What the loader gave, by its embeddings of texts."""
+
+    def __init__(self, trainer):
+        self.batches, collate = [], trainer.data_collator
+        trainer.kept = self.batches
+
+        def keep(rows):
+            self.batches.append([row["text"] for row in rows])
+            return collate(rows)
+
+        trainer.data_collator = keep
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings"),
+    [
+        ("stage-1", {}),
+        ("stage-1", {"gradient_accumulation_steps": 2, "lambda_struct": 0.0}),
+        ("stage-2", {}),
+        ("stage-2", {"gradient_caching_batch_size": 2}),
+    ],
+    ids=["stage-1", "stage-1 accumulated", "stage-2", "stage-2 cached"],
+)
+def test_resumed_on_a_stream_is_as_never_stopped(tmp_path, stage, settings):
+    source = make_source(tmp_path / "shards")
+    whole = make_trainer(stage, tmp_path / "whole", source, **settings)
+    whole.train()
+    resumed = make_trainer(stage, tmp_path / "whole", source, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-5"))
+    per_step = settings.get("gradient_accumulation_steps", 1)
+    assert resumed.kept == whole.kept[5 * per_step :], "no batch is read twice"
+    assert_same_bits(training_state(resumed), training_state(whole))
+    assert resumed.state.epoch == whole.state.epoch == 1 and resumed.state.global_step == 12
+    epochs = [[log["epoch"] for log in trainer.state.log_history if "loss" in log] for trainer in (whole, resumed)]
+    assert epochs[0] == epochs[1]
+
+
+def test_an_epoch_of_a_stream_has_every_row(tmp_path, caplog):
+    trainer = make_trainer("stage-2", tmp_path / "out", make_source(tmp_path / "shards"), max_steps=20)
+    trainer.train()
+    shown = [text.split()[-1] for batch in trainer.kept for text in batch]
+    good = sorted(str(number) for number in range(ROWS) if number != 9)
+    assert sorted(shown[:39]) == sorted(shown[39:78]) == good
+    assert "process 0 passed over 2 broken pictures and 0 rows without a caption among 82 rows" in caplog.text
+    assert trainer.model.config.training[-1]["num_rows"] is None
+
+
+def test_data_workers_feed_the_trainer(tmp_path):
+    source = make_source(tmp_path / "shards")
+    settings = {"dataloader_num_workers": 2, "max_steps": 6, "save_steps": 3}
+    whole = make_trainer("stage-2", tmp_path / "whole", source, **settings)
+    whole.train()
+    resumed = make_trainer("stage-2", tmp_path / "whole", source, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert_same_bits(training_state(resumed), training_state(whole))
+
+
+def test_what_does_not_go_with_a_stream_is_refused(tmp_path, monkeypatch):
+    source = make_source(tmp_path / "shards")
+    with pytest.raises(ValueError, match="max_steps"):
+        make_trainer("stage-2", tmp_path / "out", source, max_steps=-1)
+    with pytest.raises(ValueError, match="eval_dataset is a stream"):
+        make_trainer("stage-2", tmp_path / "out", source, eval_dataset=open_pairs(source))
+
+    class Other(IterableDataset):
+        def __iter__(self):
+            yield {"text": "a"}
+
+    with pytest.raises(ValueError, match="is a stream .*PairSource"):
+        inheritance_trainer(tmp_path / "out", rows=Other())
+    trainer = make_trainer("stage-2", tmp_path / "out", source, max_steps=5)
+    trainer.train()
+    (tmp_path / "out" / "checkpoint-5" / "stream_0.json").unlink()
+    with pytest.raises(FileNotFoundError, match="stream_0.json is missing"):
+        make_trainer("stage-2", tmp_path / "out", source).train(str(tmp_path / "out" / "checkpoint-5"))
+    monkeypatch.setitem(STORES, "text_store", TinyStore(LLM_DIM, 1, ["another text"]))
+    with pytest.raises(KeyError, match="caption"):
+        make_trainer("stage-2", tmp_path / "out", source)
+
+
+def _rank(rank: int, port: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    source = make_source(folder / "shards")
+    whole = make_trainer("stage-2", folder / "whole", source)
+    whole.train()
+    resumed = make_trainer("stage-2", folder / "whole", source)
+    resumed.train(resume_from_checkpoint=str(folder / "whole" / "checkpoint-5"))
+    assert resumed.kept == whole.kept[5:]
+    assert_same_bits(training_state(resumed), training_state(whole))
+    (folder / f"{rank}.json").write_text(json.dumps(whole.kept))
+    torch.save(training_state(whole), folder / f"{rank}.pt")
+
+
+def test_two_processes_share_a_stream(tmp_path):
+    make_source(tmp_path / "shards")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_rank, args=(port, tmp_path), nprocs=2)
+    shown = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    numbers = [[text.split()[-1] for batch in batches for text in batch] for batches in shown]
+    assert [len(batches) for batches in shown] == [12, 12]
+    first = [set(of_rank[:18]) for of_rank in numbers]  # 40 rows, one of them broken: at least 19 in each one's epoch
+    assert len(first[0]) == len(first[1]) == 18 and not first[0] & first[1]
+    assert_same_bits(*(torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)))

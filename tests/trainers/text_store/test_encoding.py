@@ -1,0 +1,169 @@
+import pytest
+import torch
+from transformers import CLIPVisionModel
+
+from modeling_proclip import ProCLIPProcessor
+from modeling_proclip.text_tower import weights_sha256
+from tests.trainers.tiny_encoders import make_texts, tiny_clip, tiny_proclip
+from trainers.compute import onednn
+from trainers.data import encode_texts
+from trainers.text_store.encoding import encoder_fingerprint, load_encoder
+
+
+def gather(texts, model, processor, **kwargs):
+    batches = list(encode_texts(texts, model, processor, **kwargs))
+    indices = [i for batch in batches for i in batch.indices]
+    assert sorted(indices) == list(range(len(texts)))  # each text exactly once
+    embeddings = torch.cat([batch.embeddings for batch in batches])
+    return embeddings[torch.tensor(indices).argsort()], batches
+
+
+def test_sorted_batches_equal_one_text_at_a_time():
+    model, processor = tiny_proclip()
+    texts = [*make_texts(40), "", "   ", "one", "x" * 500]
+    embeddings, _ = gather(texts, model, processor, token_budget=300)
+    for text, embedding in zip(texts, embeddings, strict=True):
+        with torch.no_grad():
+            alone = model.get_llm_embeds(**processor(text=[text], return_tensors="pt"))[0]
+        torch.testing.assert_close(embedding, alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["clip", "siglip"])
+def test_a_two_tower_model_gives_its_own_text_features(family):
+    model, tokenizer = tiny_clip(family)
+    texts = [*make_texts(30), "", "fox " * 100]
+    embeddings, _ = gather(texts, model, tokenizer, token_budget=200)
+    for text, embedding in zip(texts, embeddings, strict=True):
+        padding = "max_length" if family == "siglip" else False  # SigLIP was trained on padding, without a mask
+        tokens = tokenizer([text], truncation=True, max_length=48, padding=padding, return_tensors="pt")
+        if family == "siglip":
+            tokens = {"input_ids": tokens["input_ids"]}
+        with torch.no_grad():
+            alone = model.get_text_features(**tokens).pooler_output[0]
+        torch.testing.assert_close(embedding, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_batches_keep_the_budget_and_are_filled():
+    model, processor = tiny_proclip(max_length=40)
+    texts = make_texts(100)
+    lengths = [len(row) for row in processor(text=texts, padding=False)["input_ids"]]
+    _, batches = gather(texts, model, processor, token_budget=150)
+    longest = [max(lengths[i] for i in batch.indices) for batch in batches]
+    assert longest == sorted(longest, reverse=True)
+    for batch, length, next_length in zip(batches, longest, longest[1:], strict=False):
+        assert len(batch.indices) * length <= 150
+        assert (len(batch.indices) + 1) * length > 150, "one more text would have fitted"
+        assert min(lengths[i] for i in batch.indices) >= next_length
+    padded = sum(len(batch.indices) * length for batch, length in zip(batches, longest, strict=True))
+    assert padded < 1.1 * sum(lengths)
+
+
+def test_a_text_longer_than_the_budget_is_a_batch_of_its_own():
+    model, processor = tiny_proclip()
+    _, batches = gather(make_texts(5, longest=20), model, processor, token_budget=1)
+    assert [len(batch.indices) for batch in batches] == [1] * 5
+
+
+def test_truncated_texts_are_counted_and_a_text_that_just_fits_is_not():
+    model, processor = tiny_proclip(max_length=24)
+    fits = "1"
+    while len(processor.tokenizer(fits + "1")["input_ids"]) <= 24:
+        fits += "1"
+    assert len(processor.tokenizer(fits)["input_ids"]) == 24
+    _, batches = gather([fits, fits + "1", fits + "  ", "short"], model, processor)
+    assert sum(batch.num_truncated for batch in batches) == 1
+    model, tokenizer = tiny_clip(context=10)
+    _, batches = gather(["fox", "fox " * 8, "fox " * 9], model, tokenizer)
+    assert sum(batch.num_truncated for batch in batches) == 1
+
+
+def test_runs_in_eval_mode_without_gradient_and_leaves_grad_mode_alone():
+    model, processor = tiny_proclip()
+    model.train()
+    for batch in encode_texts(make_texts(3), model, processor):
+        assert not batch.embeddings.requires_grad
+        assert torch.is_grad_enabled()
+    assert not model.text_model.training
+
+
+def test_embeddings_have_the_model_s_dtype():
+    model, processor = tiny_proclip()
+    embeddings, _ = gather(make_texts(3), model.to(torch.bfloat16), processor)
+    assert embeddings.dtype == torch.bfloat16 and embeddings.shape == (3, 32)
+
+
+@pytest.mark.skipif(not onednn.HAS_ONEDNN, reason="torch was built without oneDNN")
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_layers_through_onednn_equal_torch_s_own(bias):
+    torch.manual_seed(0)
+    layer, inputs = torch.nn.Linear(24, 40, bias=bias), torch.randn(3, 5, 24)
+    with torch.no_grad():
+        expected = layer.double()(inputs.double()).float()
+        layer.float()
+        with onednn.OneDNNLinear():
+            torch.testing.assert_close(layer(inputs), expected, atol=1e-5, rtol=1e-5)
+            with torch.profiler.profile() as profile:
+                layer(inputs)
+            assert layer.bfloat16()(inputs.bfloat16()).dtype == torch.bfloat16
+    assert any("mkldnn::_linear_pointwise" in event.key for event in profile.key_averages())
+
+
+def test_refuses_what_cannot_encode_texts():
+    model, processor = tiny_proclip()
+    with pytest.raises(ValueError, match="needs its ProCLIPProcessor"):
+        next(encode_texts(["a"], model, processor.tokenizer))
+    with pytest.raises(ValueError, match="token_budget must be at least 1, got 0"):
+        next(encode_texts(["a"], model, processor, token_budget=0))
+    with pytest.raises(ValueError, match="CLIPVisionModel has no text side"):
+        next(encode_texts(["a"], CLIPVisionModel(model.config.vision_config), processor))
+    model.text_model = None
+    with pytest.raises(ValueError, match="loaded without its LLM"):
+        next(encode_texts(["a"], model, processor))
+
+
+def test_fingerprint_tells_encoders_apart():
+    model, processor = tiny_proclip()
+    fingerprint = encoder_fingerprint(model, processor)
+
+    def changed(model, processor):
+        other = encoder_fingerprint(model, processor)
+        return {field for field in fingerprint if fingerprint[field] != other[field]}
+
+    assert changed(*tiny_proclip()) == set()
+    assert changed(*tiny_proclip(seed=1)) == {"weights_sha256"}
+    assert changed(*tiny_proclip(max_length=32)) == {"max_length"}
+    assert changed(*tiny_proclip(text_pooling="last_token")) == {"pooling"}
+    assert changed(*tiny_proclip(template="{text}")) == {"prompt_template", "tokens_sha256"}
+    instructed = ProCLIPProcessor(
+        processor.image_processor, tiny_proclip()[1].tokenizer, processor.prompt_template, "Describe:", 64
+    )
+    assert changed(model, instructed) == {"instruction", "tokens_sha256"}
+    model.text_adapter.projection.weight.data.zero_()
+    assert changed(model, processor) == set(), "the adapter comes after the stored embedding"
+
+
+def test_fingerprint_survives_saving_and_is_the_checkpoint_s_own_hash(tmp_path):
+    model, processor = tiny_proclip()
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    model.text_model.save_pretrained(tmp_path / "llm")
+    fingerprint = encoder_fingerprint(model, processor)
+    assert encoder_fingerprint(*load_encoder(str(tmp_path / "model"), "cpu")) == fingerprint
+    assert fingerprint["weights_sha256"] == weights_sha256(tmp_path / "llm")
+
+
+def test_load_encoder_of_a_clip_and_of_a_model_without_texts(tmp_path):
+    model, tokenizer = tiny_clip()
+    model.save_pretrained(tmp_path / "clip")
+    tokenizer.save_pretrained(tmp_path / "clip")
+    fingerprint = encoder_fingerprint(model, tokenizer)
+    model.visual_projection.weight.data.zero_()
+    assert encoder_fingerprint(model, tokenizer) == fingerprint, "pictures play no part"
+    texts = make_texts(4)
+    loaded, _ = gather(texts, *load_encoder(str(tmp_path / "clip"), "cpu"))
+    torch.testing.assert_close(loaded, gather(texts, model, tokenizer)[0])
+    model.text_projection.weight.data *= 2
+    assert encoder_fingerprint(model, tokenizer)["weights_sha256"] != fingerprint["weights_sha256"]
+    CLIPVisionModel(model.config.vision_config).save_pretrained(tmp_path / "vision")
+    with pytest.raises(ValueError, match="CLIPVisionModel has no text side"):
+        load_encoder(str(tmp_path / "vision"), "cpu")

@@ -1,0 +1,149 @@
+"""What is made sure of before a training begins: what is trained, and that the stores of embeddings fit."""
+
+import logging
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+import datasets
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import nn
+from tqdm.auto import tqdm
+
+from modeling_proclip import ProCLIPModel
+from trainers.data import TextEmbeddingStore
+from trainers.data.captions import DrawnCaptions, captions_of
+from trainers.data.pair_rows import PairRows, texts_of
+from trainers.data.pair_stream import PairStream
+from trainers.text_store.keys import text_keys
+
+
+logger = logging.getLogger(__name__)
+
+_ROWS_AT_A_TIME = 10_000
+
+
+def train_only(model: nn.Module, trained: Iterable[nn.Parameter]) -> None:
+    """
+    Freeze all of `model` but the `trained` parameters.
+
+    Raises:
+        ValueError: If one of these is in half precision, where steps as small as the learning rate's are lost to rounding.
+    """
+    model.requires_grad_(False)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(
+                f"{name} is to be trained but is {parameter.dtype}: the small steps of training would be lost to rounding. Load the model with "
+                "dtype=torch.float32 (or dtype={'vision_config': torch.float32, 'text_config': ...}) or call .float() on it; bf16=True in "
+                "the trainer's arguments computes in half precision all the same."
+            )
+
+
+def proclip_of(model: nn.Module) -> ProCLIPModel:
+    """The model itself, of one with PEFT adapters."""
+    return model if isinstance(model, ProCLIPModel) else model.get_base_model()
+
+
+def trained_with_peft(model: nn.Module, freeze_vision: bool) -> list[nn.Parameter]:
+    """
+    What stage 2 trains of a model with PEFT adapters: the adapters, and what its configuration saves with them.
+
+    Raises:
+        ValueError: If the model would not save its logit scale, or an adapter is where this stage trains nothing.
+    """
+    from .peft_model import ProCLIPPeftModel  # peft is an extra
+
+    if not isinstance(model, ProCLIPPeftModel):
+        raise ValueError(
+            f"a {type(model).__name__} would lose the logit scale when it is saved: make the model by "
+            "trainers.alignment.peft_model.ProCLIPPeftModel(base, peft_config)"
+        )
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name in trained:
+        if ".text_model." in name:
+            raise ValueError(
+                f"{name} would not be trained: this stage reads the LLM's embeddings from the text store. Name modules of vision_model in "
+                "target_modules"
+            )
+        if freeze_vision and (".vision_model." in name or ".visual_projection." in name):
+            raise ValueError(
+                f"{name} is to be trained, but freeze_vision (method='lit') says that the image encoder is not"
+            )
+    return list(trained.values())
+
+
+def check_store(name: str, store: Any, size: int, rows: DrawnCaptions | PairStream, remedy: str) -> None:
+    """Look a caption of `rows` up. Raises KeyError if the store does not have it, ValueError if its embeddings are not of `size`."""
+    caption = rows[0]["text"] if isinstance(rows, DrawnCaptions) else rows.first_caption()
+    found = store.lookup([caption]).shape[1]
+    if found != size:
+        raise ValueError(f"{name} holds embeddings of size {found}, but this model needs {size}: {remedy}")
+
+
+def check_texts(name: str, store: Any, dataset: Any) -> None:
+    """
+    Look for all captions of `dataset` in `store`, by their keys alone, so that a training does not end hours later at one that is missing.
+
+    Checked are rows in a list, a dataset of the `datasets` library and a [`PairRows`], of which pictures are not decoded. Other
+    datasets would have to decode them, and a store that is no [`TextEmbeddingStore`] may know what to do.
+
+    Raises:
+        KeyError: If captions are missing; names the first and tells how many there are.
+    """
+    captions = _captions(dataset)
+    if captions is None or not isinstance(store, TextEmbeddingStore):
+        return
+    missing: dict[str, None] = {}
+    progress = tqdm(total=len(dataset), desc=f"captions in the {name}", unit=" rows", delay=5, leave=False)
+    for rows in iter(lambda: list(islice(captions, _ROWS_AT_A_TIME)), []):
+        texts = [caption for of_row in rows for caption in of_row]
+        found = store.find(text_keys(texts)) >= 0
+        missing |= dict.fromkeys(text for text, there in zip(texts, found, strict=True) if not there)
+        progress.update(len(rows))
+    progress.close()
+    if missing:
+        raise KeyError(f"{name}: {store.missing_message(list(missing))}")
+
+
+def _captions(dataset: Any) -> Iterator[list[str]] | None:
+    """The captions of each row, or None if reading them would decode pictures."""
+    if isinstance(dataset, PairRows):
+        opened = dataset.rows
+        columns = {
+            column if column in opened.table.column_names else column.split(".")[0] for column in opened.text_columns
+        }
+        return (texts_of(row, opened) for row in opened.table.select_columns(sorted(columns)))
+    if isinstance(dataset, datasets.Dataset) and "text" in dataset.column_names:
+        dataset = dataset.select_columns("text")
+    elif not isinstance(dataset, list):
+        return None
+    return (captions_of(row, f"row {i}") for i, row in enumerate(dataset))
+
+
+def set_input_statistics(model: ProCLIPModel, text_store: Any) -> None:
+    """Give an adapter that standardises its input and was not told how yet the mean and deviation of the text store."""
+    adapter = model.text_adapter
+    if model.config.adapter_input_norm != "standardize" or adapter.input_mean.any() or (adapter.input_std != 1).any():
+        return
+    adapter.set_input_statistics(*text_store.statistics())
+    logger.warning("The adapter's input statistics were unset; they are now those of the text store.")
+
+
+def refuse_sharding(accelerator: Accelerator) -> None:
+    """
+    Raises ValueError under FSDP and DeepSpeed.
+
+    torch's FSDP2 and DeepSpeed take no parameter without dimensions, which the logit scale is. Besides, the loss reads it outside of the
+    model's forward pass, it is clamped in place after a step, and the EMA teacher follows whole parameters. See docs/training_at_scale.md.
+    """
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ValueError(
+            f"{accelerator.distributed_type} shards or copies parameters, but the EMA teacher and the logit scale need them whole. It is not "
+            "needed either: the LLM takes no part in this stage, and what is trained fits on one device. So use DDP, which `accelerate launch "
+            "--multi_gpu` starts, and gradient_caching_batch_size where a batch does not fit."
+        )

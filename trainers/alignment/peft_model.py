@@ -1,0 +1,135 @@
+"""A ProCLIP model with PEFT adapters on a tower: small files that hold all that was trained, the text adapter and the logit scale too."""
+
+import copy
+import json
+import os
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from huggingface_hub import HfApi
+from peft import PeftConfig, PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
+from transformers.utils import cached_file
+
+from hub_cards import adapter_card
+from hub_cards.hub_errors import readable_hub_errors
+from hub_cards.publish import LIBRARY, full_name, make_repository
+from modeling_proclip import ProCLIPModel
+from trainers.storage.files import write_file, write_safetensors
+
+
+TRAINING_FILE = "training.json"
+_LOGIT_SCALE = "base_model.model.logit_scale"
+
+
+class ProCLIPPeftModel(PeftModel):
+    r"""
+    As [`peft.get_peft_model`] of a [`ProCLIPModel`]: PEFT's adapters on the modules that `peft_config` names, on the image encoder
+    (`vision_model`), on the LLM (`text_model`) or on both. The text adapter is trained beside them and saved with them (PEFT's
+    `modules_to_save`), and so is the logit scale, which PEFT alone would leave out, as it is a parameter without a module.
+
+    What it saves is loaded by `PeftModel.from_pretrained(base, folder)`, by Transformers' `base.load_adapter(folder)`, and by
+    `ProCLIPPeftModel.from_pretrained(base, folder, is_trainable=True)` to go on training.
+
+    Args:
+        model ([`ProCLIPModel`]): The base. Load it in float32: what is trained must not be in half precision.
+        peft_config (`PeftConfig`): Such as `LoraConfig(target_modules=r"vision_model\..*\.(q_proj|v_proj)")`; it is copied. Name modules that
+            are to be trained whole, such as "visual_projection", in its `modules_to_save`.
+        kwargs: Of [`peft.PeftModel`].
+
+    Raises:
+        TypeError: If `model` is another one.
+
+    Example:
+
+    ```python
+    >>> from peft import LoraConfig
+    >>> from trainers.alignment.peft_model import ProCLIPPeftModel
+
+    >>> model = ProCLIPPeftModel(base, LoraConfig(r=16, lora_alpha=32, target_modules=r"vision_model\..*\.(q_proj|v_proj)"))
+    >>> ContrastiveTuningTrainer(model, ContrastiveTuningConfig("stage-2"), pairs, text_store=llm_store, processing_class=processor).train()
+    >>> model.save_pretrained("my-adapter")
+    ```"""
+
+    def __init__(self, model: ProCLIPModel, peft_config: PeftConfig, adapter_name: str = "default", **kwargs: Any):
+        if not isinstance(model, ProCLIPModel):
+            raise TypeError(f"ProCLIPPeftModel is for a ProCLIPModel, got {type(model).__name__}")
+        peft_config = copy.copy(peft_config)
+        saved = set(peft_config.modules_to_save or ()) | {"text_adapter"}
+        peft_config.modules_to_save = sorted(saved)
+        if peft_config.base_model_name_or_path is None:
+            peft_config.base_model_name_or_path = model.name_or_path or None
+        super().__init__(model, peft_config, adapter_name, **kwargs)
+        model.logit_scale.requires_grad_(not peft_config.inference_mode)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As [`peft.PeftModel.save_pretrained`], with the logit scale, a card, and `training.json` where a trainer recorded its stages."""
+        super().save_pretrained(str(save_directory), *args, **kwargs)
+        if not kwargs.get("is_main_process", True):
+            return
+        folder = Path(save_directory)
+        file = folder / SAFETENSORS_WEIGHTS_NAME
+        with safe_open(file, framework="pt") as tensors:
+            state = {name: tensors.get_tensor(name) for name in tensors.keys()}
+        state[_LOGIT_SCALE] = self.get_base_model().logit_scale.detach().cpu().contiguous()
+        write_safetensors(file, state, {"format": "pt"})
+        if self.config.training:
+            write_file(folder / TRAINING_FILE, json.dumps(self.config.training, indent=2).encode() + b"\n")
+        write_file(folder / "README.md", str(adapter_card(folder)).encode())
+
+    @classmethod
+    def from_pretrained(
+        cls, model: ProCLIPModel, model_id: str | os.PathLike, *args: Any, **kwargs: Any
+    ) -> "ProCLIPPeftModel":
+        """As [`peft.PeftModel.from_pretrained`], with the record of the adapters' training in the model's configuration."""
+        loaded = super().from_pretrained(model, str(model_id), *args, **kwargs)
+        file = cached_file(
+            str(model_id),
+            TRAINING_FILE,
+            revision=kwargs.get("revision"),
+            token=kwargs.get("token"),
+            _raise_exceptions_for_missing_entries=False,
+        )
+        if file is not None:
+            loaded.config.training = json.loads(Path(file).read_text(encoding="utf-8"))
+        return loaded
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "ProCLIP adapters",
+        token: str | None = None,
+        **card: Any,
+    ) -> str:
+        """
+        Send what `save_pretrained` writes to the Hub, in one commit. Transformers' own writes an empty form over the card.
+
+        Args:
+            repo_id: `owner/name`, or a name of your own.
+            private: Whether only its owner sees a new repository: `None` means yes. One that is there must be as private.
+            card: Of [`~hub_cards.adapter_card`], such as `base_model` and `license`.
+
+        Returns:
+            The commit.
+
+        Raises:
+            PublishError: If the Hub does not take it.
+        """
+        repo_id = full_name(repo_id, token)
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            adapter_card(folder, repo_id=repo_id, **card).save(Path(folder, "README.md"))
+            make_repository(repo_id, private, token)
+            with readable_hub_errors(repo_id, token):
+                api = HfApi(token=token, library_name=LIBRARY)
+                if revision is not None:
+                    api.create_branch(repo_id, branch=revision, exist_ok=True)
+                sent = api.upload_folder(
+                    repo_id=repo_id, folder_path=folder, commit_message=commit_message, revision=revision
+                )
+        return sent.oid

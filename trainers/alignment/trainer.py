@@ -1,0 +1,346 @@
+"""What both stages of ProCLIP's curriculum share: one batch's loss with or without cached gradients, exact resuming, and what is logged."""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback
+from transformers.trainer_utils import has_length
+
+from hub_cards import adapter_card, model_card
+from modeling_proclip import ProCLIPModel
+from trainers.base.checkpoints import CheckpointingTrainer
+from trainers.base.gradient_caching import cached_backward
+from trainers.base.publishing import PublishingTrainer
+from trainers.base.streams import StreamedTrainer
+from trainers.base.training_record import training_record
+from trainers.data.captions import DrawnCaptions
+from trainers.data.epochs import SetEpoch
+from trainers.data.pair_stream import PairStream
+from trainers.data.stream_loader import StreamLoader
+from trainers.losses import global_instance_alignment_loss, global_structure_alignment_loss
+
+from .checks import check_store, check_texts, proclip_of, refuse_sharding, set_input_statistics, train_only
+from .config import AlignmentConfig
+
+
+class AlignmentTrainer(CheckpointingTrainer, StreamedTrainer, PublishingTrainer):
+    """
+    The part of a stage's trainer that is not its loss.
+
+    - Only `trained` parameters of the model are trained; all others are frozen.
+    - Captions and order of the rows depend on seed and epoch only; `train_dataset` may be a [`PairStream`], for which `max_steps` counts.
+    - An adapter that standardises its input and was not told how yet gets the statistics of the text store.
+    - Checkpoints leave the LLM out, which takes no part; `train(resume_from_checkpoint=True)` goes on from the last *complete* one, to the
+      same bits as a run that was not interrupted.
+    - With `gradient_caching_batch_size` a batch stays in the host's memory and goes through the model one micro-batch at a time; the
+      gradients are those of the whole batch.
+    - With `dataloader_drop_last=False` the last batch is smaller, on several processes too: what fills it up there does not count.
+    - The loss's parts are logged beside the loss, averaged over steps and processes as it is, and the samples a second.
+    - Settings, steps and losses of the stage are kept in the model's configuration, and its card is rendered from them.
+    """
+
+    stage: str  # its name, on the card
+    data_collator: Any
+
+    def embed(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """The embeddings `(batch_size, projection_dim)` that are trained, of unit length, by the wrapped `model`."""
+        raise NotImplementedError
+
+    def embed_frozen(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """The embeddings `(batch_size, projection_dim)` that they are held against and that are not trained."""
+        raise NotImplementedError
+
+    def loss_of(self, embeds: tuple[torch.Tensor, ...], frozen: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """The loss `()` of the joined batch, in the sense that its mean over the processes is that, from this process's embeddings."""
+        raise NotImplementedError
+
+    def __init__(
+        self,
+        model: ProCLIPModel,
+        args: AlignmentConfig,
+        train_dataset: Any,
+        eval_dataset: Any,
+        *,
+        text_store: Any,
+        trained: Iterable[nn.Parameter],
+        **kwargs: Any,
+    ):
+        for name in ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func"):
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"{name} would not be called: the loss is this stage's own, and nothing is predicted of single rows. What is measured "
+                    "besides belongs into a TrainerCallback's on_evaluate, with trainers.evaluation."
+                )
+        train_only(model, trained)
+        self.rows: DrawnCaptions | PairStream = (
+            train_dataset if isinstance(train_dataset, PairStream) else DrawnCaptions(train_dataset, args.seed)
+        )
+        self._parts: dict[str, dict[str, list[torch.Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self._joined_rows = 0  # of the batch at hand, of all processes
+        super().__init__(model=model, args=args, train_dataset=self.rows, eval_dataset=eval_dataset, **kwargs)
+        refuse_sharding(self.accelerator)
+        self._earlier_stages = model.config.training or []
+        self._check_sizes()
+        hidden_size = model.config.text_config.hidden_size
+        self.check_store("text_store", text_store, hidden_size, "build it with this model's LLM, by `proclip embed`.")
+        set_input_statistics(model, text_store)
+        # Each batch's loss is a mean, which Trainer divides by the number of accumulated batches, or a sum, which it must not.
+        self.loss_is_scaled_for_ga = args.reduction == "sum"
+        if isinstance(self.rows, DrawnCaptions):
+            self.add_callback(SetEpoch(self.rows))
+        self._speed = _Speed()
+        self.add_callback(self._speed)
+
+    def check_store(self, name: str, store: Any, size: int, remedy: str) -> None:
+        """Raises KeyError if captions are missing in `store`, ValueError if its embeddings are not of `size`; says the `remedy`."""
+        check_store(name, store, size, self.rows, remedy)
+        evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        trained = self.rows.rows if isinstance(self.rows, DrawnCaptions) else self.rows
+        for dataset in (trained, *evaluated.values()):
+            check_texts(name, store, dataset)
+
+    def _check_sizes(self) -> None:
+        """A dataset shorter than one batch of all processes would, with its last batch dropped, be empty."""
+        args = self.args
+        needed = args.train_batch_size * args.world_size
+        if args.dataloader_drop_last and has_length(self.train_dataset) and len(self.train_dataset) < needed:
+            raise ValueError(
+                f"train_dataset has {len(self.train_dataset)} rows, fewer than one batch of {needed} over all processes: lower "
+                "per_device_train_batch_size."
+            )
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """As Trainer, without what is no matrix: logit scale and class embedding, as in the published code."""
+        matrices = {name for name, parameter in model.named_parameters() if parameter.ndim >= 2}
+        return [name for name in super().get_decay_parameter_names(model) if name in matrices]
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As [`CheckpointingTrainer.train`]."""
+        # Without the LLM, which takes no part, checkpoints are lean and DDP has less to broadcast.
+        model = proclip_of(self.model)
+        text_model, model.text_model = model.text_model, None
+        try:
+            output = super().train(resume_from_checkpoint, **kwargs)
+            self._record_training()
+            return output
+        finally:
+            model.text_model = text_model
+
+    def _record_training(self) -> None:
+        """Write into the model's configuration what its card says of this stage."""
+        if self.state.global_step:
+            record = training_record(self, self.stage, self.rows)
+            self.model.config.training = [*self._earlier_stages, record]
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        self._record_training()
+        super()._save(output_dir, state_dict)
+
+    def create_model_card(self, **kwargs: Any) -> None:
+        """
+        Write `README.md` to `output_dir`, from what was saved there: [`~hub_cards.model_card`], or [`~hub_cards.adapter_card`] of PEFT adapters.
+
+        Args:
+            kwargs: Of that function, such as `license` and `datasets`. `model_name` is understood too.
+        """
+        if self.is_world_process_zero():
+            model_name = kwargs.pop("model_name", None)
+            kwargs.setdefault("repo_id", self.hub_model_id or model_name)
+            if isinstance(self.model, ProCLIPModel):
+                kwargs.setdefault("remote_code", self.hub_model_id is not None or None)  # publishing adds the code
+                card = model_card(self.args.output_dir, **kwargs)
+            else:
+                card = adapter_card(self.args.output_dir, **kwargs)
+            card.save(Path(self.args.output_dir) / "README.md")
+
+    def get_train_dataloader(self) -> DataLoader | StreamLoader:
+        """As Trainer; with gradient caching its batches stay in the host's memory."""
+        placement = self.accelerator.device_placement
+        self.accelerator.device_placement = placement and self.args.gradient_caching_batch_size is None
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.accelerator.device_placement = placement
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """As Trainer, of all rows: `dataloader_drop_last` is for training."""
+        drop_last = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
+    def _real_rows(self, rows: int) -> int:
+        """
+        How many of this process's `rows` are no repetitions, with the number of all processes' in `_joined_rows`. accelerate fills a last
+        batch that is not dropped up with rows from the beginning, so that every process has as many as the others.
+        """
+        loaders, world_size = self.accelerator.gradient_state, self.args.world_size
+        self._joined_rows = rows * world_size
+        dropped = self.model.training and self.args.dataloader_drop_last
+        if world_size == 1 or dropped or not loaders.in_dataloader or not loaders.end_of_dataloader:
+            return rows
+        # Not accelerate's `remainder`, which is unset after resuming in the middle of an epoch.
+        self._joined_rows = len(loaders.active_dataloader.dataset) % self._joined_rows or self._joined_rows
+        return min(max(self._joined_rows - self.args.process_index * rows, 0), rows)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """The loss `()` of a batch, and with `return_outputs` the embeddings of `embed` and `embed_frozen`."""
+        frozen, embeds = self.embed_frozen(model, inputs), self.embed(model, inputs)
+        real = self._real_rows(len(embeds[0]))
+        embeds, frozen = tuple(side[:real] for side in embeds), tuple(side[:real] for side in frozen)
+        loss = self.loss_of(embeds, frozen)
+        return (loss, (*embeds, *frozen)) if return_outputs else loss
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """As Trainer; with gradient caching by [`cached_backward`]."""
+        size = self.args.gradient_caching_batch_size
+        rows = len(next(iter(inputs.values())))
+        if size is None or rows <= size:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        parts = [dict(zip(inputs, part, strict=True)) for part in zip(*(side.split(size) for side in inputs.values()))]
+        with torch.no_grad(), self.accelerator.autocast():
+            of_parts = [self.embed_frozen(model, self._prepare_inputs(part)) for part in parts]
+        real = self._real_rows(rows)
+        frozen = tuple(torch.cat(side)[:real] for side in zip(*of_parts, strict=True))
+        return cached_backward(
+            lambda part: self.embed(model, self._prepare_inputs(part)),
+            parts,
+            lambda *embeds: self.loss_of(tuple(side[:real] for side in embeds), frozen),
+            accelerator=self.accelerator,
+            model=model,
+        )
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor, None, None]:
+        """The loss `()` of an evaluation batch, the same on all processes, and no predictions."""
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.evaluate_batch(model, self._prepare_inputs(inputs))
+        return self.accelerator.reduce(loss.detach(), reduction="mean"), None, None
+
+    def evaluate_batch(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The loss `()` of a batch of an evaluation; a stage may keep more of it for `evaluation_metrics`."""
+        return self.compute_loss(model, batch)
+
+    def evaluation_metrics(self) -> dict[str, float]:
+        """What is measured in an evaluation besides the loss; called once at its end, on all processes."""
+        return self._mean_parts("eval")
+
+    def record(self, **parts: torch.Tensor) -> None:
+        """Keep parts `()` of this batch's loss for the next log."""
+        mode = "train" if self.model.training else "eval"
+        # As Trainer weighs the losses: training's by steps, evaluation's by rows.
+        weight = 1 if self.model.training else self._joined_rows
+        for name, value in parts.items():
+            self._parts[mode][name].append(
+                torch.stack([value.detach().float() * weight, value.new_tensor(weight).float()])
+            )
+
+    def _mean_parts(self, mode: str) -> dict[str, float]:
+        if not self._parts[mode]:
+            return {}
+        sums = torch.stack([torch.stack(values).sum(0) for values in self._parts[mode].values()])
+        means = self.accelerator.reduce(sums[:, 0] / sums[:, 1], reduction="mean").tolist()
+        names = list(self._parts[mode])
+        self._parts[mode].clear()
+        return dict(zip(names, means, strict=True))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As Trainer, with the parts of the training loss and the samples a second since the last log."""
+        if "loss" in logs:
+            logs.update(self._mean_parts("train"))
+            args = self.args
+            rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            logs["samples_per_second"] = round(rows * self._speed.steps_per_second(self.state.global_step), 3)
+        super().log(logs, start_time)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """As Trainer, with `evaluation_metrics` among the metrics."""
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output.metrics.update({f"{metric_key_prefix}_{name}": v for name, v in self.evaluation_metrics().items()})
+        return output
+
+
+class _Speed(TrainerCallback):
+    """Steps a second since the last log, without what evaluation and saving took."""
+
+    def __init__(self):
+        self._start = self._pause = 0.0
+        self._step = 0
+
+    def steps_per_second(self, step: int) -> float:
+        """Up to `step`, since this was asked last."""
+        now = time.perf_counter()
+        speed = (step - self._step) / (now - self._start)
+        self._start, self._step = now, step
+        return speed
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._start, self._step = time.perf_counter(), state.global_step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._pause = time.perf_counter()
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        now = time.perf_counter()
+        self._start += now - max(self._start, self._pause)
+        self._pause = now
+
+    def on_save(self, args, state, control, **kwargs):
+        self.on_evaluate(args, state, control)
+
+
+def unit(embeds: torch.Tensor) -> torch.Tensor:
+    """`(batch_size, dim)` of any length and dtype to unit length, in float32: half precision would leave lengths of 1 +- 0.004."""
+    return F.normalize(embeds.float(), dim=-1)
+
+
+def distillation_loss(
+    student: torch.Tensor, teacher: torch.Tensor, args: AlignmentConfig
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """
+    lambda_ins L_ins + lambda_struct L_struct over the joined batch of all processes (ProCLIP, arXiv 2510.18795, method): L_stage1 with the
+    text embeddings, lambda L_reg of stage 2 with the image embeddings.
+
+    Args:
+        student, teacher: `(batch_size, projection_dim)`, unit length, this process's rows.
+
+    Returns:
+        The loss `()`, whose mean over the processes is that of the joined batch, and its parts without their weights. A part with weight 0
+        is not computed.
+    """
+    loss, parts = student.new_zeros(()), {}
+    if args.lambda_ins:
+        parts["instance_loss"] = global_instance_alignment_loss(student, teacher, args.reduction)
+        loss = loss + args.lambda_ins * parts["instance_loss"]
+    if args.lambda_struct:
+        parts["structure_loss"] = global_structure_alignment_loss(
+            student, teacher, args.reduction, args.structure_distance
+        )
+        loss = loss + args.lambda_struct * parts["structure_loss"]
+    return loss, parts

@@ -1,0 +1,83 @@
+"""What a checkpoint records of a stage of its training, in its configuration, for the model card."""
+
+import dataclasses
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from transformers import Trainer, TrainingArguments
+
+from trainers.data.captions import DrawnCaptions
+from trainers.data.pairs import PairRows, PairStream
+
+
+# Of the Trainer's own arguments those that decide what is learned; a stage's own settings are recorded all.
+_SETTINGS = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "optim",
+    "bf16",
+    "fp16",
+    "seed",
+)
+_PACKAGES = ("proclip-transformers", "transformers", "torch")
+
+
+def training_record(trainer: Trainer, stage: str, rows: DrawnCaptions | PairStream) -> dict[str, Any]:
+    """
+    How far `trainer` has trained its model, and with which settings, as JSON.
+
+    Args:
+        stage: Name of the stage, in words.
+        rows: What it is trained on.
+
+    Returns:
+        "stage", "trainer", "steps", "num_epochs", "batch_size" (rows of a step, of all processes), "num_processes", "num_rows" (None of a stream), "data" (source, split and revision
+        of what [`open_pairs`] opened, else None), "settings"
+        (those of the stage that are set, and those of the Trainer that decide what is learned), "final" (what was logged last) and
+        "versions" of the packages.
+    """
+    args, state = trainer.args, trainer.state
+    own = {field.name for field in dataclasses.fields(args)} - {
+        field.name for field in dataclasses.fields(TrainingArguments)
+    }
+    settings = {name: getattr(args, name) for name in (*sorted(own), *_SETTINGS)}
+    logged: dict[str, Any] = {}
+    for entry in state.log_history:
+        logged.update(entry)
+    return {
+        "stage": stage,
+        "trainer": type(trainer).__name__,
+        "steps": state.global_step,
+        "num_epochs": round(state.epoch or 0, 4),
+        "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "num_processes": args.world_size,
+        "num_rows": len(rows) if isinstance(rows, DrawnCaptions) else None,
+        "data": _data(rows.rows if isinstance(rows, DrawnCaptions) else rows),
+        "settings": {name: _plain(value) for name, value in settings.items() if value is not None},
+        "final": {name: logged[name] for name in sorted(logged) if name == "loss" or name.endswith("_loss")},
+        "versions": {package: _version(package) for package in _PACKAGES},
+    }
+
+
+def _data(rows: Any) -> dict[str, Any] | None:
+    if not isinstance(rows, (PairRows, PairStream)):
+        return None
+    source = rows.source
+    return {"source": str(source.source), "split": source.split, "revision": source.revision}
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, (bool, int, float)) else str(value)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,292 @@
+"""From rows of captions to batches of stage 0: which two captions are a pair, which rows share a batch, and tokens without padding waste."""
+
+import hashlib
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import IterableDataset, Sampler
+from transformers import PreTrainedTokenizerBase
+
+from modeling_proclip.prompt_template import templated_tokenizer
+from trainers.data.epochs import EpochDataset
+
+
+TokenRow = Mapping[str, list[int]]  # a text's "input_ids", "attention_mask" and "token_type_ids", not padded
+
+
+class CaptionPairs(EpochDataset):
+    """
+    Rows of captions as pairs: of a picture's captions two are drawn in every epoch, in random order (LLM2CLIP, arXiv 2411.04997: two
+    captions of one picture are positives). The draw is a function of seed, epoch and row alone, as in [`DrawnCaptions`], so a resumed run
+    and one with another number of processes sees the same pairs. Plain-text pairs follow after the captions and keep their order.
+
+    Args:
+        rows: Rows by number, each a mapping with
+            "text": two or more captions of one picture;
+            "negative" (*optional*): a text, or a list of texts, that must not be found; all of them are used in every epoch;
+            "id" (*optional*): what the captions are of, a string or number. Rows with one id are not negatives of each other.
+        seed: Of the draw.
+        plain_rows (*optional*): The same with "text": [query, document], and, *optional*, "instruction", read before the query and not pooled.
+
+    Raises:
+        ValueError: If `rows` is a stream, or, when it is read, a row has fewer than two captions or an empty one; names the row.
+    """
+
+    def __init__(self, rows: Any, seed: int, plain_rows: Any = None):
+        for name, dataset in (("train_dataset", rows), ("plain_text_dataset", plain_rows)):
+            if isinstance(dataset, IterableDataset):
+                raise ValueError(
+                    f"{name} is a stream ({type(dataset).__name__}): pairs are drawn by row number, so pass a dataset with len() and [i]."
+                )
+        super().__init__()
+        self.rows, self.plain_rows, self.seed = rows, plain_rows, seed
+
+    @property
+    def num_plain(self) -> int:
+        return 0 if self.plain_rows is None else len(self.plain_rows)
+
+    def __len__(self) -> int:
+        return len(self.rows) + self.num_plain
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """`{"query": str, "document": str, "negatives": [str], "id": ..., "instruction": str | None}`."""
+        if index >= len(self.rows):
+            return plain_pair(self.plain_rows[index - len(self.rows)], f"plain-text row {index - len(self.rows)}")
+        row = self.rows[index]
+        captions = caption_list(row, f"row {index}")
+        query, document = random.Random(f"{self.seed} {self.epoch} {index}").sample(captions, 2)
+        return _pair(row, captions, query, document, f"row {index}")
+
+    def texts(self) -> Iterator[tuple[str, str | None]]:
+        """Every text that training can read, with its instruction."""
+        for i in range(len(self.rows)):
+            for text in caption_list(self.rows[i], f"row {i}") + negative_list(self.rows[i], f"row {i}"):
+                yield text, None
+        for i in range(self.num_plain):
+            pair = plain_pair(self.plain_rows[i], f"plain-text row {i}")
+            yield pair["query"], pair["instruction"]
+            yield from ((text, None) for text in [pair["document"], *pair["negatives"]])
+
+
+class OneSourceBatches(Sampler[int]):
+    """
+    Row numbers in an order in which every batch of all processes is either of captions or of plain text, as in LLM2CLIP's and LLM2Vec's
+    training (E5Data: batches of one data set, the rows that do not fill one left out, the batches shuffled): between two sources there is
+    nothing hard to tell apart. A function of the pairs' seed and epoch alone.
+
+    Args:
+        pairs: The pairs.
+        batch_size: Rows of a batch over all processes.
+        plain_text_share: Share of the batches that are of plain text; plain rows are then read as often as it takes. By default every row is
+            read once.
+
+    Raises:
+        ValueError: If the captions do not fill a batch, or the plain rows do not.
+    """
+
+    def __init__(self, pairs: CaptionPairs, batch_size: int, plain_text_share: float | None = None):
+        self.pairs, self.batch_size = pairs, batch_size
+        self.num_caption_batches = len(pairs.rows) // batch_size
+        if self.num_caption_batches == 0:
+            raise ValueError(
+                f"train_dataset has {len(pairs.rows)} rows, fewer than one batch of {batch_size} over all processes: lower "
+                "per_device_train_batch_size."
+            )
+        self.num_plain_batches = pairs.num_plain // batch_size
+        if pairs.num_plain and self.num_plain_batches == 0:
+            raise ValueError(
+                f"plain_text_dataset has {pairs.num_plain} rows, fewer than one batch of {batch_size} over all processes."
+            )
+        if pairs.num_plain and plain_text_share is not None:
+            self.num_plain_batches = round(self.num_caption_batches * plain_text_share / (1 - plain_text_share))
+
+    def __len__(self) -> int:
+        return (self.num_caption_batches + self.num_plain_batches) * self.batch_size
+
+    def __iter__(self) -> Iterator[int]:
+        rng = random.Random(f"{self.pairs.seed} {self.pairs.epoch}")
+        captions = list(range(len(self.pairs.rows)))
+        rng.shuffle(captions)
+        plain: list[int] = []
+        while len(plain) < self.num_plain_batches * self.batch_size:
+            pass_over = list(range(len(captions), len(self.pairs)))
+            rng.shuffle(pass_over)
+            plain += pass_over
+        size = self.batch_size
+        batches = [captions[i * size : (i + 1) * size] for i in range(self.num_caption_batches)]
+        batches += [plain[i * size : (i + 1) * size] for i in range(self.num_plain_batches)]
+        rng.shuffle(batches)
+        for batch in batches:
+            yield from batch
+
+
+class CaptionPairCollator:
+    """
+    Batches of stage 0: the texts' tokens in micro-batches of similar length, and the keys that tell false negatives.
+
+    Args:
+        tokenizer: With its prompt template; see `trainers.caption_contrastive.batches.TextTokenizer`.
+        max_texts, token_budget: Most texts and most padded tokens of a micro-batch; by default there is one.
+
+    Returns:
+        A dict, with B pairs and N texts: queries, documents, then hard negatives.
+        "query_keys" `(B, 3)`, "document_keys" `(B, 2)`, "negative_keys" `(N - 2 B, 2)` int64, see `caption_contrastive_loss`;
+        "micro_batches": list of `{"input_ids", "attention_mask", "token_type_ids"}`, each `(texts, length)` int64;
+        "order" `(N,)` int64: the text that each row of the joined micro-batches is.
+    """
+
+    def __init__(self, tokenizer: "TextTokenizer", max_texts: int | None = None, token_budget: int | None = None):
+        self.tokenizer, self.max_texts, self.token_budget = tokenizer, max_texts, token_budget
+
+    def __call__(self, pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        negatives = [negative for pair in pairs for negative in pair["negatives"]]
+        texts = [(pair["query"], pair["instruction"]) for pair in pairs]
+        texts += [(text, None) for text in [pair["document"] for pair in pairs] + negatives]
+        batches, order = micro_batches(
+            self.tokenizer(texts), self.tokenizer.pad_token_id, self.max_texts, self.token_budget
+        )
+        return {**pair_keys(pairs), "micro_batches": batches, "order": order}
+
+
+class TextTokenizer:
+    """
+    Texts to tokens in the LLM's prompt template, each with an instruction or without.
+
+    Args:
+        tokenizer: Of the LLM.
+        template: Holds `{text}`; see [`ProCLIPProcessor`].
+        max_length: Most tokens of a text, template included.
+        instruction: What stands before texts that have no instruction of their own.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, template: str, max_length: int, instruction: str | None = None
+    ):
+        self.template, self.max_length, self.instruction = template, max_length, instruction
+        self.tokenizer = templated_tokenizer(tokenizer, template, instruction, max_length)
+        self._by_instruction = {instruction: self.tokenizer}
+
+    @property
+    def pad_token_id(self) -> int:
+        return self.tokenizer.pad_token_id
+
+    def __call__(self, texts: Sequence[tuple[str, str | None]]) -> list[dict[str, list[int]]]:
+        """Texts with their instructions to token rows, not padded; a long text loses its end, never the template."""
+        rows: list[dict[str, list[int]]] = [{}] * len(texts)
+        groups: dict[str | None, list[int]] = {}
+        for i, (_, instruction) in enumerate(texts):
+            groups.setdefault(instruction or self.instruction, []).append(i)
+        for instruction, numbers in groups.items():
+            if instruction not in self._by_instruction:
+                self._by_instruction[instruction] = templated_tokenizer(
+                    self.tokenizer, self.template, instruction, self.max_length
+                )
+            encoded = self._by_instruction[instruction](
+                [texts[i][0].rstrip() for i in numbers], truncation=True, max_length=self.max_length
+            )
+            for row, i in enumerate(numbers):
+                rows[i] = {name: values[row] for name, values in encoded.items()}
+        return rows
+
+
+def micro_batches(
+    rows: Sequence[TokenRow], pad_token_id: int, max_texts: int | None = None, token_budget: int | None = None
+) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor]:
+    """
+    Token rows in micro-batches of similar length, the longest first, each padded on the left to its own longest text only.
+
+    Args:
+        max_texts, token_budget: Most texts and most padded tokens of a micro-batch; a single text may have more tokens.
+
+    Returns:
+        The micro-batches, and `(len(rows),)` int64: the row that each of their rows, joined, is.
+    """
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]), reverse=True)
+    padding = {"input_ids": pad_token_id, "attention_mask": 0, "token_type_ids": 0}
+    batches, start = [], 0
+    while start < len(order):
+        size = len(order) - start if max_texts is None else max_texts
+        if token_budget is not None:
+            size = min(size, max(token_budget // len(rows[order[start]]["input_ids"]), 1))
+        chosen = order[start : start + size]
+        batches.append(
+            {
+                name: pad_sequence(
+                    [torch.tensor(rows[i][name]) for i in chosen],
+                    batch_first=True,
+                    padding_value=value,
+                    padding_side="left",
+                )
+                for name, value in padding.items()
+            }
+        )
+        start += size
+    return batches, torch.tensor(order)
+
+
+def pair_keys(pairs: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    """
+    The keys of a batch of pairs for `caption_contrastive_loss`. A document fits a query that is not its own if both are of one id, or if
+    its text is the query's or the query's own document. A hard negative fits only by its text.
+    """
+    ids = [stable_hash(f"id {pair['id']}") for pair in pairs]
+    queries, documents = ([stable_hash(f"text {pair[side]}") for pair in pairs] for side in ("query", "document"))
+    negatives = [stable_hash(f"text {text}") for pair in pairs for text in pair["negatives"]]
+    return {
+        "query_keys": torch.tensor([ids, queries, documents]).T,
+        "document_keys": torch.tensor([ids, documents]).T,
+        "negative_keys": torch.tensor([negatives, negatives], dtype=torch.int64).T,
+    }
+
+
+def caption_list(row: Mapping[str, Any], name: str) -> list[str]:
+    """The captions of a row, at least two. Raises ValueError if there are fewer or one is empty; calls the row `name`."""
+    if "text" not in row:
+        raise ValueError(
+            f'{name} has no column "text", only {sorted(row)}: rename the column that holds the captions.'
+        )
+    captions = [row["text"]] if isinstance(row["text"], str) else list(row["text"])
+    if len(captions) < 2:
+        raise ValueError(
+            f'{name} has {len(captions)} caption{"s" * (len(captions) != 1)} in "text", but stage 0 needs two of the same picture: leave such '
+            "rows out."
+        )
+    return _checked(captions, name, "text")
+
+
+def negative_list(row: Mapping[str, Any], name: str) -> list[str]:
+    """The hard negatives of a row, which may have none."""
+    negatives = row.get("negative") or []
+    return _checked([negatives] if isinstance(negatives, str) else list(negatives), name, "negative")
+
+
+def plain_pair(row: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A plain-text row as a pair. Raises ValueError unless it has a query and a document."""
+    texts = caption_list(row, name)
+    if len(texts) != 2:
+        raise ValueError(f'{name} has {len(texts)} texts in "text": plain text needs [query, document].')
+    return _pair(row, texts, texts[0], texts[1], name) | {"instruction": row.get("instruction")}
+
+
+def _pair(row: Mapping[str, Any], captions: list[str], query: str, document: str, name: str) -> dict[str, Any]:
+    # Without an id, a row that comes twice is known by its captions.
+    identity = row["id"] if row.get("id") is not None else "\n".join(sorted(captions))
+    negatives = negative_list(row, name)
+    return {"query": query, "document": document, "negatives": negatives, "id": identity, "instruction": None}
+
+
+def _checked(texts: list[Any], name: str, column: str) -> list[str]:
+    for i, text in enumerate(texts):
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(
+                f'{name} has {text!r} as number {i} in "{column}": every text must be a string with something in it.'
+            )
+    return texts
+
+
+def stable_hash(text: str) -> int:
+    """63 bits that depend on `text` alone, not on the process."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1

@@ -1,0 +1,268 @@
+"""Stage 0: the LLM learns, by a LoRA, to embed captions so that those of one picture find each other."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType, gather_object
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerControl
+from transformers.trainer_utils import speed_metrics
+
+from modeling_proclip import ProCLIPModel, ProCLIPProcessor
+from modeling_proclip.prompt_template import choose_template
+from modeling_proclip.text_tower import check_bidirectional, pool_tokens
+from trainers.base.checkpoints import CheckpointingTrainer, last_complete_checkpoint
+from trainers.base.gradient_caching import cached_backward
+from trainers.data.epochs import SetEpoch
+from trainers.evaluation.scoring.metrics import caption_retrieval
+from trainers.text_store.encoding import CPU_TOKEN_BUDGET, GPU_TOKEN_BUDGET
+
+from .batches import CaptionPairCollator, CaptionPairs, OneSourceBatches, TextTokenizer, caption_list, micro_batches
+from .config import CaptionContrastiveConfig
+from .frozen_layers import FrozenLayerStates
+from .lora import add_lora
+from .losses import caption_contrastive_loss, global_caption_contrastive_loss
+
+
+class CaptionContrastiveTrainer(CheckpointingTrainer):
+    r"""
+    Trains a LoRA on an LLM that attends in both directions: of two captions of one picture one must find the other among those of the
+    other pictures, by the cosine of their pooled embeddings (LLM2CLIP, arXiv 2411.04997).
+
+    Args:
+        model ([`ProCLIPModel`] or `PreTrainedModel`):
+            A pair, of which the LLM is trained, or a decoder LLM by itself (`AutoModel`). All its weights stay frozen.
+        args ([`CaptionContrastiveConfig`]): Settings.
+        train_dataset: Rows by number: "text", two or more captions of one picture; optionally "negative" (hard negatives: a text or a list)
+            and "id" (rows of one id are not negatives of each other). See [`CaptionPairs`].
+        eval_dataset (*optional*): The same, or a dict of such; the first two captions are read. Logged: `eval_loss` and
+            `eval_caption_r@1`, see [`caption_retrieval`].
+        processing_class ([`ProCLIPProcessor`] or tokenizer): Whose prompt template is used; a tokenizer's own chat template by default.
+        plain_text_dataset (*optional*): Rows `{"text": [query, document]}`, optionally with "instruction" and "negative", mixed in by batches
+            of their own so that the LLM stays good at other texts (LLM2CLIP, LLM2Vec); see [`OneSourceBatches`].
+        kwargs: Of [`~transformers.Trainer`].
+
+    Raises:
+        ImportError: If PEFT is not installed.
+        ValueError: If the LLM stays causal, a row has fewer than two captions, or the captions do not fill a batch.
+
+    `save_model(folder)` and checkpoints write the LoRA alone, in PEFT's format; [`~CaptionContrastiveTrainer.merge`] gives the tuned LLM.
+
+    Example:
+
+    ```python
+    >>> llm = AutoModel.from_pretrained(LLM)
+    >>> rows = [{"text": ["a cat on a mat", "a small cat sits on a doormat"]}, ...]
+    >>> trainer = CaptionContrastiveTrainer(llm, CaptionContrastiveConfig("stage-0"), rows, processing_class=tokenizer)
+    >>> trainer.train()
+    >>> trainer.save_model("stage-0/adapter")
+    >>> trainer.merge().save_pretrained("tuned-llm")
+    >>> pair = ProCLIPModel.from_vision_text_pretrained(CLIP, "tuned-llm")
+    ```"""
+
+    control: TrainerControl
+
+    def __init__(
+        self,
+        model: ProCLIPModel | PreTrainedModel,
+        args: CaptionContrastiveConfig,
+        train_dataset: Any,
+        eval_dataset: Any = None,
+        *,
+        processing_class: ProCLIPProcessor | PreTrainedTokenizerBase,
+        plain_text_dataset: Any = None,
+        **kwargs: Any,
+    ):
+        text_model, self.pooling = _text_model(model)
+        text_model.config.is_causal = False
+        check_bidirectional(text_model)
+        self.tokenizer = _text_tokenizer(processing_class, args.max_length)
+        self.frozen = None
+        if args.cache_frozen_layers and args.lora_num_layers is not None:
+            num_frozen = len(text_model.layers) - args.lora_num_layers
+            self.frozen = FrozenLayerStates(text_model, num_frozen, self.tokenizer.pad_token_id)
+        self.pairs = CaptionPairs(train_dataset, args.seed, plain_text_dataset)
+        self.order = OneSourceBatches(self.pairs, args.train_batch_size * args.world_size, args.plain_text_share)
+        super().__init__(
+            model=add_lora(text_model, args),
+            args=args,
+            train_dataset=self.pairs,
+            eval_dataset=eval_dataset,
+            data_collator=CaptionPairCollator(
+                self.tokenizer, args.gradient_caching_batch_size, args.micro_batch_tokens
+            ),
+            processing_class=self.tokenizer.tokenizer,
+            **kwargs,
+        )
+        if args.micro_batch_tokens and self.accelerator.distributed_type == DistributedType.FSDP:
+            raise ValueError(
+                "micro_batch_tokens gives the processes different numbers of forward passes, which FSDP runs together: leave it out."
+            )
+        self.loss_is_scaled_for_ga = True  # a batch is a step: there is nothing to divide by
+        self.add_callback(SetEpoch(self.pairs))
+
+    def merge(self) -> PreTrainedModel:
+        """
+        The LLM with the LoRA merged into its weights, as a plain model of Transformers; save it by `save_pretrained`. A [`ProCLIPModel`] that
+        was passed in has it as its `text_model`. Call it last: the trainer's model is no longer one of PEFT.
+        """
+        return self.accelerator.unwrap_model(self.model).merge_and_unload()
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """
+        As [`~transformers.Trainer.train`].
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder, or `True` for the last complete one in `output_dir`.
+
+        Raises:
+            ValueError: If there is no complete checkpoint.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+        self._compute_frozen(list(self.pairs.texts()))
+        return super().train(resume_from_checkpoint, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> OneSourceBatches:
+        return self.order
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        """The loss `()` of a batch from [`CaptionPairCollator`], over the joined batch of all processes."""
+        embeds = torch.cat([self.embed(model, batch) for batch in inputs["micro_batches"]])
+        loss = self._loss(inputs, embeds)
+        return (loss, embeds) if return_outputs else loss
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """As Trainer; with gradient caching one micro-batch's activations are in memory at a time."""
+        if self.args.gradient_caching_batch_size is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        return cached_backward(
+            lambda batch: (self.embed(model, batch),),
+            inputs["micro_batches"],
+            lambda embeds: self._loss(inputs, embeds),
+            accelerator=self.accelerator,
+            model=model,
+        )
+
+    def _loss(self, inputs: dict[str, Any], embeds: torch.Tensor) -> torch.Tensor:
+        keys = [inputs[name] for name in ("query_keys", "document_keys", "negative_keys")]
+        embeds = embeds[inputs["order"].argsort()]
+        queries, documents, negatives = embeds.split([len(group) for group in keys])
+        return global_caption_contrastive_loss(
+            queries,
+            documents,
+            negatives,
+            scale=self.args.loss_scale,
+            query_keys=keys[0],
+            document_keys=keys[1],
+            negative_keys=keys[2],
+        )
+
+    def embed(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Pooled embeddings `(texts, hidden_size)`, at least float32, of a micro-batch of tokens."""
+        mask = batch["attention_mask"]
+        if self.frozen is None:
+            outputs = model(input_ids=batch["input_ids"], attention_mask=mask, use_cache=False)
+        else:
+            states = self.frozen.lookup(batch["input_ids"], mask)
+            with self.frozen.lower_layers_skipped():
+                outputs = model(inputs_embeds=states, attention_mask=mask, use_cache=False)
+        states = outputs.last_hidden_state
+        # Pooled in float32: half precision would round each embedding before they are compared.
+        states = states if states.dtype == torch.float64 else states.float()
+        return pool_tokens(states, mask, batch["token_type_ids"], self.pooling)
+
+    @torch.no_grad()
+    def embed_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        """Pooled embeddings `(len(texts), hidden_size)`, float32, on the CPU, with the LoRA as it is now."""
+        self._compute_frozen([(text, None) for text in texts])
+        model = self.model
+        was_training = model.training
+        model.eval()
+        rows = self.tokenizer([(text, None) for text in texts])
+        batches, order = micro_batches(rows, self.tokenizer.pad_token_id, token_budget=self._token_budget())
+        with self.compute_loss_context_manager():
+            embeds = [self.embed(model, self._prepare_inputs(batch)).cpu() for batch in batches]
+        model.train(was_training)
+        return torch.cat(embeds)[order.argsort()]
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """
+        Caption-to-caption retrieval over the whole evaluation set, and the loss in batches of `per_device_eval_batch_size` pairs.
+
+        Returns:
+            `{"eval_caption_r@1": ..., "eval_loss": ..., ...}`, for several datasets with their names in the keys; also logged.
+        """
+        eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if eval_dataset is None:
+            raise ValueError("Trainer: evaluation requires an eval_dataset.")
+        if isinstance(eval_dataset, dict):
+            metrics = {}
+            for name, rows in eval_dataset.items():
+                metrics.update(self.evaluate(rows, ignore_keys, f"{metric_key_prefix}_{name}"))
+            return metrics
+        start = time.time()
+        texts = [caption_list(eval_dataset[i], f"evaluation row {i}")[:2] for i in range(len(eval_dataset))]
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        own = texts[rank::ranks]
+        own_embeds = self.embed_texts([text for pair in own for text in pair]).unflatten(0, (-1, 2)) if own else None
+        embeds = torch.empty(len(texts), 2, self.model.config.hidden_size)
+        for number, part in gather_object([(rank, own_embeds)]):
+            if part is not None:
+                embeds[number::ranks] = part
+        first, second = embeds.unbind(1)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in caption_retrieval(first, second).items()}
+        size = self.args.eval_batch_size
+        losses = [
+            caption_contrastive_loss(a, b, scale=self.args.loss_scale) * len(a)
+            for a, b in zip(first.split(size), second.split(size), strict=True)
+        ]
+        metrics[f"{metric_key_prefix}_loss"] = float(sum(losses)) / len(texts)
+        metrics.update(speed_metrics(metric_key_prefix, start, len(texts)))
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _token_budget(self) -> int:
+        default = CPU_TOKEN_BUDGET if self.args.device.type == "cpu" else GPU_TOKEN_BUDGET
+        return self.args.micro_batch_tokens or default
+
+    def _compute_frozen(self, texts: list[tuple[str, str | None]]) -> None:
+        if self.frozen is not None:
+            self.frozen.fill(self.tokenizer(list(dict.fromkeys(texts))), self._token_budget())
+
+
+def _text_model(model: ProCLIPModel | PreTrainedModel) -> tuple[PreTrainedModel, str]:
+    if not isinstance(model, ProCLIPModel):
+        return model.base_model, "mean"
+    if model.text_model is None:
+        raise ValueError("This model was loaded without its LLM (load_text_model=False), which stage 0 trains.")
+    return model.text_model, model.config.text_pooling
+
+
+def _text_tokenizer(
+    processing_class: ProCLIPProcessor | PreTrainedTokenizerBase, max_length: int | None
+) -> TextTokenizer:
+    if isinstance(processing_class, ProCLIPProcessor):
+        processor = processing_class
+        length = max_length or processor.max_length
+        return TextTokenizer(processor.tokenizer, processor.prompt_template, length, processor.instruction)
+    if not isinstance(processing_class, PreTrainedTokenizerBase):
+        raise ValueError(
+            f"processing_class must be a ProCLIPProcessor or the LLM's tokenizer, got {type(processing_class).__name__}."
+        )
+    return TextTokenizer(processing_class, choose_template(processing_class), max_length or 512)

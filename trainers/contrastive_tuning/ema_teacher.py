@@ -1,0 +1,73 @@
+"""The EMA teacher of stage 2: a slowly moving copy of the image encoder that it is distilled from."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from modeling_proclip import ProCLIPModel
+from trainers.storage.files import write_safetensors
+
+
+EMA_FILE = "ema_teacher.safetensors"
+
+
+class EMATeacher:
+    """
+    E_I*: starts as a copy of the image encoder E_I (vision tower and projection) and follows it by
+    E_I* = decay * E_I* + (1 - decay) * E_I after every optimizer step (ProCLIP, arXiv 2510.18795, method; the published code has none).
+
+    It is in eval mode, without gradient, and no part of the model: it is saved beside a checkpoint, not in it.
+
+    Args:
+        model: the model whose image encoder is copied as it is now.
+        decay: alpha, between 0 (the teacher is the student) and 1 (the teacher stays as it started).
+    """
+
+    def __init__(self, model: ProCLIPModel, decay: float):
+        # Buffers are copied, not averaged: averaging would round integer ones such as position ids.
+        self.averaged = AveragedModel(
+            _image_encoder(model), multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=False
+        )
+        # At 0 the first update would copy the student after its first step, and the start would be lost.
+        self.averaged.n_averaged.fill_(1)
+        self.averaged.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, model: ProCLIPModel) -> None:
+        """Take one step towards the image encoder of `model`."""
+        self.averaged.update_parameters(_image_encoder(model))
+
+    @torch.no_grad()
+    def embed(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """v*: `(batch_size, 3, height, width)` to `(batch_size, projection_dim)`, float32, of unit length."""
+        encoder = self.averaged.module
+        pooled = encoder["vision_model"](pixel_values=pixel_values, return_dict=True).pooler_output
+        return F.normalize(encoder["visual_projection"](pooled).float(), dim=-1)
+
+    def save(self, folder: str | Path) -> None:
+        """Write `ema_teacher.safetensors` into `folder`, as a whole or not at all."""
+        state = {name: tensor.contiguous() for name, tensor in self.averaged.state_dict().items()}
+        write_safetensors(Path(folder) / EMA_FILE, state, {"format": "pt"})
+
+    def load(self, folder: str | Path) -> None:
+        """
+        Continue as `save` left it.
+
+        Raises:
+            FileNotFoundError: If the file is not in `folder`; names the remedy.
+        """
+        file = Path(folder) / EMA_FILE
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"{file} is missing, so the EMA teacher cannot go on where it was: resume from a checkpoint that method='proclip' wrote, or "
+                "start a new run from these weights (ProCLIPModel.from_pretrained)"
+            )
+        self.averaged.load_state_dict(load_file(file))
+
+
+def _image_encoder(model: ProCLIPModel) -> nn.ModuleDict:
+    return nn.ModuleDict({"vision_model": model.vision_model, "visual_projection": model.visual_projection})

@@ -1,0 +1,64 @@
+"""The captions of a row, and which of them it shows in an epoch."""
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch.utils.data import IterableDataset
+
+from .epochs import EpochDataset
+
+
+class DrawnCaptions(EpochDataset):
+    """
+    Rows whose "text" is one caption: of a list of captions, one is drawn a row and epoch (ProCLIP, arXiv 2510.18795, Table 8: "one
+    drawn at random per sample per epoch"; the published code draws without a seed). The draw is a function of seed, epoch and row alone, so
+    a resumed run and a run with another number of processes or data workers sees the same captions.
+
+    Args:
+        rows: the dataset: `len(rows)` rows by number, each a mapping with "text", a string or a list of captions.
+        seed: of the draw.
+
+    Raises:
+        ValueError: If the dataset has no rows by number (a stream), or, when it is read, if a row has no caption.
+    """
+
+    def __init__(self, rows: Any, seed: int):
+        if isinstance(rows, IterableDataset):
+            raise ValueError(
+                f"the dataset is a stream ({type(rows).__name__}), which has no row numbers: open it by trainers.data.open_pairs with "
+                "PairSource(..., streaming=True), whose streams can be shared by processes and resumed, or pass a dataset with len() and [i]"
+            )
+        super().__init__()
+        self.rows, self.seed = rows, seed
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = dict(self.rows[index])
+        row["text"] = draw_caption(captions_of(row, f"row {index}"), self.seed, self.epoch, index)
+        return row
+
+
+def draw_caption(captions: Sequence[str], seed: int, epoch: int, row: int | str) -> str:
+    """One of `captions`, drawn by seed, epoch and what tells the row from others (ProCLIP, arXiv 2510.18795, Table 8)."""
+    if len(captions) == 1:
+        return captions[0]
+    # Seeded by a string, whose hash mixes all three: neighbouring rows and epochs draw independently.
+    return random.Random(f"{seed} {epoch} {row}").choice(captions)
+
+
+def captions_of(row: Mapping[str, Any], name: str) -> list[str]:
+    """
+    The captions of a row, at least one.
+
+    Raises:
+        ValueError: If the row has no column "text" or an empty list there; calls the row `name`.
+    """
+    if "text" not in row:
+        raise ValueError(f'{name} has no column "text", only {sorted(row)}: rename the column that holds the captions')
+    captions = [row["text"]] if isinstance(row["text"], str) else list(row["text"])
+    if not captions:
+        raise ValueError(f'{name} has an empty list of captions in "text": leave such rows out')
+    return captions

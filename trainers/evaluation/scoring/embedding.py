@@ -1,0 +1,156 @@
+"""Embeds the pictures and texts of a task through the cache, on every process a part."""
+
+import io
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from PIL import Image, UnidentifiedImageError
+from tqdm.auto import tqdm
+
+from trainers.text_store.encoding import shorten
+from trainers.text_store.keys import text_keys
+
+from .encoders import Encoder
+from .feature_cache import FeatureCache, ShardWriter, content_keys
+from .tasks import Task
+
+
+# Texts that are tokenised and sorted by length together.
+_TEXT_WINDOW = 8192
+# Batches of pictures that are decoded ahead, each in a thread: at 224 pixels, 64 of them take 39 MB.
+_LOOKAHEAD = min(4, os.cpu_count() or 1)
+# Pictures whose files are hashed together.
+_HASHED = 64
+
+
+def image_keys(task: Task, state: PartialState, progress: bool) -> np.ndarray:
+    """The keys of all pictures of `task`, column after column: `(num_columns * num_rows, 2)`, on every process.
+
+    Reads every file once, and on several processes each reads a part of them.
+    """
+    places = list(_picture_places(task))
+    mine = range(len(places))[state.process_index :: state.num_processes]
+    keys = np.empty((len(mine), 2), np.int64)
+    with tqdm(
+        desc=f"{task.manifest.name}: reading pictures", total=len(mine), unit=" pictures", disable=not progress
+    ) as bar:
+        for start in range(0, len(mine), _HASHED):
+            some = mine[start : start + _HASHED]
+            keys[start : start + len(some)] = content_keys([picture_bytes(task, *places[i]) for i in some])
+            bar.update(len(some))
+    parts = gather_object([keys.tobytes()]) if state.num_processes > 1 else [keys.tobytes()]
+    whole = np.empty((len(places), 2), np.int64)
+    for rank, part in enumerate(parts):
+        whole[rank :: state.num_processes] = np.frombuffer(part, np.int64).reshape(-1, 2)
+    return whole
+
+
+def embed_images(
+    task: Task,
+    keys: np.ndarray,
+    encoder: Encoder,
+    cache: FeatureCache,
+    state: PartialState,
+    batch_size: int,
+    progress: bool,
+) -> None:
+    """Puts into `cache` the pictures of `task` that it lacks. `keys` are those of [`image_keys`]."""
+    places = list(_picture_places(task))
+    mine = cache.missing(keys)[state.process_index :: state.num_processes].tolist()
+    bar = tqdm(
+        desc=f"{task.manifest.name}: pictures", total=len(mine), unit=" pictures", disable=not progress or not mine
+    )
+    writing = ShardWriter(cache, keys, lambda i: _picture_name(task, *places[i]))
+    with bar, writing as writer, ThreadPoolExecutor(_LOOKAHEAD) as pool:
+
+        def prepare(batch: list[int]) -> tuple[list[int], Any]:
+            return batch, encoder.prepare_images([decode(task, *places[i]) for i in batch])
+
+        # The next batches are decoded while the model works on one.
+        batches = (mine[start : start + batch_size] for start in range(0, len(mine), batch_size))
+        waiting: deque[Future] = deque(pool.submit(prepare, batch) for _, batch in zip(range(_LOOKAHEAD), batches))
+        while waiting:
+            batch, inputs = waiting.popleft().result()
+            following = next(batches, None)
+            if following is not None:
+                waiting.append(pool.submit(prepare, following))
+            writer.add(batch, encoder.encode_images(inputs))
+            bar.update(len(batch))
+
+
+def embed_texts(
+    task: Task, encoder: Encoder, cache: FeatureCache, state: PartialState, token_budget: int | None, progress: bool
+) -> np.ndarray:
+    """Puts into `cache` the texts of `task` that it lacks, equal ones once. Returns the keys of all texts, `(num_texts, 2)`."""
+    keys = text_keys(task.texts)
+    mine = cache.missing(keys)[state.process_index :: state.num_processes].tolist()
+    bar = tqdm(desc=f"{task.manifest.name}: texts", total=len(mine), unit=" texts", disable=not progress or not mine)
+    with bar, ShardWriter(cache, keys, lambda i: f"the text {shorten(task.texts[i])}") as writer:
+        for start in range(0, len(mine), _TEXT_WINDOW):
+            window = mine[start : start + _TEXT_WINDOW]
+            for batch in encoder.encode_texts([task.texts[i] for i in window], token_budget):
+                writer.add([window[i] for i in batch.indices], batch.embeddings)
+                bar.update(len(batch.indices))
+    return keys
+
+
+def picture_bytes(task: Task, column: str, row: int) -> bytes:
+    """The file of a picture as it was stored. ValueError if there is none; names benchmark and row."""
+    value = task.data.rows[row][column]
+    if isinstance(value, list):
+        if len(value) != 1:
+            raise ValueError(f"{_picture_name(task, column, row)}: expected one picture, found {len(value)}")
+        value = value[0]
+    if isinstance(value, dict) and value.get("bytes") is not None:
+        return value["bytes"]
+    path = value.get("path") if isinstance(value, dict) else value
+    if isinstance(path, str):
+        file = Path(path)
+        if not file.is_absolute() and task.data.folder is not None:
+            file = (task.data.folder if task.data.folder.is_dir() else task.data.folder.parent) / file
+        if file.is_file():
+            return file.read_bytes()
+        raise FileNotFoundError(f"{_picture_name(task, column, row)}: there is no file {file}")
+    if isinstance(value, Image.Image):
+        buffer = io.BytesIO()
+        value.save(buffer, "PNG")
+        return buffer.getvalue()
+    raise ValueError(
+        f"{_picture_name(task, column, row)}: expected a picture, found {type(value).__name__} {value!r:.60}"
+    )
+
+
+def decode(task: Task, column: str, row: int) -> Image.Image:
+    """The picture, decoded. ValueError if its file is damaged; names benchmark and row."""
+    try:
+        image = Image.open(io.BytesIO(picture_bytes(task, column, row)))
+        image.load()
+        return image
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise ValueError(
+            f"{_picture_name(task, column, row)} cannot be read ({error}): fetch the data again; without it the number would be another one"
+        ) from error
+
+
+def _picture_places(task: Task) -> Iterator[tuple[str, int]]:
+    return ((column, row) for column in task.image_columns for row in range(len(task.data.rows)))
+
+
+def _picture_name(task: Task, column: str, row: int) -> str:
+    return f"benchmark {task.manifest.name}, row {row}: the picture in column {column!r}"
+
+
+def embeddings(encoder: Encoder, cache: FeatureCache, keys: np.ndarray, project: bool) -> torch.Tensor:
+    """The embeddings of `keys` `(N, p)` float32 from the cache, those of texts brought into the shared space if `project`."""
+    blocks = cache.blocks(keys)
+    return torch.cat([encoder.project_texts(block) if project else block for block in blocks])

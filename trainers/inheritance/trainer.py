@@ -1,0 +1,97 @@
+"""Stage 1 of ProCLIP: the text adapter inherits the space of CLIP's text encoder."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from modeling_proclip import ProCLIPModel
+from trainers.alignment.collators import InheritanceCollator
+from trainers.alignment.trainer import AlignmentTrainer, distillation_loss, unit
+
+from .config import RepresentationInheritanceConfig
+
+
+class RepresentationInheritanceTrainer(AlignmentTrainer):
+    r"""
+    Trains the text adapter A alone, on texts alone: t = unit(A(G(text))) is drawn to e = unit(E_T(text)), what CLIP's own text encoder makes
+    of the same text, by L_stage1 = lambda_ins L_ins(t, e) + lambda_struct L_struct(t, e) (ProCLIP, arXiv 2510.18795, method, stage 1).
+
+    Both embeddings are looked up, so neither the LLM nor CLIP's text encoder is needed: load the model with `load_text_model=False`.
+
+    Args:
+        model ([`ProCLIPModel`]):
+            All but its `text_adapter` is frozen. If the adapter standardises its input (`adapter_input_norm="standardize"`) and was not
+            told how yet, it gets `text_store.statistics()`.
+        args ([`RepresentationInheritanceConfig`]): Settings.
+        train_dataset: Rows by number with the column "text": a caption, or a list of captions of which one is drawn every epoch.
+        eval_dataset (*optional*): The same; of several captions the first is read. `eval_loss` and its parts are logged.
+        text_store ([`TextEmbeddingStore`]): G(text), `(N, hidden_size)`.
+        teacher_store ([`TextEmbeddingStore`]): E_T(text), `(N, projection_dim)`, by the CLIP whose image encoder the model has.
+        kwargs: Of [`~transformers.Trainer`].
+
+    Raises:
+        ValueError: If a store's embeddings do not fit the model, the adapter is in half precision, or a dataset is shorter than a batch.
+        KeyError: If a text is not in a store; names it.
+
+    Logged: `loss`, `instance_loss` and `structure_loss` (without their weights), `grad_norm`, `learning_rate`.
+
+    Example:
+
+    ```python
+    >>> model = ProCLIPModel.from_pretrained("pair", load_text_model=False)
+    >>> trainer = RepresentationInheritanceTrainer(
+    ...     model, RepresentationInheritanceConfig("stage-1"), captions, text_store=llm_store, teacher_store=clip_store
+    ... )
+    >>> trainer.train()
+    ```"""
+
+    stage = "representation inheritance"
+
+    def __init__(
+        self,
+        model: ProCLIPModel,
+        args: RepresentationInheritanceConfig,
+        train_dataset: Any,
+        eval_dataset: Any = None,
+        *,
+        text_store: Any,
+        teacher_store: Any,
+        **kwargs: Any,
+    ):
+        if not isinstance(model, ProCLIPModel):
+            raise ValueError(
+                f"stage 1 trains the text adapter alone, so adapters of PEFT have no part in it: pass the ProCLIPModel, not a "
+                f"{type(model).__name__}"
+            )
+        super().__init__(
+            model,
+            args,
+            train_dataset,
+            eval_dataset,
+            text_store=text_store,
+            trained=model.text_adapter.parameters(),
+            data_collator=InheritanceCollator(text_store, teacher_store),
+            **kwargs,
+        )
+        self.check_store(
+            "teacher_store",
+            teacher_store,
+            model.config.projection_dim,
+            "build it with the CLIP whose image encoder this model has, by `proclip embed`.",
+        )
+
+    def embed(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """t of `llm_embeds (batch_size, hidden_size)`."""
+        return (unit(model(llm_embeds=batch["llm_embeds"]).text_model_output.pooler_output),)
+
+    def embed_frozen(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """e, which is `teacher_embeds (batch_size, projection_dim)`."""
+        return (unit(batch["teacher_embeds"]),)
+
+    def loss_of(self, embeds: tuple[torch.Tensor, ...], frozen: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """L_stage1."""
+        (student,), (teacher,) = embeds, frozen
+        loss, parts = distillation_loss(student, teacher, self.args)
+        self.record(**parts)
+        return loss

@@ -1,0 +1,67 @@
+"""The quickstart's test pictures as rows of a benchmark: everything that it needs is installed, nothing is fetched."""
+
+import io
+from typing import Any
+
+import datasets
+
+
+# Concepts that the quickstart's alignment saw pictures of, and the pictures of all concepts that it tests on, in this order.
+PARTS = (
+    "seen",
+    "unseen",
+    "retrieval",
+    "probe-train",
+    "probe-test",
+    *(f"language-{code}" for code in "en es pt it fr de id tr ru zh ja ko ar fa".split()),
+)
+
+
+def openmoji_rows(part: str, size: str = "full", seed: int = 0) -> datasets.Dataset:
+    """The rows of one part of the quickstart's test data, drawn by `seed`.
+
+    Args:
+        part: "seen" or "unseen" (`image`, `label` among all concepts), "probe-train" or "probe-test" (the same of all concepts, half of each
+            one's pictures), "retrieval" (`image`, `caption`) or "language-xx" (`image`, `label`
+            among the concepts that every language names; the class names are in that language).
+
+    Raises:
+        ValueError: If there is no such part.
+        ImportError: If the packages with the pictures and names are missing.
+    """
+    from .task import SIZES, draw, make_task
+
+    if part not in PARTS:
+        raise ValueError(f"config of an openmoji benchmark must be one of {', '.join(PARTS)}, got {part!r}")
+    task = make_task(SIZES[size], seed)
+    pictures = task.test
+    if part == "retrieval":
+        pictures = task.retrieval
+    elif part in ("seen", "unseen"):
+        pictures = [picture for picture in pictures if (picture.concept < task.size.seen) == (part == "seen")]
+    elif part.startswith("probe-"):
+        # Pictures come view by view: every concept once, then every concept again.
+        half = len(pictures) // 2
+        pictures = pictures[:half] if part == "probe-train" else pictures[half:]
+    else:
+        named = set(task.language_concepts)
+        pictures = [picture for picture in pictures if picture.concept in named]
+    columns: dict[str, list[Any]] = {"image": [{"bytes": _png(image), "path": None} for image in draw(task, pictures)]}
+    features: dict[str, Any] = {"image": datasets.Image(decode=False)}
+    if part == "retrieval":
+        columns["caption"] = [picture.long for picture in pictures]
+        features["caption"] = datasets.Value("string")
+    else:
+        language = part.removeprefix("language-") if part.startswith("language-") else "en"
+        indices = task.language_concepts if part.startswith("language-") else list(range(len(task.concepts)))
+        place = {concept: i for i, concept in enumerate(indices)}
+        columns["label"] = [place[picture.concept] for picture in pictures]
+        names = [task.concepts[i].names[language] for i in indices]
+        features["label"] = datasets.ClassLabel(names=names)
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+def _png(image: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()

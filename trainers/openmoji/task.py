@@ -1,0 +1,138 @@
+"""What the quickstart trains and tests on: pictures and captions drawn from the emoji world by one seed."""
+
+import random
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from .images import (
+    LANGUAGES,
+    ZERO_SHOT_TEMPLATES,
+    Concept,
+    View,
+    load_concepts,
+    long_caption,
+    random_view,
+    render,
+    short_caption,
+)
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything; `full` fits in eight minutes on two cores."""
+
+    concepts: int
+    seen: int  # concepts whose pictures the alignment sees
+    alignment_views: int  # pictures of each seen concept
+    test_views: int  # pictures of each concept to classify, the first two also to retrieve
+    language_concepts: int  # concepts that every language names
+    inheritance_steps: int
+    tuning_steps: int
+    baseline_steps: int
+
+
+SIZES = {
+    "small": Size(80, 20, 8, 2, 20, 60, 10, 20),
+    "full": Size(600, 150, 8, 4, 150, 1000, 150, 300),
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture and how it is described."""
+
+    concept: int
+    view: View
+    short: str
+    long: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """Concepts, the pictures to align on (seen concepts only), the pictures to test on (all), and every text that is read."""
+
+    size: Size
+    concepts: tuple[Concept, ...]
+    alignment: list[Picture]
+    test: list[Picture]
+    inheritance_texts: list[str]
+
+    @property
+    def retrieval(self) -> list[Picture]:
+        return self.test[: 2 * len(self.concepts)]
+
+    @property
+    def language_concepts(self) -> list[int]:
+        """Spread evenly over seen and unseen concepts."""
+        stride = len(self.concepts) // self.size.language_concepts
+        return list(range(0, len(self.concepts), stride))[: self.size.language_concepts]
+
+    @property
+    def example_queries(self) -> list[int]:
+        """Five captions of unseen concepts to show, as the seed drew them and none picked: indices in `retrieval`."""
+        stride = (len(self.concepts) - self.size.seen) // 5
+        return [self.size.seen + stride * i for i in range(5)]
+
+    def class_prompts(self, language: str, indices: list[int]) -> list[list[str]]:
+        """The prompts of each concept: the ensemble in English, the bare name in the other languages."""
+        templates = ZERO_SHOT_TEMPLATES if language == "en" else ("{}",)
+        return [[template.format(self.concepts[i].names[language]) for template in templates] for i in indices]
+
+    def all_texts(self) -> list[str]:
+        """Every text that training or testing looks up, without repeats, in a fixed order."""
+        texts = list(self.inheritance_texts)
+        texts += [caption for picture in self.alignment for caption in (picture.short, picture.long)]
+        texts += [picture.long for picture in self.retrieval]
+        for language in LANGUAGES:
+            indices = range(len(self.concepts)) if language == "en" else self.language_concepts
+            texts += [prompt for prompts in self.class_prompts(language, list(indices)) for prompt in prompts]
+        return list(dict.fromkeys(texts))
+
+
+def make_task(size: Size, seed: int) -> Task:
+    """
+    Draw the task. Pictures and captions of `alignment`, `test` and `inheritance_texts` come from streams of their own, so that a change
+    of one size leaves the others as they were.
+    """
+    concepts = load_concepts(size.concepts)
+
+    def pictures(stream: str, indices: range, views: int) -> list[Picture]:
+        rng = random.Random(f"{stream}-{seed}")
+        drawn = []
+        for _ in range(views):
+            for index in indices:
+                view = random_view(rng)
+                concept = concepts[index]
+                drawn.append(Picture(index, view, short_caption(concept, view, rng), long_caption(concept, view, rng)))
+        return drawn
+
+    alignment = pictures("alignment", range(size.seen), size.alignment_views)
+    test = pictures("test", range(size.concepts), size.test_views)
+    # Texts are cheap: stage 1 reads captions of all concepts, of pictures that nobody draws.
+    captions = pictures("inheritance", range(size.concepts), 4)
+    texts = [template.format(concept.name) for concept in concepts for template in ZERO_SHOT_TEMPLATES]
+    texts += [caption for picture in captions for caption in (picture.short, picture.long)]
+    texts += [caption for picture in alignment for caption in (picture.short, picture.long)]
+    return Task(size, concepts, alignment, test, list(dict.fromkeys(texts)))
+
+
+def draw(task: Task, pictures: list[Picture]) -> list[Image.Image]:
+    """Render `pictures`."""
+    return [render(task.concepts[picture.concept], picture.view) for picture in pictures]
+
+
+class PictureDataset(Dataset):
+    """Rows `{"pixel_values": (3, height, width), "text": [short caption, long caption]}`, drawn and processed once."""
+
+    def __init__(self, task: Task, pictures: list[Picture], image_processor):
+        self.pixel_values = image_processor(draw(task, pictures), return_tensors="pt").pixel_values
+        self.texts = [[picture.short, picture.long] for picture in pictures]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor | list[str]]:
+        return {"pixel_values": self.pixel_values[index], "text": self.texts[index]}

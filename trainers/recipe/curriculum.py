@@ -1,0 +1,362 @@
+"""Runs a recipe: text stores, then stage after stage, each from the last one's result, resuming what was interrupted.
+
+The output directory of a recipe:
+
+    recipe.yaml                 the recipe with all defaults filled in; `proclip train` takes it
+    text-stores/{llm,teacher}/  unless the recipe has them elsewhere
+    preparation/model/          the untrained pair: image encoder, fresh adapter, processor
+    <stage>/checkpoints/        of the Trainer
+    <stage>/model/              the stage's result, a lean checkpoint with its processor; of stage 0 the tuned LLM
+    caption_contrastive/adapter/  the LoRA of stage 0 by itself
+    <step>/started.json         the part of the recipe that decides the step's result
+    <step>/complete.json        the same, versions, steps, last log: written last, so a step that has it is finished
+"""
+
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from filelock import FileLock, Timeout
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, Trainer, set_seed
+
+from hub_cards import model_card
+from modeling_proclip import ProCLIPConfig, ProCLIPModel, ProCLIPProcessor
+from trainers.caption_contrastive.trainer import CaptionContrastiveTrainer
+from trainers.contrastive_tuning.trainer import ContrastiveTuningTrainer
+from trainers.data.pairs import iter_texts, open_pairs
+from trainers.inheritance.trainer import RepresentationInheritanceTrainer
+from trainers.storage.files import write_file
+from trainers.text_store.store import TextEmbeddingStore
+
+from .files import RecipeError
+from .progress import PREPARATION, STAGE_0, RecipeProgress
+
+
+_VERSIONS_OF = ("proclip-transformers", "torch", "transformers", "accelerate", "datasets")
+
+
+class Curriculum(RecipeProgress):
+    """
+    Runs a recipe, on one or several processes (`accelerate launch`).
+
+    Args:
+        recipe: checked, as [`load_recipe`] gives it.
+
+    Raises:
+        RecipeError: If a stage's trainer refuses its settings.
+    """
+
+    def run(self, stage: str | None = None) -> Path:
+        """
+        Run or resume the stages, or one of them.
+
+        Args:
+            stage: the one; its predecessor must be finished.
+
+        Returns:
+            The folder of the last stage's model.
+
+        Raises:
+            RecipeError: If another run has the output directory, a step was run with another recipe, or the predecessor of `stage` is not
+                finished.
+        """
+        if stage is not None and stage not in self.recipe.stages:
+            raise RecipeError(f"this recipe has no stage {stage!r}, only {', '.join(self.recipe.stages)}")
+        names = list(self.recipe.stages) if stage is None else [stage]
+        with self._locked():
+            for step in (PREPARATION, *self.recipe.stages):
+                self.state_of(step)
+            if stage is not None:
+                self._check_predecessors(stage)
+            self._on_main(self._write_resolved)
+            for name in names:
+                if name == STAGE_0:
+                    self._tune_llm()
+                else:
+                    self._prepare()
+                    self._align(name)
+        return self.output_dir / names[-1] / "model"
+
+    def _check_predecessors(self, stage: str) -> None:
+        order = list(self.recipe.stages)
+        for before in order[: order.index(stage)]:
+            if self.state_of(before) != "finished":
+                raise RecipeError(
+                    f"stage {stage} starts from the result of {before}, which is not finished: run --stage {before} first, or all stages by "
+                    "leaving --stage out"
+                )
+
+    def _prepare(self) -> None:
+        """Build the text stores, and save the untrained pair."""
+        folder = self.output_dir / PREPARATION
+        if self.state_of(PREPARATION) == "finished":
+            return
+        settings = self.recipe.model
+        self._on_main(lambda: self._begin(PREPARATION))
+        started = time.perf_counter()
+        set_seed(self.recipe.seed)
+        model = ProCLIPModel.from_vision_text_pretrained(
+            self._vision(),
+            self._llm()[0],
+            vision_revision=settings.vision_revision,
+            text_revision=self._llm()[1],
+            dtype={"vision_config": torch.float32, "text_config": getattr(torch, self.precision)},
+            attn_implementation=settings.attn_implementation,
+            **settings.config,
+        )
+        processor = self._processor(*self._llm())
+        if self.needs_store("llm"):
+            self._build_store("llm", model, processor)
+        if self.needs_store("teacher"):
+            name = settings.teacher or settings.vision
+            revision = settings.teacher_revision or (settings.vision_revision if settings.teacher is None else "main")
+            teacher = AutoModel.from_pretrained(name, revision=revision, dtype=torch.float32).eval()
+            self._build_store("teacher", teacher, AutoTokenizer.from_pretrained(name, revision=revision))
+
+        def save(staging: Path) -> None:
+            model.save_pretrained(staging, lean=True)
+            processor.save_pretrained(staging)
+
+        self._on_main(lambda: _replace_folder(folder / "model", save))
+        self._on_main(lambda: self._finish(PREPARATION, {"seconds": round(time.perf_counter() - started, 1)}))
+
+    def _llm(self) -> tuple[str, str]:
+        """Where the LLM of stage 1 and stage 2 is, and its revision: the recipe's, or what stage 0 made of it."""
+        if STAGE_0 in self.recipe.stages:
+            return str(self.output_dir / STAGE_0 / "model"), "main"
+        return self.recipe.model.text, self.recipe.model.text_revision
+
+    def _processor(self, text: str, revision: str) -> ProCLIPProcessor:
+        settings = self.recipe.model
+        return ProCLIPProcessor(
+            AutoImageProcessor.from_pretrained(
+                settings.image_processor or settings.vision,
+                revision=settings.vision_revision if settings.image_processor is None else "main",
+            ),
+            AutoTokenizer.from_pretrained(text, revision=revision),
+            settings.prompt_template,
+            settings.instruction,
+            settings.max_length,
+        )
+
+    def _vision(self) -> str | ProCLIPModel:
+        """The model whose image encoder is taken: by name, or loaded if it is a ProCLIP checkpoint, whose LLM is not wanted."""
+        settings = self.recipe.model
+        config = AutoConfig.from_pretrained(settings.vision, revision=settings.vision_revision)
+        if not isinstance(config, ProCLIPConfig):
+            return settings.vision
+        return ProCLIPModel.from_pretrained(
+            settings.vision,
+            revision=settings.vision_revision,
+            load_text_model=False,
+            dtype=torch.float32,
+            attn_implementation=settings.attn_implementation,
+        )
+
+    def _build_store(self, which: str, model: torch.nn.Module, processor: Any) -> None:
+        """Every process embeds its share of the texts."""
+        TextEmbeddingStore.build(
+            _Captions(self, which),
+            model.to(self.processes.device),
+            processor,
+            self.store_path(which),
+            token_budget=self.recipe.text_stores.token_budget,
+            dtype=getattr(self.recipe.text_stores, which).dtype,
+            progress=self.processes.is_main_process,
+            process_index=self.processes.process_index,
+            num_processes=self.processes.num_processes,
+        )
+        model.to("cpu")
+        self.processes.wait_for_everyone()
+
+    def _tune_llm(self) -> None:
+        """Stage 0."""
+        folder, data, settings = self.output_dir / STAGE_0, self.recipe.data, self.recipe.model
+        if self.state_of(STAGE_0) == "finished":
+            return
+        self._on_main(lambda: self._begin(STAGE_0))
+        started = time.perf_counter()
+        args, seed = self.arguments[STAGE_0], self.recipe.seed
+        model = AutoModel.from_pretrained(
+            settings.text,
+            revision=settings.text_revision,
+            dtype=getattr(torch, self.precision),
+            attn_implementation=settings.attn_implementation,
+        )
+        processor = self._processor(settings.text, settings.text_revision)
+        trainer = CaptionContrastiveTrainer(
+            model,
+            args,
+            open_pairs(data.captions or data.train, seed, images=False),
+            self._held_out(args, images=False),
+            processing_class=processor,
+            plain_text_dataset=data.plain_texts and open_pairs(data.plain_texts, seed, images=False),
+        )
+        trainer.train(resume_from_checkpoint=self.checkpoint_of(STAGE_0))
+        adapter = _staging(folder / "adapter")
+        self._on_main(lambda: shutil.rmtree(adapter, ignore_errors=True))
+        trainer.save_model(str(adapter))
+        tuned = trainer.merge()
+
+        def finish() -> None:
+            def save(staging: Path) -> None:
+                tuned.save_pretrained(staging)
+                # The LLM's own: the processor's has a template around every text.
+                AutoTokenizer.from_pretrained(settings.text, revision=settings.text_revision).save_pretrained(staging)
+
+            _replace_folder(folder / "model", save)
+            _put_in_place(adapter, folder / "adapter")
+            self._finish(STAGE_0, self._facts(trainer, started))
+
+        self._on_main(finish)
+
+    def _align(self, stage: str) -> None:
+        """Stage 1 or stage 2."""
+        folder = self.output_dir / stage
+        if self.state_of(stage) == "finished":
+            return
+        self._on_main(lambda: self._begin(stage))
+        started = time.perf_counter()
+        source = self.output_dir / self.predecessor(stage) / "model"
+        model = ProCLIPModel.from_pretrained(
+            source, load_text_model=False, attn_implementation=self.recipe.model.attn_implementation
+        )
+        processor = ProCLIPProcessor.from_pretrained(source)
+        trainer = self._trainer(stage, model, processor)
+        trainer.train(resume_from_checkpoint=self.checkpoint_of(stage))
+        staging = _staging(folder / "model")
+        self._on_main(lambda: shutil.rmtree(staging, ignore_errors=True))
+        trainer.save_model(str(staging))  # of all processes: under FSDP each holds a part
+
+        def finish() -> None:
+            processor.save_pretrained(staging)
+            model_card(staging, title=self.output_dir.name).save(staging / "README.md")
+            _put_in_place(staging, folder / "model")
+            self._finish(stage, self._facts(trainer, started))
+
+        self._on_main(finish)
+
+    def _facts(self, trainer: Trainer, started: float) -> dict[str, Any]:
+        history = trainer.state.log_history
+        return {
+            "steps": trainer.state.global_step,
+            "seconds": round(time.perf_counter() - started, 1),  # since it was last resumed
+            "last_log": next((log for log in reversed(history) if "loss" in log), {}),
+            "last_evaluation": next((log for log in reversed(history) if "eval_loss" in log), {}),
+            "arguments": trainer.args.to_dict(),
+        }
+
+    def _held_out(self, args: Any, *, images: bool) -> Any:
+        data = self.recipe.data
+        if data.eval is None or args.eval_strategy == "no":
+            return None
+        return open_pairs(data.eval, self.recipe.seed, images=images)
+
+    def _trainer(self, stage: str, model: ProCLIPModel, processor: ProCLIPProcessor) -> Trainer:
+        args, data, seed = self.arguments[stage], self.recipe.data, self.recipe.seed
+        pictures = stage == "contrastive_tuning"
+        rows = open_pairs(data.train if pictures else data.texts or data.train, seed, images=pictures)
+        held_out = self._held_out(args, images=pictures)
+        text_store = TextEmbeddingStore(self.store_path("llm"))
+        if pictures:
+            return ContrastiveTuningTrainer(
+                model, args, rows, held_out, text_store=text_store, processing_class=processor
+            )
+        teacher_store = TextEmbeddingStore(self.store_path("teacher"))
+        return RepresentationInheritanceTrainer(
+            model, args, rows, held_out, text_store=text_store, teacher_store=teacher_store
+        )
+
+    # Files
+
+    def _write_resolved(self) -> None:
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        head = "# The recipe with all defaults filled in, as it was run.\n"
+        head += "".join(f"# {name} {number}\n" for name, number in versions().items())
+        body = yaml.safe_dump(json.loads(json.dumps(self.resolved())), sort_keys=False, allow_unicode=True)
+        write_file(self.output_dir / "recipe.yaml", (head + body).encode())
+
+    def _begin(self, step: str) -> None:
+        (self.output_dir / step).mkdir(parents=True, exist_ok=True)
+        self._write_json(step, "started.json", {"recipe": self._part(step), "versions": versions()})
+
+    def _finish(self, step: str, facts: dict[str, Any]) -> None:
+        self._write_json(step, "complete.json", {"recipe": self._part(step), "versions": versions(), **facts})
+
+    def _write_json(self, step: str, name: str, content: dict[str, Any]) -> None:
+        write_file(self.output_dir / step / name, (json.dumps(content, indent=1) + "\n").encode())
+
+    # Processes
+
+    def _on_main(self, work: Any) -> None:
+        """Do `work` on the main process, while the others wait."""
+        if self.processes.is_main_process:
+            work()
+        self.processes.wait_for_everyone()
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        if not self.processes.is_main_process:
+            yield
+            return
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.output_dir / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise RecipeError(
+                f"another run is writing to {self.output_dir}: wait for it, or give this recipe another output_dir"
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+class _Captions:
+    """The texts of a store, and about how many they are, from which size and time are foretold."""
+
+    def __init__(self, progress: RecipeProgress, which: str):
+        self.progress, self.which = progress, which
+
+    def __iter__(self) -> Iterator[str]:
+        return chain.from_iterable(iter_texts(source) for source in self.progress.text_sources(self.which))
+
+    def __length_hint__(self) -> int:
+        expected = self.progress.expected_texts(self.which)
+        return NotImplemented if expected is None else expected
+
+
+def versions() -> dict[str, str]:
+    """What a result depends on, beside the recipe."""
+    return {**{name: version(name) for name in _VERSIONS_OF}, "python": platform.python_version()}
+
+
+def _staging(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".partial")
+
+
+def _replace_folder(folder: Path, write: Any) -> None:
+    """Write `folder` so that it is there as a whole or not at all."""
+    staging = _staging(folder)
+    shutil.rmtree(staging, ignore_errors=True)
+    os.makedirs(staging)
+    write(staging)
+    _put_in_place(staging, folder)
+
+
+def _put_in_place(staging: Path, folder: Path) -> None:
+    """Rename a folder that a Trainer wrote to what people find, without the pickle in it."""
+    (staging / "training_args.bin").unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    staging.rename(folder)

@@ -1,0 +1,282 @@
+"""The schema of a recipe: which keys it has, of which types, and what each is by default. `docs/recipes.md` explains them to users."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import TrainingArguments
+
+from trainers.caption_contrastive.config import CaptionContrastiveConfig
+from trainers.contrastive_tuning.config import PUBLISHED_BATCH, ContrastiveTuningConfig, batch_invariant_weights
+from trainers.data.pairs import PairSource
+from trainers.inheritance.config import RepresentationInheritanceConfig
+
+from .files import RecipeError, read_recipe
+from .strict_fields import build, check_fields, nearest
+
+
+# The stages in the order in which they run, each from the last one's result.
+CONFIG_OF = {
+    "caption_contrastive": CaptionContrastiveConfig,
+    "inheritance": RepresentationInheritanceConfig,
+    "contrastive_tuning": ContrastiveTuningConfig,
+}
+
+# Fields of the trainers' settings that a recipe says elsewhere, and where.
+ELSEWHERE = {
+    "output_dir": "set output_dir at the top of the recipe",
+    "seed": "set seed at the top of the recipe",
+    "data_seed": "set seed at the top of the recipe",
+    "bf16": "set precision at the top of the recipe",
+    "fp16": "set precision at the top of the recipe",
+    "per_device_train_batch_size": "set global_batch_size, and device_batch_size if a device cannot hold its share at once",
+    "gradient_caching_batch_size": "set device_batch_size, which turns gradient caching on where it is needed",
+    "gradient_accumulation_steps": "set device_batch_size: gradient caching does exactly what accumulation does wrongly here",
+    "resume_from_checkpoint": "a stage that was interrupted is resumed anyway",
+    "use_cpu": "hide the GPUs (CUDA_VISIBLE_DEVICES=) to train on the CPU",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """
+    The two encoders and what joins them.
+
+    Attributes:
+        vision: folder or Hub name of the CLIP or SigLIP, or of the ProCLIP checkpoint, whose image encoder is taken.
+        vision_revision: its commit, tag or branch.
+        text: folder or Hub name of the LLM. A checkpoint that needs remote code is converted first (`proclip convert`).
+        text_revision: its commit, tag or branch.
+        teacher: folder or Hub name of the CLIP or SigLIP whose text encoder teaches stage 1; by default `vision`.
+        teacher_revision: its commit, tag or branch; by default `vision_revision`.
+        image_processor: folder or Hub name of the image processor; by default that of `vision`.
+        prompt_template: around every text, with `{text}` in it; by default that of the LLM's chat template.
+        instruction: before every text, inside the template.
+        max_length: most tokens of a text (512 in LLM2CLIP's and ProCLIP's code).
+        attn_implementation: of both encoders; by default Transformers' choice.
+        config: fields of `ProCLIPConfig`, such as `adapter_num_layers`.
+    """
+
+    vision: str
+    vision_revision: str = "main"
+    text: str
+    text_revision: str = "main"
+    teacher: str | None = None
+    teacher_revision: str | None = None
+    image_processor: str | None = None
+    prompt_template: str | None = None
+    instruction: str | None = None
+    max_length: int = 512
+    attn_implementation: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """
+    What is trained on.
+
+    Attributes:
+        train: pictures with captions.
+        texts: captions for stage 1; by default those of `train`.
+        captions: two or more captions of a picture in every row, for stage 0; by default those of `train`.
+        plain_texts: rows of a query and a document, mixed into stage 0.
+        eval: held-out pictures with captions, for stages with an `eval_strategy`.
+        num_pairs: rows of `train`, where they cannot be counted (a stream) or need not be (`--dry-run`).
+        num_texts, num_captions: rows of `texts` and `captions`, likewise.
+        captions_per_pair: about how many different captions a picture has; only foretells the text stores' size.
+    """
+
+    train: PairSource
+    texts: PairSource | None = None
+    captions: PairSource | None = None
+    plain_texts: PairSource | None = None
+    eval: PairSource | None = None
+    num_pairs: int | None = None
+    num_texts: int | None = None
+    num_captions: int | None = None
+    captions_per_pair: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreSettings:
+    """
+    A text store, built before the first stage that reads it.
+
+    Attributes:
+        path: its folder; by default within `output_dir`. A path outside lets several recipes share one store.
+        dtype: of the stored embeddings.
+    """
+
+    path: str | None = None
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextStores:
+    """
+    The two text stores.
+
+    Attributes:
+        llm: the LLM's embeddings, before the adapter.
+        teacher: CLIP's own text embeddings, for stage 1.
+        token_budget: padded tokens that an encoder reads at once; by default what suits the device.
+    """
+
+    llm: StoreSettings = field(default_factory=StoreSettings)
+    teacher: StoreSettings = field(default_factory=StoreSettings)
+    token_budget: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSettings:
+    """
+    One stage.
+
+    Attributes:
+        global_batch_size: rows of one optimizer step, over all processes.
+        device_batch_size: most rows that a device takes at once; a larger share of the global batch goes through it in parts, by gradient
+            caching, which is exact. By default a device takes its whole share.
+        published_lambda: `contrastive_tuning` only: the papers' one weight on sums over `published_batch_size` pairs, from which `lambda_ins`
+            and `lambda_struct` are derived.
+        published_batch_size: pairs a device in the published setting.
+        arguments: fields of the stage's trainer config.
+    """
+
+    global_batch_size: int
+    device_batch_size: int | None = None
+    published_lambda: float | None = None
+    published_batch_size: int = PUBLISHED_BATCH
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """
+    A whole curriculum. Relative paths in it are relative to the directory that `proclip train` is started in.
+
+    Attributes:
+        output_dir: gets a folder for every stage, the text stores and the resolved recipe.
+        seed: of the adapter, the captions that are drawn, the order of the rows and dropout.
+        precision: what encoders compute in while they train and embed; weights and their updates are float32. "auto": bfloat16 where the
+            device multiplies it natively, else float32.
+        model, data, text_stores: see there.
+        stages: `caption_contrastive`, `inheritance`, `contrastive_tuning`: any of them, run in this order.
+    """
+
+    output_dir: str
+    seed: int = 0
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    model: ModelSettings
+    data: DataSettings
+    text_stores: TextStores = field(default_factory=TextStores)
+    stages: dict[str, StageSettings]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The recipe as YAML has it: with every default of the schema, a stage's `arguments` beside its other keys."""
+        values = asdict(self)
+        for name, stage in values["stages"].items():
+            arguments = stage.pop("arguments")
+            if name != "contrastive_tuning":
+                del stage["published_lambda"], stage["published_batch_size"]
+            values["stages"][name] = {**stage, **arguments}
+        return values
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """
+    Read and check a recipe. Nothing that it names is opened.
+
+    Args:
+        path: a .yaml file.
+        overrides: settings `key=value` that go before the file's; see [`read_recipe`].
+
+    Raises:
+        RecipeError: If a file is missing or no YAML, a key is unknown or missing, or a value has the wrong type or makes no sense. Names the
+            file and the key's path.
+    """
+    settings = read_recipe(path, overrides)
+    where = f"{path}: "
+    stages = settings.get("stages")
+    if not isinstance(stages, Mapping) or not any(stage is not None for stage in stages.values()):
+        raise RecipeError(f"{where}stages: name at least one of {', '.join(CONFIG_OF)}")
+    for name in stages:
+        if name not in CONFIG_OF:
+            raise RecipeError(f"{where}stages.{name}: unknown stage; {nearest(name, list(CONFIG_OF))}")
+    built = {
+        name: _stage(name, stages[name], f"{where}stages.{name}") for name in CONFIG_OF if stages.get(name) is not None
+    }
+    recipe: Recipe = build(Recipe, {**settings, "stages": {}}, where)
+    object.__setattr__(recipe, "stages", built)
+    _check_numbers(recipe, where)
+    return recipe
+
+
+def _stage(name: str, values: Any, path: str) -> StageSettings:
+    if not isinstance(values, Mapping):
+        raise RecipeError(f"{path}: must be a mapping, got {values!r}")
+    ours = [key for key in StageSettings.__dataclass_fields__ if key != "arguments"]
+    if name != "contrastive_tuning":
+        ours = [key for key in ours if not key.startswith("published_")]
+    arguments = {key: value for key, value in values.items() if key not in ours}
+    for key, remedy in ELSEWHERE.items():
+        if key in arguments:
+            raise RecipeError(f"{path}.{key}: {remedy}")
+    check_fields(CONFIG_OF[name], arguments, path, known=ours)
+    stage: StageSettings = build(StageSettings, {key: values[key] for key in ours if key in values}, path)
+    for key in ("global_batch_size", "device_batch_size", "published_batch_size"):
+        value = getattr(stage, key)
+        if value is not None and value < 1:
+            raise RecipeError(f"{path}.{key}: must be at least 1, got {value}")
+    if stage.published_lambda is not None:
+        for key in ("lambda_ins", "lambda_struct"):
+            if key in arguments:
+                raise RecipeError(f"{path}.{key}: follows from published_lambda; give one or the other")
+        if arguments.get("reduction", "mean") != "mean":
+            raise RecipeError(f"{path}.reduction: published_lambda is converted for means; leave it out")
+    object.__setattr__(stage, "arguments", arguments)
+    return stage
+
+
+def _check_numbers(recipe: Recipe, where: str) -> None:
+    numbers = {
+        "model.max_length": recipe.model.max_length,
+        "data.num_pairs": recipe.data.num_pairs,
+        "data.num_texts": recipe.data.num_texts,
+        "data.num_captions": recipe.data.num_captions,
+        "data.captions_per_pair": recipe.data.captions_per_pair,
+        "text_stores.token_budget": recipe.text_stores.token_budget,
+    }
+    for key, value in numbers.items():
+        if value is not None and value < 1:
+            raise RecipeError(f"{where}{key}: must be at least 1, got {value}")
+    if recipe.seed < 0:
+        raise RecipeError(f"{where}seed: must not be negative, got {recipe.seed}")
+
+
+def derived_arguments(name: str, stage: StageSettings, num_processes: int) -> dict[str, Any]:
+    """
+    What of a stage's trainer settings follows from its global batch, the number of processes and the published lambda.
+
+    Raises:
+        RecipeError: If the processes cannot share the global batch evenly.
+    """
+    if stage.global_batch_size % num_processes:
+        raise RecipeError(
+            f"stages.{name}.global_batch_size: {stage.global_batch_size} rows cannot be shared evenly by {num_processes} processes"
+        )
+    share = stage.global_batch_size // num_processes
+    derived: dict[str, Any] = {"per_device_train_batch_size": share}
+    if stage.device_batch_size is not None and share > stage.device_batch_size:
+        derived["gradient_caching_batch_size"] = stage.device_batch_size
+    if stage.published_lambda is not None:
+        weights = batch_invariant_weights(stage.published_lambda, stage.published_batch_size)
+        derived["lambda_ins"], derived["lambda_struct"] = weights
+    return derived
+
+
+def own_fields(arguments: TrainingArguments) -> dict[str, Any]:
+    """The fields that this package adds to `TrainingArguments` or gives another default, with their values."""
+    ours = [kind for kind in reversed(type(arguments).__mro__) if issubclass(kind, TrainingArguments)][1:]
+    return {name: getattr(arguments, name) for kind in ours for name in kind.__annotations__}

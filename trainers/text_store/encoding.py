@@ -1,0 +1,224 @@
+"""Encodes many texts with a frozen text model: tokenised once, sorted by length, in batches under a budget of padded tokens."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModel, AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase
+
+from modeling_proclip import ProCLIPModel, ProCLIPProcessor
+from modeling_proclip.text_tower import module_sha256
+from trainers.compute.onednn import fastest_linear
+
+
+# Padded tokens in a batch. On two CPU cores 1,000 encode faster than 8,000, whose activations leave the caches; a GPU wants to be filled.
+CPU_TOKEN_BUDGET = 1_000
+GPU_TOKEN_BUDGET = 16_384
+
+# These were trained on texts padded to full length, without a mask, and pool the last position: a shorter padding changes the embedding.
+_PADDED_TO_FULL_LENGTH = ("siglip", "siglip2")
+
+# Their tokens tell two tokenisations apart: another script, white space at both ends, a spelled-out special token. They are short, so
+# that none is cut.
+_PROBE_TEXTS = ("A red fox", " 3 dogs\n", "猫 🦊", "<s>")
+
+
+class EncodedBatch(NamedTuple):
+    """A batch of embeddings.
+
+    Attributes:
+        indices: positions of the batch's texts among the texts that were given.
+        embeddings: `(len(indices), dim)`, on the model's device and in its dtype, not normalised.
+        num_truncated: texts of the batch that were longer than the model reads.
+    """
+
+    indices: list[int]
+    embeddings: torch.Tensor
+    num_truncated: int
+
+
+def encode_texts(
+    texts: Sequence[str], model: torch.nn.Module, processor: Any, *, token_budget: int | None = None
+) -> Iterator[EncodedBatch]:
+    """Embeds `texts`, the longest first, in batches of similar length that are padded to their own longest text only.
+
+    Args:
+        texts: the texts. All are tokenised before the first batch comes, so give a window of a long stream at a time.
+        model: a [`ProCLIPModel`], for the pooled embeddings of its LLM before the adapter (`get_llm_embeds`, `(N, hidden_size)`), or a
+            two-tower model such as `CLIPModel`, for its projected text embeddings (`get_text_features`, `(N, projection_dim)`). It is put
+            in eval mode and runs without gradient.
+        processor: a [`ProCLIPProcessor`] for a `ProCLIPModel`; a `CLIPProcessor` or the tokenizer for a CLIP.
+        token_budget: most padded tokens (texts times the longest of them) in a batch; a single text may have more. By default 1,000 on
+            the CPU and 16,384 on a GPU.
+
+    Yields:
+        [`EncodedBatch`]; every text is in exactly one.
+
+    Raises:
+        ValueError: If the model has no text side, the processor does not fit it or the budget is not positive.
+    """
+    text_tower = _text_tower(model, processor)
+    device = next(text_tower.parameters()).device
+    if token_budget is None:
+        token_budget = CPU_TOKEN_BUDGET if device.type == "cpu" else GPU_TOKEN_BUDGET
+    if token_budget < 1:
+        raise ValueError(f"token_budget must be at least 1, got {token_budget}")
+    tokenizer = _tokenizer(processor)
+    padding = {"input_ids": tokenizer.pad_token_id, "attention_mask": 0, "token_type_ids": 0}
+    model.eval()
+    rows, truncated = _tokenize(texts, model, processor)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]), reverse=True)
+    while order:
+        size = max(token_budget // len(rows[order[0]]["input_ids"]), 1)
+        indices, order = order[:size], order[size:]
+        inputs = {
+            name: pad_sequence(
+                [torch.tensor(rows[i][name]) for i in indices],
+                batch_first=True,
+                padding_value=padding[name],
+                padding_side=tokenizer.padding_side,
+            ).to(device)
+            for name in rows[indices[0]]
+        }
+        with torch.no_grad(), fastest_linear(device):
+            if isinstance(model, ProCLIPModel):
+                embeddings = model.get_llm_embeds(**inputs)
+            else:
+                embeddings = embeddings_of(model.get_text_features(**inputs))
+        yield EncodedBatch(indices, embeddings, sum(truncated[i] for i in indices))
+
+
+def embeddings_of(features: Any) -> torch.Tensor:
+    """The `(N, dim)` embeddings in what `get_text_features` or `get_image_features` returned: a tensor, or an output with `pooler_output`."""
+    return features if isinstance(features, torch.Tensor) else features.pooler_output
+
+
+def count_truncated(texts: Sequence[str], model: torch.nn.Module, processor: Any) -> int:
+    """How many of `texts` are longer than the model reads, so that [`encode_texts`] cuts them."""
+    return sum(sum(_tokenize(texts[i : i + 4096], model, processor)[1]) for i in range(0, len(texts), 4096))
+
+
+def load_encoder(name_or_path: str, device: str | None = None) -> tuple[torch.nn.Module, Any]:
+    """Loads a text model with its processor, ready for [`encode_texts`].
+
+    Args:
+        name_or_path: folder or Hub name of a ProCLIP checkpoint, or of a CLIP or SigLIP.
+        device: "cpu", "cuda", ...; the GPU by default if there is one.
+
+    Returns:
+        `(model, processor)`: a `ProCLIPModel` with its `ProCLIPProcessor`, or another model with its tokenizer.
+
+    Raises:
+        OSError: If nothing can be loaded from there.
+        ValueError: If the model has no text side.
+    """
+    model = AutoModel.from_pretrained(name_or_path)
+    _check_text_side(model)
+    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    loader = AutoProcessor if isinstance(model, ProCLIPModel) else AutoTokenizer
+    return model, loader.from_pretrained(name_or_path)
+
+
+def encoder_fingerprint(model: torch.nn.Module, processor: Any) -> dict[str, Any]:
+    """What decides the embeddings that [`encode_texts`] gives, as JSON: two encoders with the same fingerprint give the same.
+
+    Returns:
+        "model" and "revision" (where the text model came from, for people), "weights_sha256" (of the text model's weights in memory, see
+        [`module_sha256`]), "pooling", "prompt_template", "instruction", "max_length" (tokens) and
+        "tokens_sha256" (of the tokens of a few probe texts, because a tokenizer's files can differ where its tokens do not).
+
+    Raises:
+        ValueError: If the model has no text side or the processor does not fit it.
+    """
+    _text_tower(model, processor)
+    if isinstance(model, ProCLIPModel):
+        weights = module_sha256(model.text_model)
+        source, revision = model.config.text_model_name_or_path, model.config.text_model_revision
+        pooling, template, instruction = model.config.text_pooling, processor.prompt_template, processor.instruction
+    else:
+        parts = [module_sha256(part) for name, part in model.named_children() if name.startswith("text_")]
+        weights = hashlib.sha256(
+            "".join(parts).encode()
+        ).hexdigest()  # of the text tower and of its projection, if it has one
+        source, revision = getattr(model, "name_or_path", None) or None, None
+        pooling, template, instruction = "get_text_features", None, None
+    return {
+        "model": source,
+        "revision": revision,
+        "weights_sha256": weights,
+        "pooling": pooling,
+        "prompt_template": template,
+        "instruction": instruction,
+        "max_length": _max_length(model, processor),
+        "tokens_sha256": hashlib.sha256(json.dumps(_tokenize(_PROBE_TEXTS, model, processor)[0]).encode()).hexdigest(),
+    }
+
+
+def shorten(text: str, length: int = 60) -> str:
+    """`text` quoted for a message, its end cut."""
+    return repr(text if len(text) <= length else text[:length] + "...")
+
+
+def _check_text_side(model: torch.nn.Module) -> None:
+    if isinstance(model, ProCLIPModel):
+        if model.text_model is None:
+            raise ValueError(
+                "this ProCLIPModel was loaded without its LLM (load_text_model=False): load it whole to embed texts"
+            )
+    elif not callable(getattr(model, "get_text_features", None)):
+        raise ValueError(f"{type(model).__name__} has no text side: give a ProCLIP checkpoint, or a CLIP or SigLIP")
+
+
+def _text_tower(model: torch.nn.Module, processor: Any) -> torch.nn.Module:
+    """The part of `model` that reads texts; ValueError if there is none or `processor` is not the one for it."""
+    _check_text_side(model)
+    if isinstance(model, ProCLIPModel) and not isinstance(processor, ProCLIPProcessor):
+        raise ValueError(
+            f"a ProCLIPModel needs its ProCLIPProcessor, which carries the prompt template, not a {type(processor).__name__}"
+        )
+    return model.text_model if isinstance(model, ProCLIPModel) else model
+
+
+def _tokenizer(processor: Any) -> PreTrainedTokenizerBase:
+    return processor if isinstance(processor, PreTrainedTokenizerBase) else processor.tokenizer
+
+
+def _max_length(model: torch.nn.Module, processor: Any) -> int:
+    if isinstance(model, ProCLIPModel):
+        return processor.max_length
+    tokenizer_length = _tokenizer(processor).model_max_length
+    text_config = getattr(
+        getattr(model, "config", None), "text_config", None
+    )  # a module of your own need not have a config
+    if text_config is None:
+        return tokenizer_length
+    # RoBERTa has two positions more than its tokenizer may use; CLIP's tokenizer may not know a limit at all.
+    return min(text_config.max_position_embeddings, tokenizer_length)
+
+
+def _tokenize(
+    texts: Sequence[str], model: torch.nn.Module, processor: Any
+) -> tuple[list[dict[str, list[int]]], list[bool]]:
+    """The model inputs of each text, unpadded unless the model needs full length, and whether the text was cut."""
+    texts = list(texts)
+    if not texts:
+        return [], []
+    tokenizer, max_length = _tokenizer(processor), _max_length(model, processor)
+    if isinstance(model, ProCLIPModel):
+        encoded, literally = processor(text=texts, padding=False), {"split_special_tokens": True}
+    elif getattr(getattr(model, "config", None), "model_type", None) in _PADDED_TO_FULL_LENGTH:
+        encoded, literally = tokenizer(texts, truncation=True, padding="max_length", max_length=max_length), {}
+        encoded = {"input_ids": encoded["input_ids"]}
+    else:
+        encoded, literally = tokenizer(texts, truncation=True, max_length=max_length), {}
+    rows = [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
+    full = [i for i, row in enumerate(rows) if len(row["input_ids"]) == max_length]
+    truncated = [False] * len(rows)
+    if full:
+        whole = tokenizer([texts[i].rstrip() for i in full], verbose=False, **literally)["input_ids"]
+        for i, tokens in zip(full, whole, strict=True):
+            truncated[i] = len(tokens) > max_length
+    return rows, truncated

@@ -1,0 +1,196 @@
+"""The directory of a text store: its shards, its settings, and the locks that let several processes fill it at the same time."""
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from safetensors.torch import save
+
+from trainers.storage.files import TEMPORARY_SUFFIX, publish, write_file, writing
+
+from .files import MappedSafetensors, damaged
+
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 2
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # name in torch -> name in safetensors
+LOCKS = "locks"
+_WRITER = re.compile(r"writer-(\d+)-of-(\d+)")
+
+
+def checksum(data: np.ndarray | torch.Tensor) -> str:
+    """The 128-bit BLAKE2b hash of the bytes of `data`, in hexadecimal digits."""
+    if isinstance(data, torch.Tensor):
+        data = data.contiguous().view(torch.uint8).numpy()
+    return hashlib.blake2b(np.ascontiguousarray(data).data, digest_size=16).hexdigest()
+
+
+def shard_paths(path: Path) -> list[Path]:
+    """The shards of the store at `path`, in the order in which their rows are counted."""
+    return sorted(path.glob("shard-*.safetensors"), key=lambda file: (len(file.name), file.name))
+
+
+def open_shard(path: Path, dim: int, dtype: str) -> MappedSafetensors:
+    """The shard at `path`; ValueError if it does not fit a store of this `dim` and `dtype`."""
+    shard = MappedSafetensors(path, {"embeds": (DTYPES[dtype], 2), "keys": ("I64", 2)})
+    num_texts = shard.shape("keys")[0]
+    if shard.shape("keys") != (num_texts, 2) or shard.shape("embeds") != (num_texts, dim):
+        raise damaged(
+            path, f"embeds {shard.shape('embeds')} and keys {shard.shape('keys')} do not fit a store of dim {dim}"
+        )
+    if shard_checksums(shard).keys() != {"embeds", "keys"}:
+        raise damaged(path, "it has no checksums")
+    return shard
+
+
+def shard_checksums(shard: MappedSafetensors) -> dict[str, str]:
+    """The checksums of "embeds" and "keys" that were written with them."""
+    try:
+        return dict(json.loads(shard.metadata["blake2b"]))
+    except (KeyError, ValueError, TypeError):
+        return {}
+
+
+def read_settings(path: Path) -> dict[str, Any] | None:
+    """What store.json says, None where there is none."""
+    file = path / "store.json"
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        if settings["format"] != FORMAT_VERSION:
+            raise ValueError(f"its format is {settings['format']!r}, and this version reads format {FORMAT_VERSION}")
+        if (
+            settings["dtype"] not in DTYPES
+            or not isinstance(settings["dim"], int)
+            or not isinstance(settings["fingerprint"], dict)
+        ):
+            raise ValueError("dim, dtype or fingerprint makes no sense")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file} cannot be read as the description of a text store: {error!r}. Restore it, or build a new store elsewhere"
+        ) from error
+    return settings
+
+
+def make_directory(path: Path) -> None:
+    """Makes the directory of a store. ValueError if it is there and holds something else."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise ValueError(f"{path} is a file: a text store is a directory") from error
+    foreign = [
+        entry.name for entry in path.iterdir() if entry.name != LOCKS and not entry.name.endswith(TEMPORARY_SUFFIX)
+    ]
+    # After the listing: store.json is written before the first shard, so another process that starts a store here is no stranger.
+    if foreign and not (path / "store.json").exists():
+        raise ValueError(
+            f"{path} is no text store (no store.json) but holds other files such as {foreign[0]!r}: choose another directory"
+        )
+    (path / LOCKS).mkdir(exist_ok=True)
+
+
+def store_lock(path: Path, name: str = "store") -> FileLock:
+    """A lock of the store at `path`: "store" for its list of files, held for moments; "index" while the index is made."""
+    return FileLock(path / LOCKS / name)
+
+
+class Writer:
+    """One of `num_processes` that fill the store at `path`, as long as it holds its lock: see [`writer`]."""
+
+    def __init__(self, path: Path, process_index: int, num_processes: int):
+        self.path = path
+        self.name = f"writer-{process_index}-of-{num_processes}"
+
+    def write_settings(self, dim: int, dtype: str, fingerprint: dict[str, Any]) -> dict[str, Any]:
+        """Writes the store.json of a new store, unless another writer was faster, and returns what it says."""
+        with store_lock(self.path):
+            settings = read_settings(self.path)
+            if settings is None:
+                settings = {"format": FORMAT_VERSION, "dim": dim, "dtype": dtype, "fingerprint": fingerprint}
+                text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+                write_file(self.path / "store.json", text.encode("utf-8"))
+        return settings
+
+    def write_shard(self, embeds: torch.Tensor, keys: np.ndarray) -> None:
+        """Writes `embeds (n, dim)` with `keys (n, 2)` as the next shard, or as the first that is missing: one deleted because it was damaged
+        comes back in its place."""
+        # One entry: safetensors orders several at random, and equal stores must have equal bytes.
+        metadata = {"blake2b": json.dumps({"embeds": checksum(embeds), "keys": checksum(keys)})}
+        temporary = self.path / (self.name + TEMPORARY_SUFFIX)
+        with writing(temporary, self.path / "shard") as file:
+            file.write(save({"embeds": embeds, "keys": torch.from_numpy(keys)}, metadata=metadata))
+        with store_lock(self.path):
+            taken = {file.name for file in shard_paths(self.path)}
+            name = next(
+                name for name in (f"shard-{number:05d}.safetensors" for number in count()) if name not in taken
+            )
+            publish(temporary, self.path / name)
+
+    def wait_for_others(self) -> None:
+        """Returns when those that write the store now are done, or dead. For a writer that has given its own lock back."""
+        with store_lock(self.path):
+            others = self.others()
+        for name in others:
+            with store_lock(self.path, name):
+                pass
+
+    def others(self) -> list[str]:
+        """The other writers that hold their locks now. For who holds the lock "store": a writer that starts meanwhile would be disturbed."""
+        names = [file.name for file in (self.path / LOCKS).iterdir() if _WRITER.fullmatch(file.name)]
+        return [name for name in sorted(names) if name != self.name and not _is_free(self.path, name)]
+
+
+@contextmanager
+def writer(path: Path, process_index: int, num_processes: int) -> Iterator[Writer]:
+    """The right to write part `process_index` of `num_processes` of the store at `path`; where another process has it, says so and waits.
+
+    The operating system takes it back, however the process ends. What a killed writer left half-written is deleted.
+
+    Raises:
+        ValueError: If processes write that divide the texts into another number of parts, and so might embed the same ones.
+    """
+    this = Writer(path, process_index, num_processes)
+    with ExitStack() as held:
+        own = store_lock(path, this.name)
+        while True:
+            with store_lock(path):
+                others = this.others()
+                if any(not name.endswith(f"-of-{num_processes}") for name in others):
+                    raise ValueError(
+                        f"{path} is being filled by {', '.join(others)}, but this process is {this.name}: all of them need the same number "
+                        "of processes, or one would embed what another has. Wait for them, or start as many"
+                    )
+                try:
+                    held.enter_context(own.acquire(timeout=0))
+                except Timeout:
+                    pass
+                else:
+                    # While the lock "store" is held no other writer can start, whose file this might be.
+                    for leftover in path.glob("writer-*" + TEMPORARY_SUFFIX):
+                        name = leftover.name.removesuffix(TEMPORARY_SUFFIX)
+                        if name == this.name or _is_free(path, name):
+                            leftover.unlink(missing_ok=True)
+                    break
+            logger.warning("another process is writing the text store %s as %s: waiting for it", path, this.name)
+            with own:
+                pass  # free again; the others are to be looked at once more before it is taken
+        yield this
+
+
+def _is_free(path: Path, name: str) -> bool:
+    try:
+        with store_lock(path, name).acquire(timeout=0):
+            return True
+    except Timeout:
+        return False

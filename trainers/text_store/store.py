@@ -1,0 +1,296 @@
+"""The text store: embeddings of a frozen text model, computed once, kept in files and looked up by text.
+
+A store is a directory:
+
+    store.json                 format version, dim, dtype and the fingerprint of what made the embeddings
+    shard-00000.safetensors    `embeds` (n, dim) and `keys` (n, 2) int64, the hashes of the n texts, in the order in which the texts came
+    ...
+    index.safetensors          `keys` (2, N) int64 sorted, and `rows` (N,) int64: where each embedding is, counted over all shards in order
+    locks/                     what the processes that write it tell each other
+
+Shards are written whole or not at all and never changed. The index is a cache, made anew when it does not fit the shards.
+"""
+
+import os
+import resource
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from .files import MappedSafetensors, damaged
+from .index import Index, open_index
+from .keys import find_keys, text_keys
+from .layout import DTYPES, make_directory, open_shard, read_settings, shard_paths, writer
+
+
+if TYPE_CHECKING:
+    from .build import BuildSummary
+
+_BLOCK = 4096  # embeddings read at a time where all are read
+
+
+class TextEmbeddingStore:
+    """Embeddings of a frozen text model by text, read from files row by row: memory does not grow with the store.
+
+    The paper keeps its LLM embeddings in such an offline store (ProCLIP, arXiv 2510.18795, method, stage 1; LLM2CLIP, arXiv 2411.04997).
+    A store can be pickled into the workers of a DataLoader: each opens the files anew.
+
+    Args:
+        path: directory of the store, as [`TextEmbeddingStore.build`] or `proclip embed` wrote it.
+
+    Attributes:
+        path (`Path`): the directory, absolute.
+        dim (`int`): size d of an embedding.
+        dtype (`torch.dtype`): of the stored embeddings, and of what `lookup` returns.
+        fingerprint (`dict`): what made the embeddings, see [`encoder_fingerprint`].
+        build_summary (`BuildSummary`, *optional*): what `build` did; None for a store that was opened only.
+
+    Raises:
+        FileNotFoundError: If there is no store at `path`.
+        ValueError: If a file is damaged or not a store's; names it and the remedy.
+
+    Example:
+
+    ```python
+    >>> store = TextEmbeddingStore.build(["a red fox", "a blue boat"], model, processor, "captions.store")
+    >>> store.lookup(["a blue boat"]).shape
+    torch.Size([1, 576])
+    ```"""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path).absolute()
+        settings = read_settings(self.path)
+        if settings is None:
+            raise FileNotFoundError(
+                f"{self.path} is no text store: it has no store.json. `proclip embed TEXTS --model DIR --output {self.path}` makes one"
+            )
+        self.dim: int = settings["dim"]
+        self.dtype: torch.dtype = getattr(torch, settings["dtype"])
+        self.fingerprint: dict[str, Any] = settings["fingerprint"]
+        self.build_summary: BuildSummary | None = None
+        self.shards = [open_shard(file, self.dim, settings["dtype"]) for file in shard_paths(self.path)]
+        sizes = [shard.shape("keys")[0] for shard in self.shards]
+        self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])  # first row of each shard, and the end
+        self._offsets = np.array([shard.offset("embeds") for shard in self.shards], dtype=np.int64)  # in the files
+        self._descriptors = _Descriptors(self.shards)
+
+    @cached_property
+    def index(self) -> Index:
+        """Where the embedding of each key is. Opened when it is used first, and made if there is none."""
+        return open_index(self.path, self.shards)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __contains__(self, text: str) -> bool:
+        return bool(self.find(text_keys([text]))[0] >= 0)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all files on the disk."""
+        return sum(file.stat().st_size for file in self.path.iterdir() if file.is_file())
+
+    def __repr__(self) -> str:
+        return f"TextEmbeddingStore({str(self.path)!r}: {len(self):,} texts, dim {self.dim}, {self.dtype})"
+
+    def __reduce__(self):
+        return TextEmbeddingStore, (self.path,)
+
+    def lookup(self, texts: Sequence[str]) -> torch.Tensor:
+        """The embeddings of `texts`, in their order.
+
+        Returns:
+            `(len(texts), dim)` tensor of the store's dtype on the CPU.
+
+        Raises:
+            KeyError: If texts are not in the store; names the first three, tells how many there are and the remedy.
+        """
+        if isinstance(texts, str):
+            raise TypeError("lookup takes a list of texts, not one string")
+        rows = self.find(text_keys(texts))
+        if (rows < 0).any():
+            missing = list(dict.fromkeys(text for text, row in zip(texts, rows, strict=True) if row < 0))
+            raise KeyError(self.missing_message(missing))
+        return self.read_rows(rows)
+
+    def missing_message(self, missing: Sequence[str]) -> str:
+        """What to say of texts that are not in the store."""
+        from .encoding import shorten
+
+        named = ", ".join(shorten(text) for text in missing[:3]) + (", ..." if len(missing) > 3 else "")
+        return (
+            f"{len(missing):,} of the texts are not in the text store {self.path}: {named}. "
+            "Add them with TextEmbeddingStore.build or `proclip embed`; it embeds only what is not there yet"
+        )
+
+    def find(self, keys: np.ndarray) -> np.ndarray:
+        """Row of each of `keys (n, 2)` over all shards, -1 where it is missing: `(n,)` int64."""
+        positions = find_keys(self.index.keys, keys)
+        rows = np.full(len(keys), -1, dtype=np.int64)
+        rows[positions >= 0] = self.index.rows[positions[positions >= 0]]
+        return rows
+
+    def read_rows(self, rows: np.ndarray) -> torch.Tensor:
+        """The embeddings `(n, dim)` of `rows (n,)`, counted over all shards.
+
+        They are read from the files, not through a memory map: that is a microsecond a row, and what was looked up does not stay in the
+        memory of the process, where a map of a large store would fill it.
+        """
+        result = torch.empty(len(rows), self.dim, dtype=self.dtype)
+        order = np.argsort(rows, kind="stable")
+        shards = np.searchsorted(self._starts, rows[order], side="right") - 1
+        size = self.dim * self.dtype.itemsize
+        offsets = self._offsets[shards] + (rows[order] - self._starts[shards]) * size
+        memory = memoryview(result.view(torch.uint8).numpy().reshape(-1))
+        opened, descriptor = -1, -1
+        for position, shard, offset in zip(order.tolist(), shards.tolist(), offsets.tolist(), strict=True):
+            if shard != opened:
+                opened, descriptor = shard, self._descriptors.open(shard)
+            if os.preadv(descriptor, [memory[position * size : (position + 1) * size]], offset) != size:
+                raise damaged(self.shards[shard].path, "it has become shorter since it was opened")
+        return result
+
+    def blocks(self) -> Iterator[torch.Tensor]:
+        """All embeddings, in blocks `(n, dim)` of at most 4,096, shard by shard."""
+        for shard in self.shards:
+            for begin in range(0, shard.shape("embeds")[0], _BLOCK):
+                yield shard.read("embeds", begin, begin + _BLOCK)
+
+    def statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation (of the population) of each dimension over all stored embeddings, for the adapter's input norm
+        "standardize". Accumulated in float64 and read in blocks, so memory does not grow with the store.
+
+        Returns:
+            Two `(dim,)` float64 tensors.
+
+        Raises:
+            ValueError: If the store is empty.
+        """
+        if not len(self):
+            raise ValueError(f"the text store {self.path} is empty: it has no statistics")
+        count, mean, squares = (
+            0,
+            torch.zeros(self.dim, dtype=torch.float64),
+            torch.zeros(self.dim, dtype=torch.float64),
+        )
+        for block in self.blocks():
+            # Chan, Golub and LeVeque's update: sums of squares around each block's own mean, so nothing cancels.
+            block = block.to(torch.float64)
+            block_mean, total = block.mean(dim=0), count + len(block)
+            squares += (block - block_mean).square().sum(dim=0)
+            squares += (block_mean - mean).square() * (count * len(block) / total)
+            mean += (block_mean - mean) * (len(block) / total)
+            count = total
+        return mean, (squares / count).sqrt()
+
+    @classmethod
+    def build(
+        cls,
+        texts: Iterable[str],
+        model: torch.nn.Module,
+        processor: Any,
+        path: str | Path,
+        *,
+        token_budget: int | None = None,
+        shard_size: int = 8192,
+        dtype: str = "float32",
+        progress: bool = True,
+        process_index: int = 0,
+        num_processes: int = 1,
+    ) -> "TextEmbeddingStore":
+        """Embeds those of `texts` that the store at `path` does not have yet, each once, and adds them.
+
+        A build that was interrupted goes on where it was when it is called again: to the same bytes, if it gets the same texts and settings.
+        Several processes can fill one store: each embeds the texts whose hash falls to it, into shards of its own, and then waits for
+        those that are still at work. What they leave is the same to look up as what one process leaves, but the rows are in another order.
+
+        Args:
+            texts: any iterable of strings, read once and in pieces. From 10,000 texts on, if it tells how many there are
+                (`operator.length_hint`), size and time are foretold, and the disk must have room.
+            model, processor: what embeds them, see [`encode_texts`]: a [`ProCLIPModel`] with its processor, or a CLIP with its processor or
+                tokenizer.
+            path: directory of the store; made if it is not there.
+            token_budget: padded tokens in a batch, see [`encode_texts`].
+            shard_size: texts in a shard. Also how much work a killed process can lose. For tens of millions of texts take 65,536: thousands of
+                files are slower to look up in than hundreds.
+            dtype: "float32", "float16" or "bfloat16": of the stored embeddings.
+            progress: whether to show a progress bar.
+            process_index, num_processes: which of the processes that fill the store this one is. All get the same texts.
+
+        Returns:
+            The opened store; its `build_summary` tells what this process did.
+
+        Raises:
+            ValueError: If the store was made by another model, template, pooling, length or dtype (names the field and both values), if
+                an embedding is not finite (names the text), if other processes fill it as another number of processes, or if there are no
+                texts and no store.
+            OSError: If the disk has too little room, or becomes full; the shards that were finished stay.
+        """
+        from . import build as store_build
+        from .encoding import encoder_fingerprint
+
+        if isinstance(texts, str):
+            raise TypeError("build takes an iterable of texts, not one string")
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        if shard_size < 1:
+            raise ValueError(f"shard_size must be at least 1, got {shard_size}")
+        share = store_build.Share(process_index, num_processes)
+        path = Path(path).absolute()
+        fingerprint = encoder_fingerprint(model, processor)
+        make_directory(path)
+        with writer(path, process_index, num_processes) as this:
+            settings, stored = read_settings(path), None
+            if settings is not None:
+                store_build.check_same_encoder(path, settings, dtype, fingerprint)
+                stored = cls(path)
+            summary = store_build.build_store(
+                this,
+                texts,
+                model,
+                processor,
+                fingerprint,
+                (lambda keys: np.zeros(len(keys), bool)) if stored is None else (lambda keys: stored.find(keys) >= 0),
+                0 if stored is None else len(stored),
+                share=share,
+                token_budget=token_budget,
+                shard_size=shard_size,
+                dtype=dtype,
+                progress=progress,
+            )
+        this.wait_for_others()
+        if read_settings(path) is None:
+            raise ValueError(f"there are no texts to embed, and no text store at {path} yet")
+        store = cls(path)
+        store.index  # noqa: B018 - made now, so that who opens the store next need not wait
+        store.build_summary = summary
+        return store
+
+
+class _Descriptors:
+    """Open files of shards, the most recently used of them: a process may have a limited number."""
+
+    def __init__(self, shards: Sequence[MappedSafetensors]):
+        self._shards = shards
+        self._open: OrderedDict[int, int] = OrderedDict()
+        self._most = min(max(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2, 1), 4096)
+
+    def open(self, shard: int) -> int:
+        """The file descriptor of the shard with this number."""
+        descriptor = self._open.get(shard)
+        if descriptor is None:
+            if len(self._open) >= self._most:
+                os.close(self._open.popitem(last=False)[1])
+            descriptor = self._open[shard] = os.open(self._shards[shard].path, os.O_RDONLY)
+        else:
+            self._open.move_to_end(shard)
+        return descriptor
+
+    def __del__(self):
+        for descriptor in self._open.values():
+            os.close(descriptor)

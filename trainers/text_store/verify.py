@@ -1,0 +1,170 @@
+"""Verifies a text store from its first byte to its last."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from .build import check_same_encoder, stored_as
+from .encoding import encode_texts, encoder_fingerprint, shorten
+from .files import MappedSafetensors
+from .index import map_index, open_index, shards_digest
+from .keys import find_keys, text_keys
+from .layout import checksum, open_shard, read_settings, shard_checksums, shard_paths
+from .store import TextEmbeddingStore
+
+
+# Cosine below which an embedding that was computed again is another one: of half precision and other batches it is 0.999 at least.
+_SAME = 0.99
+
+
+@dataclass
+class Verification:
+    """
+    What [`verify_store`] found.
+
+    Attributes:
+        num_shards, num_texts: that were read, damaged ones left out.
+        num_compared: texts that were embedded again.
+        smallest_cosine: of their embeddings and the stored ones; None if none was.
+        problems: one line each, with the remedy; none if the store is sound.
+    """
+
+    num_shards: int = 0
+    num_texts: int = 0
+    num_compared: int = 0
+    smallest_cosine: float | None = None
+    problems: list[str] = field(default_factory=list)
+
+
+def verify_store(
+    path: str | Path,
+    texts: Iterable[str] | None = None,
+    model: torch.nn.Module | None = None,
+    processor: Any = None,
+    *,
+    num_compared: int = 64,
+    progress: bool = True,
+) -> Verification:
+    """
+    Reads all of the store at `path` and compares: each shard's embeddings and keys with their checksums, the embeddings with what a
+    number can be, the keys with each other (no text twice) and with the index. It changes nothing, except that an index is made where there is none.
+
+    Args:
+        path: the store's directory.
+        texts, model, processor: to embed some of `texts` again, which the store holds only hashes of, and compare.
+        num_compared: how many, spread over the first 100,000 of `texts`.
+        progress: whether to show a progress bar.
+
+    Raises:
+        FileNotFoundError: If there is no store.
+        ValueError: If its settings cannot be read, or it was made by another encoder than `model`.
+    """
+    path, found = Path(path).absolute(), Verification()
+    settings = read_settings(path)
+    if settings is None:
+        raise FileNotFoundError(f"{path} is no text store: it has no store.json")
+    sound: list[MappedSafetensors] = []
+    for file in tqdm(shard_paths(path), desc="verifying shards", disable=not progress):
+        try:
+            shard = open_shard(file, settings["dim"], settings["dtype"])
+            problem = _problem_of_shard(shard)
+        except ValueError as error:
+            found.problems.append(str(error))
+            continue
+        if problem:
+            found.problems.append(
+                f"{file} {problem}. Delete this file and run `proclip embed` again with the same texts: only what it held is embedded anew"
+            )
+        else:
+            sound.append(shard)
+    found.num_shards, found.num_texts = len(sound), sum(shard.shape("keys")[0] for shard in sound)
+    if not found.problems:
+        found.problems += _problems_of_index(path, sound)
+    if not found.problems and texts is not None and model is not None:
+        _compare(path, found, texts, model, processor, num_compared, settings)
+    return found
+
+
+def _problem_of_shard(shard: MappedSafetensors) -> str | None:
+    for name, expected in sorted(shard_checksums(shard).items()):
+        tensor = shard.read(name)
+        if checksum(tensor) != expected:
+            return f"is damaged: its {name} have changed since they were written"
+        if name == "embeds" and not torch.isfinite(tensor).all():
+            return f"holds {int((~torch.isfinite(tensor)).any(dim=1).sum())} embeddings that are not finite"
+    return None
+
+
+def _problems_of_index(path: Path, shards: list[MappedSafetensors]) -> list[str]:
+    """The index is sorted, has no key twice and knows the place of each key of each shard."""
+    file = path / "index.safetensors"
+    remedy = "Delete it: it is made anew when the store is used"
+    try:
+        index = map_index(path, shards_digest(shards))
+    except FileNotFoundError:
+        index = open_index(path, shards)
+    except ValueError as error:
+        if "belongs to other shards" not in str(error):
+            return [f"{file} is damaged. {remedy}"]
+        index = open_index(path, shards)  # shards were added since: that is how stores grow, and no damage
+    first, second = index.keys
+    for begin in range(0, max(first.size - 1, 0), 1 << 20):
+        a, b = first[begin : begin + (1 << 20) + 1], second[begin : begin + (1 << 20) + 1]
+        equal = a[1:] == a[:-1]
+        twice = int((equal & (b[1:] == b[:-1])).sum())
+        if twice:
+            return [
+                f"{twice:,} texts or more are in {path} twice: build it anew, with the same number of processes everywhere"
+            ]
+        if (a[1:] < a[:-1]).any() or (equal & (b[1:] < b[:-1])).any():
+            return [f"{file} is not sorted. {remedy}"]
+    start = 0
+    for shard in shards:
+        keys = shard.read("keys").numpy()
+        positions = find_keys(index.keys, keys)
+        if (positions < 0).any() or (index.rows[positions] != np.arange(start, start + len(keys))).any():
+            return [f"{file} does not know where the texts of {shard.path.name} are. {remedy}"]
+        start += len(keys)
+    return []
+
+
+def _compare(
+    path: Path,
+    found: Verification,
+    texts: Iterable[str],
+    model: torch.nn.Module,
+    processor: Any,
+    num_compared: int,
+    settings: dict[str, Any],
+) -> None:
+    """Embeds a sample of `texts` again."""
+    check_same_encoder(path, settings, settings["dtype"], encoder_fingerprint(model, processor))
+    store = TextEmbeddingStore(path)
+    some = list(islice(texts, 100_000))
+    some = some[:: max(len(some) // num_compared, 1)][:num_compared]
+    rows = store.find(text_keys(some))
+    missing = [text for text, row in zip(some, rows, strict=True) if row < 0]
+    if missing:
+        found.problems.append(store.missing_message(missing))
+    some = [text for text, row in zip(some, rows, strict=True) if row >= 0]
+    stored = store.read_rows(rows[rows >= 0]).float()
+    smallest = 1.0
+    for batch in encode_texts(some, model, processor):
+        names = [some[i] for i in batch.indices]
+        again = stored_as(store.dtype, batch.embeddings, names).float()
+        cosines = F.cosine_similarity(again, stored[batch.indices], dim=1)
+        length = (again.norm(dim=1) / stored[batch.indices].norm(dim=1)).log().abs()
+        for name, cosine, ratio in zip(names, cosines.tolist(), length.tolist(), strict=True):
+            if not (cosine >= _SAME and ratio <= 1 - _SAME) and len(found.problems) < 10:
+                found.problems.append(
+                    f"the embedding of {shorten(name)} is not what the model gives now (cosine {cosine:.4f}): build the store anew"
+                )
+        smallest = min(smallest, cosines.min().item())
+    found.num_compared, found.smallest_cosine = len(some), smallest if some else None
