@@ -1,17 +1,13 @@
 """The card of a text store, for those who share one as a data set."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 from huggingface_hub import DatasetCard, DatasetCardData
 
 from .checkpoint import shown_name
 from .citations import CITATIONS
 from .rendering import render
-
-
-if TYPE_CHECKING:
-    from trainers.text_store.store import TextEmbeddingStore
 
 
 # The Hub's names of sizes, and the number of rows that each ends before.
@@ -27,7 +23,7 @@ _SIZES = {
 
 
 def text_store_card(
-    store: "TextEmbeddingStore",
+    store: Any,
     *,
     repo_id: str | None = None,
     texts: str | None = None,
@@ -38,7 +34,7 @@ def text_store_card(
     Render the card of a text store from its files: how many embeddings, of what size, by which LLM, template and pooling.
 
     Args:
-        store: The store.
+        store: A `TextEmbeddingStore`.
         repo_id: Name on the Hub that the card's snippet downloads it by; by default the snippet names a folder.
         texts: Where the texts came from, in words or as a name on the Hub. The store does not know.
         license: Of the embeddings, one of the Hub's identifiers: as a rule that of the texts.

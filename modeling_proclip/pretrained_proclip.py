@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .configuration_proclip import ProCLIPConfig, check_tower_keys
 from .lean_checkpoint import record_text_model, recorded_text_model
 from .pretrained_towers import tower_dtypes
+from .publisher import find_publisher
 from .text_tower import check_bidirectional
 
 
@@ -138,8 +139,7 @@ class ProCLIPPreTrainedModel(PreTrainedModel):
         Raises:
             PublishError: If the model is not complete, or the Hub does not take it.
         """
-        try:
-            from hub_cards.publish import publish_model
-        except ImportError:  # this file travels to the Hub, where the package is not: there Transformers' own sends it
+        publisher = find_publisher("publish")
+        if publisher is None:
             return super().push_to_hub(repo_id, **kwargs)
-        return publish_model(self, repo_id, **kwargs)
+        return publisher.publish_model(self, repo_id, **kwargs)

@@ -13,6 +13,7 @@ from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, TextKw
 from transformers.utils import logging
 
 from .prompt_template import choose_template, templated_tokenizer
+from .publisher import find_publisher
 from .sentence_transformers_files import write_sentence_transformers_files
 
 
@@ -125,11 +126,10 @@ class ProCLIPProcessor(ProcessorMixin):
             repo_id (`str`): `owner/name`, or a name of your own.
             kwargs: `private` (new repositories are, unless `False`), `revision`, `commit_message` and `token`.
         """
-        try:
-            from hub_cards.publish import publish_processor
-        except ImportError:  # this file travels to the Hub, where the package is not: there Transformers' own sends it
+        publisher = find_publisher("publish")
+        if publisher is None:
             return super().push_to_hub(repo_id, **kwargs)
-        return publish_processor(self, repo_id, **kwargs)
+        return publisher.publish_processor(self, repo_id, **kwargs)
 
     def _check_arguments(self, kwargs: dict[str, Any]) -> None:
         known = {"common_kwargs", *ProcessingKwargs.__annotations__, *TextKwargs.__annotations__}

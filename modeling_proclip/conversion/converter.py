@@ -15,6 +15,7 @@ from transformers import LlamaConfig, PreTrainedConfig
 from ..configuration_proclip import ProCLIPConfig
 from ..modeling_proclip import ProCLIPModel
 from ..prompt_template import NO_TEMPLATE
+from ..publisher import find_publisher
 from .checkpoint import DTYPES, ConversionError, StoredTensor, read_checkpoint, read_json
 from .convert_adapter_to_hf import Adapter, convert_adapter
 from .convert_eva_to_hf import convert_eva
@@ -301,6 +302,6 @@ def _convert_llm(
 
 
 def _write_card(folder: Path, report: ConversionReport) -> None:
-    from hub_cards import converted_card
-
-    converted_card(report.source.name, report.facts, report.notes).save(folder / "README.md")
+    publisher = find_publisher("converted")
+    if publisher is not None:
+        publisher.converted_card(report.source.name, report.facts, report.notes).save(folder / "README.md")

@@ -1,0 +1,27 @@
+"""The direction of imports, as [tool.importlinter] in pyproject.toml has it."""
+
+import pytest
+from importlinter.cli import lint_imports
+
+from tests.environments import REPOSITORY
+
+
+tomllib = pytest.importorskip("tomllib")  # Python 3.11
+PYPROJECT = REPOSITORY / "pyproject.toml"
+
+
+def test_imports_point_down_and_make_no_circle(monkeypatch, capfd):
+    monkeypatch.chdir(REPOSITORY)
+    assert lint_imports(config_filename=str(PYPROJECT), cache_dir=None) == 0, capfd.readouterr().out
+
+
+def test_every_room_has_its_floor():
+    (contract,) = tomllib.loads(PYPROJECT.read_text())["tool"]["importlinter"]["contracts"]
+    floors = {room for layer in contract["layers"] for room in layer.split(" | ")}
+    modules = [
+        path.parent if path.name == "__init__.py" else path.with_suffix("")
+        for path in (REPOSITORY / "trainers").glob("**/*.py")
+    ]
+    rooms = {".".join(path.relative_to(REPOSITORY).parts[:2]) for path in modules} - {"trainers"}
+    assert rooms <= floors
+    assert len(list((REPOSITORY / "trainers").glob("*.py"))) <= 3
