@@ -15,6 +15,7 @@ ARGS ?=
 LOCKS_quickstart := locks/quickstart.txt locks/language_models.txt
 LOCKS_test := locks/test.txt locks/language_models.txt
 LOCKS_oldest := locks/oldest.txt
+LOCKS_docs := locks/docs.txt
 
 # What the oldest supported releases have to pass: loading, encoding, publishing, remote code.
 TESTS_oldest := tests/test_clean_environment.py tests/trainers/base/test_publishing.py \
@@ -27,7 +28,7 @@ STAMP := .installed-torch-$(TORCH)
 RUN := HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-oldest test-newest lint lock clean
+.PHONY: help quickstart test test-oldest test-newest lint docs lock clean
 .NOTPARALLEL: # two editable installs at once would write the same egg-info
 .SECONDARY: # keep the stamps
 
@@ -56,12 +57,18 @@ test-newest: ## run the tests with the newest release of everything but torch, t
 lint: $(VENV)/test/$(STAMP) ## check style and types
 	@bad=0; for check in "ruff check" "ruff format --check" mypy; do $(VENV)/test/bin/$$check || bad=1; done; exit $$bad
 
+docs: $(VENV)/docs/$(STAMP) ## build the documentation site into site/ and check its links
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/python -m mkdocs build --quiet --strict $(ARGS)
+	@echo "site/index.html is there; with search: python -m http.server --directory site"
+
 lock: ## write the lock files anew, with the newest releases that pyproject.toml admits (needs uv)
 	@locks/renew.sh $(TORCH:+cpu=)
 
 clean: ## remove the environments, build leftovers and caches (quickstart-output/ stays)
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/docs/$(STAMP): override TORCH := none
 
 .SECONDEXPANSION:
 $(VENV)/%/$(STAMP): pyproject.toml setup.cfg locks/install.sh $$(LOCKS_$$*)

