@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .configuration_proclip import ProCLIPConfig, check_tower_keys
+from .finite_weights import check_finite
 from .lean_checkpoint import record_text_model, recorded_text_model
 from .pretrained_towers import tower_dtypes
 from .publisher import find_publisher
@@ -102,9 +103,10 @@ class ProCLIPPreTrainedModel(PreTrainedModel):
 
         Raises:
             ValueError: If a full checkpoint is asked of a model without its LLM, or a lean one of a model whose LLM was changed since it
-                was loaded or has no name.
+                was loaded or has no name; or if a weight to save is NaN or infinite.
         """
         if self._hf_peft_config_loaded:  # by add_adapter or load_adapter: only the adapters are saved
+            check_finite(self.state_dict() if state_dict is None else state_dict, f"{save_directory} was not written")
             return super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
         lean = (self.config.lean or self.text_model is None) if lean is None else lean
         if self.text_model is None and not lean:
@@ -118,6 +120,7 @@ class ProCLIPPreTrainedModel(PreTrainedModel):
             self.config.text_config.dtype = self.text_model.dtype
         if lean:
             state_dict = {key: value for key, value in state_dict.items() if not key.startswith(prefix)}
+        check_finite(state_dict, f"{save_directory} was not written")
         was_lean, self.config.lean = self.config.lean, lean
         try:
             super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)

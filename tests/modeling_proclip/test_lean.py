@@ -305,3 +305,11 @@ def test_attention_and_device_map_reach_the_llm(lean, pair):
         {"text_model.layers": "cpu", "text_model": "cpu", "vision_model": "cpu", "": "cpu"},
     ):
         assert_same_embeddings(pair, AutoModel.from_pretrained(lean, device_map=device_map))
+
+
+@pytest.mark.parametrize("lean", [True, False])
+def test_weights_of_nan_are_not_saved(pair, tmp_path, lean):
+    pair.visual_projection.weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="out was not written: visual_projection.weight holds NaN or infinity"):
+        pair.save_pretrained(tmp_path / "out", lean=lean)
+    assert not (tmp_path / "out").exists()
