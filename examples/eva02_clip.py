@@ -16,9 +16,10 @@ import torch
 from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel, LlamaConfig
 
 from modeling_proclip import ProCLIPConfig, ProCLIPModel
-from modeling_proclip.conversion.checkpoint import ConversionError, StoredTensor, read_checkpoint
+from modeling_proclip.conversion import ConversionError
 from modeling_proclip.conversion.convert_eva_to_hf import convert_eva
 from modeling_proclip.conversion.rules import Options, count_layers, shape_of
+from modeling_proclip.conversion.stored_tensors import StoredTensor, read_tensors
 
 
 BLOCKS = "text.transformer.resblocks."
@@ -111,7 +112,7 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="folder that gets eva02-clip-l-14/ and eva02-clip-l-14-text/")
     parser.add_argument("--tokenizer", default="openai/clip-vit-large-patch14", help="folder or Hub name of CLIP's")
     args = parser.parse_args()
-    tensors = read_checkpoint(args.checkpoint)
+    tensors = read_tensors(args.checkpoint)
     vision, text = vision_model(tensors, Options()), text_model(tensors, num_heads=12)
     vision.save_pretrained(args.output / "eva02-clip-l-14", lean=True)
     size = vision.config.vision_config.image_size

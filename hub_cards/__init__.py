@@ -1,9 +1,9 @@
 """Cards for what ProCLIP makes: what the Hub shows beside checkpoints and text stores."""
 
 from .adapter import adapter_card
-from .card import quickstart_card
 from .converted import converted_card
 from .model import model_card
+from .quickstart import quickstart_card
 from .text_store import text_store_card
 from .validity import check_card
 

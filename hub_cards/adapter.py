@@ -6,14 +6,16 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from .checkpoint import is_hub_name, read_header, read_json, shown_name
+from modeling_proclip.conversion.json_files import read_json
+
+from .checkpoint_facts import is_hub_name, read_header, shown_name
 from .citations import citations
+from .measurements import model_index, not_measured, read_measurements
 from .model import PLACEHOLDER, UNKNOWN, rows_of_tasks
 from .rendering import render
-from .results import model_index, not_measured, read_results
 
 
-WEIGHTS = "adapter_model.safetensors"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def adapter_card(
@@ -42,13 +44,14 @@ def adapter_card(
         ValueError: If the folder holds no adapters, or the Hub would refuse the metadata.
     """
     folder = Path(folder)
+    if not (folder / "adapter_config.json").is_file() or not (folder / ADAPTER_WEIGHTS).is_file():
+        raise ValueError(f"{folder} holds no PEFT adapters: it needs adapter_config.json and {ADAPTER_WEIGHTS}")
     config = read_json(folder / "adapter_config.json")
-    if config is None or not (folder / WEIGHTS).is_file():
-        raise ValueError(f"{folder} holds no PEFT adapters: it needs adapter_config.json and {WEIGHTS}")
     base = base_model or config.get("base_model_name_or_path")
-    header = read_header(folder / WEIGHTS)
-    measured = [result for file in results for result in read_results(file)]
-    training = read_json(folder / "training.json") or []
+    header = read_header(folder / ADAPTER_WEIGHTS)
+    measured = [result for file in results for result in read_measurements(file)]
+    record = folder / "training.json"
+    training = read_json(record, list) if record.is_file() else []
     name, title = repo_id or PLACEHOLDER, (repo_id or folder.resolve().name).split("/")[-1]
     data = ModelCardData(
         model_name=title,
@@ -76,7 +79,7 @@ def adapter_card(
             if any(f".{tower}." in tensor for tensor in header)
         ],
         num_parameters=sum(math.prod(tensor["shape"]) for tensor in header.values()),
-        num_bytes=(folder / WEIGHTS).stat().st_size,
+        num_bytes=(folder / ADAPTER_WEIGHTS).stat().st_size,
         logit_scale=any(tensor.endswith(".logit_scale") for tensor in header),
         training=training,
         license=license,

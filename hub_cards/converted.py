@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from .card import TEMPLATES
+from .quickstart import TEMPLATES
 
 
 def converted_card(source: str, facts: Mapping[str, str], notes: Sequence[str]) -> ModelCard:

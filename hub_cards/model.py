@@ -6,10 +6,18 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from .checkpoint import base_card, is_hub_name, own_weights, read_checkpoint, shown_name
+from .checkpoint_facts import base_card, is_hub_name, own_weights, read_facts, shown_name
 from .citations import citations
+from .measurements import (
+    RESULTS_FILE,
+    Measurement,
+    evaluated_weights,
+    model_index,
+    not_measured,
+    read_measurements,
+    shown_dataset,
+)
 from .rendering import render, signed
-from .results import RESULTS_FILE, Result, evaluated_weights, model_index, not_measured, read_results, shown_dataset
 
 
 UNKNOWN = "unknown"
@@ -67,14 +75,14 @@ def model_card(
             Hub's, or a key is unknown.
         FileNotFoundError: If a result is missing.
     """
-    checkpoint = read_checkpoint(folder)
+    checkpoint = read_facts(folder)
     remote_code = "auto_map" in checkpoint.config if remote_code is None else remote_code
     for name, given in (("base_models", base_models), ("base_licenses", base_licenses)):
         if unknown := set(given or {}) - set(_TOWERS):
             raise ValueError(f"{name} has no key {sorted(unknown)[0]!r}; the keys are {', '.join(_TOWERS)}")
     weights_in, given_results, said_languages = weights_in or folder, results, languages
     results = results_in(weights_in) if results is None else _checked(results, weights_in)
-    measured = [result for file in results for result in read_results(file)]
+    measured = [result for file in results for result in read_measurements(file)]
     named = {**checkpoint.base_models, **(base_models or {})}
     bases = {tower: named[tower] for tower in _TOWERS if tower in named}
     base_cards = {
@@ -172,7 +180,7 @@ def _license_of(metadata: Mapping[str, Any]) -> str:
     return str(metadata.get("license_name") or ", ".join(_listed(metadata.get("license"))) or UNKNOWN)
 
 
-def rows_of_tasks(results: Iterable[Result]) -> list[dict[str, Any]]:
+def rows_of_tasks(results: Iterable[Measurement]) -> list[dict[str, Any]]:
     """For the table of results, one row a task: its data and its numbers, the primary one first."""
     tasks: dict[tuple[str, str], dict[str, Any]] = {}
     for result in sorted(results, key=lambda result: not result.primary):

@@ -27,7 +27,7 @@ logger = logging.get_logger(__name__)
 LIBRARY = "proclip-transformers"  # what requests to the Hub say sends them
 MESSAGE = "ProCLIP checkpoint, published by proclip"
 # Weights of an earlier state that Transformers might read in place of the new ones.
-WEIGHTS = ("model.safetensors*", "model-*-of-*.safetensors", "pytorch_model*.bin*")
+EARLIER_WEIGHTS = ("model.safetensors*", "model-*-of-*.safetensors", "pytorch_model*.bin*")
 
 
 @dataclass(frozen=True)
@@ -262,7 +262,7 @@ def make_repository(repo_id: str, private: bool | None = None, token: str | None
 def _stale(there: list[str], staged: Staged) -> list[str]:
     if "config.json" not in staged.files:  # a processor replaces no model
         return []
-    ours = (*WEIGHTS, *(file.name for file in code_files()))
+    ours = (*EARLIER_WEIGHTS, *(file.name for file in code_files()))
     return [name for name in there if name not in staged.files and any(fnmatch(name, pattern) for pattern in ours)]
 
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from huggingface_hub import CardData, RepoCard
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from .results import shown_dataset
+from .measurements import shown_dataset
 from .validity import check_metadata
 
 

@@ -16,19 +16,20 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, AutoProcessor
 
 from modeling_proclip import ProCLIPConfig, ProCLIPModel
-from modeling_proclip.conversion.checkpoint import StoredTensor, read_checkpoint, read_json
+from modeling_proclip.conversion.json_files import read_json
 from modeling_proclip.conversion.output import MAX_SHARD_BYTES, PlannedTensor, sketch_tensors, write_tensors
+from modeling_proclip.conversion.stored_tensors import StoredTensor, read_tensors
 from modeling_proclip.lean_checkpoint import record_text_model, recorded_text_model
 from modeling_proclip.text_tower import weights_sha256
 
-from .checkpoint import is_hub_name
+from .checkpoint_facts import is_hub_name
 from .model import PLACEHOLDER, model_card
 from .remote_code import AUTO_MAP, PROCESSOR_AUTO_MAP, code_files
 from .rendering import is_untouched
 from .validity import check_card
 
 
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 PROCESSOR = (
     "processor_config.json",
     "preprocessor_config.json",
@@ -142,7 +143,7 @@ def stage(
         for file in code_files():
             shutil.copyfile(file, folder / file.name)
     if staged.lean == was_lean and max_shard_bytes is None:
-        index = source / WEIGHTS[1]
+        index = source / WEIGHT_FILES[1]
         for file in {tensor.file for tensor in tensors.values()} | ({index} if index.is_file() else set()):
             (folder / file.name).symlink_to(file.resolve())
     else:
@@ -152,7 +153,7 @@ def stage(
         staged.notes.append("README.md is sent as it is: see that it says nothing of the LLM that is no longer so.")
 
     staged.files = file_sizes(folder)
-    read = {tensor.file.name for tensor in tensors.values()} | {WEIGHTS[1]}
+    read = {tensor.file.name for tensor in tensors.values()} | {WEIGHT_FILES[1]}
     staged.left_out = sorted(set(file_sizes(source)) - set(staged.files) - read)
     if staged.lean and config.text_model_name_or_path is not None:
         with torch.device("meta"):
@@ -178,14 +179,14 @@ def _read_config(source: Path) -> dict[str, Any]:
 
 
 def _read_weights(source: Path) -> dict[str, StoredTensor]:
-    found = [name for name in WEIGHTS if (source / name).is_file()]
+    found = [name for name in WEIGHT_FILES if (source / name).is_file()]
     if not found:
         raise PublishError(
             f"{source} has no model.safetensors, in shards or not: load it and save it with model.save_pretrained. Pickles are not published."
         )
     if len(found) > 1:
         raise PublishError(f"{source} holds both {' and '.join(found)}: which weights are meant? Remove the others.")
-    return read_checkpoint(source)
+    return read_tensors(source)
 
 
 def _check_tensors(source: Path, config: ProCLIPConfig, tensors: dict[str, StoredTensor]) -> None:

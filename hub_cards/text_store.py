@@ -5,7 +5,7 @@ from typing import Any
 
 from huggingface_hub import DatasetCard, DatasetCardData
 
-from .checkpoint import shown_name
+from .checkpoint_facts import shown_name
 from .citations import CITATIONS
 from .rendering import render
 

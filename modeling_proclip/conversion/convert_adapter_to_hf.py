@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from .checkpoint import ConversionError, StoredTensor
+from .errors import ConversionError
 from .rules import Rule, Rules, affine, count_layers, describe_names, shape_of
+from .stored_tensors import StoredTensor
 
 
 # Prefix -> whether the published code divides the LLM's embedding by its length before this adapter.

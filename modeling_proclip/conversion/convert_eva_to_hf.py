@@ -6,7 +6,7 @@ import torch
 
 from ..configuration_eva_clip import EvaCLIPVisionConfig
 from ..modeling_eva_clip import rotary_tables
-from .checkpoint import ConversionError, StoredTensor
+from .errors import ConversionError
 from .positions import positions_rule, resize_patches
 from .rules import (
     Options,
@@ -22,6 +22,7 @@ from .rules import (
     shape_of,
     square_side,
 )
+from .stored_tensors import StoredTensor
 
 
 BLOCKS = "visual.blocks."

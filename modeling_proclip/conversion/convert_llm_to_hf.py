@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
-from .checkpoint import ConversionError, StoredTensor, read_checkpoint, read_json
+from .errors import ConversionError
+from .json_files import read_json
 from .rules import Rule, Rules, build_config, check, count_layers
+from .stored_tensors import StoredTensor, read_tensors
 
 
 EMBEDDINGS = "embed_tokens.weight"
@@ -97,7 +99,7 @@ def _merged(rules: Rules, tensors: dict[str, StoredTensor], adapter: Path, label
     file = next((f for f in ("adapter_model.safetensors", "adapter_model.bin") if (adapter / f).is_file()), None)
     if file is None:
         raise ConversionError(f"{adapter} holds no adapter_model.safetensors.")
-    stored = {label + name: tensor for name, tensor in read_checkpoint(adapter / file).items()}
+    stored = {label + name: tensor for name, tensor in read_tensors(adapter / file).items()}
     if not any(name.endswith(".lora_A.weight") for name in stored):
         raise ConversionError(f"{adapter / file} holds no LoRA weights.")
     tensors |= stored

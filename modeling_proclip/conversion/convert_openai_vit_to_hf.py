@@ -4,7 +4,6 @@ from collections.abc import Mapping
 
 from transformers import CLIPVisionConfig
 
-from .checkpoint import StoredTensor
 from .positions import positions_rule
 from .rules import (
     Options,
@@ -20,6 +19,7 @@ from .rules import (
     shape_of,
     square_side,
 )
+from .stored_tensors import StoredTensor
 
 
 LAYERS = "visual.transformer.resblocks."

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from transformers import SiglipVisionConfig
 
-from .checkpoint import ConversionError, StoredTensor
+from .errors import ConversionError
 from .positions import positions_rule
 from .rules import (
     Options,
@@ -21,6 +21,7 @@ from .rules import (
     shape_of,
     square_side,
 )
+from .stored_tensors import StoredTensor
 
 
 TRUNK = "visual.trunk."

@@ -16,16 +16,18 @@ from ..configuration_proclip import ProCLIPConfig
 from ..modeling_proclip import ProCLIPModel
 from ..prompt_template import NO_TEMPLATE
 from ..publisher import find_publisher
-from .checkpoint import DTYPES, ConversionError, StoredTensor, read_checkpoint, read_json
 from .convert_adapter_to_hf import Adapter, convert_adapter
 from .convert_eva_to_hf import convert_eva
 from .convert_llm_to_hf import TOKENIZER_FILES, convert_llm, is_llm
 from .convert_openai_vit_to_hf import convert_hub_vit, convert_openai_vit
 from .convert_siglip_to_hf import convert_siglip
+from .errors import ConversionError
+from .json_files import read_json
 from .output import PlannedTensor, new_folder, plan_shards, write_tensors
 from .processors import load_text_model, make_processor, vision_processor_for
 from .rules import Options, Rule, Rules, Tower, build_config, check, describe_names
 from .source import find_source
+from .stored_tensors import DTYPES, StoredTensor, read_tensors
 
 
 LN_100 = math.log(100)  # the scale that the cards of LLM2CLIP's Hub folders show
@@ -123,7 +125,7 @@ def convert(
         raise ConversionError(
             f"{path} is a PEFT adapter: convert its base model ({base}), and merge this one into it (--lora, lora_adapters)."
         )
-    tensors = read_checkpoint(path)
+    tensors = read_tensors(path)
     lora_adapters = list(lora_adapters)
     if is_llm(tensors):
         of_towers = {

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import DTYPES, ConversionError
+from .errors import ConversionError
+from .stored_tensors import DTYPES
 
 
 MAX_SHARD_BYTES = 5 * 10**9

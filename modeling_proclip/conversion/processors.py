@@ -13,7 +13,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from ..processing_proclip import ProCLIPProcessor
 from ..text_tower import weights_sha256
-from .checkpoint import ConversionError
+from .errors import ConversionError
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from .checkpoint import ConversionError, StoredTensor
+from .errors import ConversionError
+from .stored_tensors import StoredTensor
 
 
 MAX_LISTED = 40  # names in one error message

@@ -7,12 +7,13 @@ from pathlib import Path
 
 from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
 
-from .checkpoint import INDEXES, ConversionError
+from .errors import ConversionError
+from .stored_tensors import INDEXES
 
 
-WEIGHTS = (".pt", ".pth", ".bin", ".safetensors")
+WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 # What a folder is converted from; never code.
-PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "pytorch_model*.bin")
+FOLDER_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "pytorch_model*.bin")
 
 
 def find_source(source: str | os.PathLike, revision: str | None) -> Path:
@@ -42,20 +43,20 @@ def find_source(source: str | os.PathLike, revision: str | None) -> Path:
 
 
 def _download(repository: str, inside: str, revision: str | None) -> Path:
-    if inside.endswith(WEIGHTS):
+    if inside.endswith(WEIGHT_SUFFIXES):
         return Path(hf_hub_download(repository, inside, revision=revision))
     folder = f"{inside.rstrip('/')}/" if inside else ""
     names = [n.removeprefix(folder) for n in list_repo_files(repository, revision=revision) if n.startswith(folder)]
     if file := _file_of(names, f"{repository}/{inside}".rstrip("/")):
         return Path(hf_hub_download(repository, folder + file, revision=revision))
-    wanted = [folder + n for n in names if "/" not in n and any(fnmatch(n, pattern) for pattern in PATTERNS)]
+    wanted = [folder + n for n in names if "/" not in n and any(fnmatch(n, pattern) for pattern in FOLDER_PATTERNS)]
     return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted)) / inside
 
 
 def _file_of(names: list[str], where: str) -> str | None:
     """The only file of weights, where none has its usual name; `None` where one has."""
     usual = {*INDEXES, *INDEXES.values(), "adapter_config.json"}
-    files = sorted(name for name in names if name.endswith(WEIGHTS))
+    files = sorted(name for name in names if name.endswith(WEIGHT_SUFFIXES))
     if usual & set(names) or not files:
         return None
     if len(files) > 1:

@@ -10,8 +10,9 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaModel
 
 from modeling_proclip import ProCLIPModel
-from modeling_proclip.conversion.checkpoint import ConversionError, read_checkpoint
+from modeling_proclip.conversion import ConversionError
 from modeling_proclip.conversion.rules import Options
+from modeling_proclip.conversion.stored_tensors import read_tensors
 from tests import golden
 from tests.modeling_proclip import tiny
 
@@ -62,7 +63,7 @@ def tensors(tmp_path):
     reference = golden.load("g2_eva02")
     state = {name: tensor for name, tensor in reference.params.items() if not name.startswith("text.")}
     torch.save({**state, **text_tensors()}, tmp_path / "eva.pt")
-    return reference, read_checkpoint(tmp_path / "eva.pt")
+    return reference, read_tensors(tmp_path / "eva.pt")
 
 
 @torch.no_grad()

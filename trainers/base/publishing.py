@@ -11,7 +11,7 @@ from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 
-from hub_cards.checkpoint import is_hub_name
+from hub_cards.checkpoint_facts import is_hub_name
 from hub_cards.publish import PublishReport, full_name, make_repository, publish
 from modeling_proclip import ProCLIPModel
 

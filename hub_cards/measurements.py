@@ -39,7 +39,7 @@ _QUICKSTART = {
 
 
 @dataclass(frozen=True)
-class Result:
+class Measurement:
     """
     One measured number.
 
@@ -67,7 +67,7 @@ class Result:
     limit: int | None = None
 
 
-def read_results(path: str | Path) -> list[Result]:
+def read_measurements(path: str | Path) -> list[Measurement]:
     """
     The numbers of one evaluation of one model.
 
@@ -103,7 +103,7 @@ def evaluated_weights(path: str | Path) -> str | None:
     return model.get("own_weights_sha256") if isinstance(model, dict) else None
 
 
-def model_index(results: Iterable[Result]) -> list[EvalResult]:
+def model_index(results: Iterable[Measurement]) -> list[EvalResult]:
     """
     The results as the Hub's `model-index` holds them, without those of drawn rows, which are no benchmark's.
 
@@ -127,7 +127,7 @@ def model_index(results: Iterable[Result]) -> list[EvalResult]:
     ]
 
 
-def not_measured(results: Iterable[Result]) -> list[str]:
+def not_measured(results: Iterable[Measurement]) -> list[str]:
     """Which of the papers' groups of benchmarks have no result, in words."""
     measured = {result.group for result in results}
     return [words for group, words in GROUPS.items() if group not in measured]
@@ -163,12 +163,12 @@ def _load(file: Path) -> Any:
         raise ValueError(f"{file} is no JSON: {error}") from error
 
 
-def _read_task(task: dict[str, Any], limit: int | None, file: Path) -> list[Result]:
+def _read_task(task: dict[str, Any], limit: int | None, file: Path) -> list[Measurement]:
     try:
         dataset = task["dataset"]
         metrics = {task["metric"]: task["value"], **task["metrics"]}
         return [
-            Result(
+            Measurement(
                 task=task.get("title") or task["name"],
                 kind=task["kind"],
                 group=task["group"],
@@ -187,17 +187,17 @@ def _read_task(task: dict[str, Any], limit: int | None, file: Path) -> list[Resu
         raise ValueError(f"{file}: the task {task.get('name')!r} has no usable entry {error}") from error
 
 
-def _read_quickstart(content: dict[str, Any], file: Path) -> list[Result]:
+def _read_quickstart(content: dict[str, Any], file: Path) -> list[Measurement]:
     rows = [row for row in content["rows"] if row.get("model") == "proclip"]
     if not rows:
         raise ValueError(f'{file} has no row "proclip"')
     results = [
-        Result(f"OpenMoji, {what}", kind, group, "OpenMoji", metric, rows[0][key])
+        Measurement(f"OpenMoji, {what}", kind, group, "OpenMoji", metric, rows[0][key])
         for key, (kind, group, what, metric) in _QUICKSTART.items()
     ]
     by_language = rows[0]["zero_shot_by_language"]
     results += [
-        Result(
+        Measurement(
             f"OpenMoji, concepts named in {language!r}",
             "zero_shot",
             "classification" if language == "en" else "multilingual",

@@ -1,8 +1,6 @@
 """What a checkpoint's folder says of itself: its configuration, its tensors' headers, the cards of what it was made from."""
 
-import json
 import math
-import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +8,9 @@ from typing import Any
 from huggingface_hub import metadata_load, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError, safe_open
+
+from modeling_proclip.conversion.json_files import read_json
 
 
 PARTS = {
@@ -21,7 +22,7 @@ PARTS = {
 
 
 @dataclass
-class Checkpoint:
+class CheckpointFacts:
     """
     The state of a ProCLIP checkpoint on the disk.
 
@@ -65,7 +66,7 @@ class Checkpoint:
         return {tower: name for tower, name in names.items() if name}
 
 
-def read_checkpoint(folder: str | Path) -> Checkpoint:
+def read_facts(folder: str | Path) -> CheckpointFacts:
     """
     Read a ProCLIP checkpoint's folder without loading a weight.
 
@@ -73,7 +74,7 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
         ValueError: If the folder holds no ProCLIP checkpoint, or a file of it is damaged; names the file.
     """
     folder = Path(folder)
-    config = read_json(folder / "config.json")
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
     if config is None or config.get("model_type") != "proclip":
         kind = (
             "it has no config.json"
@@ -81,7 +82,8 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
             else f"its config.json is of model_type {config.get('model_type')!r}"
         )
         raise ValueError(f"{folder} is no ProCLIP checkpoint: {kind}. Write one with model.save_pretrained")
-    checkpoint = Checkpoint(folder, config, read_json(folder / "processor_config.json") or {})
+    processor = folder / "processor_config.json"
+    checkpoint = CheckpointFacts(folder, config, read_json(processor) if processor.is_file() else {})
     dtypes = set()
     for file in sorted(folder.glob("model*.safetensors")):
         checkpoint.num_bytes += file.stat().st_size
@@ -149,28 +151,18 @@ def base_card(name_or_path: str, revision: str | None = None) -> dict[str, Any]:
     return metadata_load(file) or {}
 
 
-def read_json(file: Path) -> Any:
-    """What the file holds; None if there is none. ValueError that names it if it is damaged."""
-    if not file.is_file():
-        return None
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is no JSON ({error}): save the checkpoint again") from error
-
-
 def read_header(file: Path) -> dict[str, dict[str, Any]]:
     """
-    Names, dtypes and shapes of a safetensors file: a length in 8 bytes, then JSON.
+    "dtype" and "shape" of the tensors of a safetensors file, by name, without reading them.
 
     Raises:
-        ValueError: If it is none; names it.
+        ValueError: If it is none, or damaged; names it.
     """
-    with file.open("rb") as stream:
-        try:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length) if length <= file.stat().st_size else b"")
-        except (struct.error, ValueError) as error:
-            raise ValueError(f"{file} is no safetensors file or is cut short: save the checkpoint again") from error
-    header.pop("__metadata__", None)
-    return header
+    try:
+        with safe_open(file, framework="numpy") as tensors:
+            stored = {name: tensors.get_slice(name) for name in tensors.keys()}
+            return {name: {"dtype": part.get_dtype(), "shape": part.get_shape()} for name, part in stored.items()}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{file} is no safetensors file or is cut short ({error}): save the checkpoint again"
+        ) from error

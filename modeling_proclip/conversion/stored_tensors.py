@@ -1,6 +1,5 @@
 """Reading published checkpoints: pickles and safetensors, one file or shards, without running or copying what is in them."""
 
-import json
 import math
 import pickle
 import pickletools
@@ -16,15 +15,14 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from .errors import ConversionError, first_line
+from .json_files import read_json
+
 
 # Of safetensors headers; other types are no weights of the published models.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 WRAPPERS = ("state_dict", "module")  # OpenCLIP's trainer and DeepSpeed
 INDEXES = {"model.safetensors.index.json": "model.safetensors", "pytorch_model.bin.index.json": "pytorch_model.bin"}
-
-
-class ConversionError(ValueError):
-    """A checkpoint, or something that its conversion needs, is not as it must be. The message names the file and the tensor."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ class StoredTensor:
             # The smallest and the largest element tell: NaN is either, and no temporary as large as the tensor is needed.
             finite = not tensor.numel() or all(math.isfinite(value) for value in torch.aminmax(tensor))
         except Exception as error:  # corrupt files fail in the reader in many ways
-            raise ConversionError(f"{self.file}: tensor {self.name!r} cannot be read: {_first_line(error)}") from error
+            raise ConversionError(f"{self.file}: tensor {self.name!r} cannot be read: {first_line(error)}") from error
         if tuple(tensor.shape) != self.shape or tensor.dtype != self.dtype:
             raise ConversionError(
                 f"{self.file}: tensor {self.name!r} is not of the shape and type that the file states."
@@ -67,7 +65,7 @@ class StoredTensor:
         return tensor
 
 
-def read_checkpoint(source: Path) -> dict[str, StoredTensor]:
+def read_tensors(source: Path) -> dict[str, StoredTensor]:
     """
     The tensors of a file (`.pt`, `.bin`, `.safetensors`) or of a folder that holds `model.safetensors` or `pytorch_model.bin`, in shards
     or not. Bare state dicts, `{"state_dict": ...}`, `{"module": ...}` and a `module.` in front of every name are unwrapped.
@@ -85,17 +83,6 @@ def read_checkpoint(source: Path) -> dict[str, StoredTensor]:
     while tensors and all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
     return tensors
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; raises `ConversionError` if there is none."""
-    try:
-        content = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConversionError(f"{file} cannot be read as JSON: {_first_line(error)}") from error
-    if not isinstance(content, dict):
-        raise ConversionError(f"{file} holds no JSON object.")
-    return content
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -140,7 +127,7 @@ def _read_safetensors(file: Path) -> Iterator[tuple[str, StoredTensor]]:
         names = list(handle.keys())
         headers = {name: (handle.get_slice(name).get_dtype(), handle.get_slice(name).get_shape()) for name in names}
     except Exception as error:  # the reader's own error class, and what corrupt UTF-8 makes of it
-        raise ConversionError(f"{file} cannot be read as safetensors: {_first_line(error)}") from error
+        raise ConversionError(f"{file} cannot be read as safetensors: {first_line(error)}") from error
     for name, (dtype, shape) in headers.items():
         if dtype not in DTYPES:
             if name.endswith(("position_ids", "inv_freq")):
@@ -181,7 +168,7 @@ def _read_pickle(file: Path, zipped: bool) -> Iterator[tuple[str, StoredTensor]]
 def _refusal(file: Path, error: Exception) -> str:
     # PyTorch's own message begins with advice to load without this protection, and does not name everything.
     if not isinstance(error, pickle.UnpicklingError):
-        return f"{file} cannot be read as a PyTorch checkpoint: {_first_line(error)}"
+        return f"{file} cannot be read as a PyTorch checkpoint: {first_line(error)}"
     needed = re.findall(r"GLOBAL ([\w.]+)", str(error)) or _names_in(file)
     if needed:
         return (
@@ -213,7 +200,3 @@ def _names_in(file: Path) -> list[str]:
     except Exception:  # instructions that cannot be read name nothing more
         pass
     return [name for name in found if not name.startswith(("torch.", "collections.OrderedDict"))]
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip()}".split("\n")[0][:300]
