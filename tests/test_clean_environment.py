@@ -127,12 +127,12 @@ def head(hub: HubServer, repo_id: str) -> str:
 
 
 def snippet(heading: str) -> str:
-    """The code under a heading of the README."""
-    _, section = (REPOSITORY / "README.md").read_text().split(f"\n## {heading}\n")
+    """The code under a heading of docs/hub.md."""
+    _, section = (REPOSITORY / "docs" / "hub.md").read_text().split(f"\n## {heading}\n")
     return section.split("```")[1].split("\n", 1)[1].replace("OWNER", "alice")
 
 
-def test_the_readme_s_lines_publish_by_the_wheel_and_load_without_it(with_wheel, without, hub, tmp_path):
+def test_the_documented_lines_publish_by_the_wheel_and_load_without_it(with_wheel, without, hub, tmp_path):
     model = tiny.model()
     save(model, tmp_path / "quickstart-output" / "proclip")
     environment = {"PYTHONPATH": "", **hub.environment(tmp_path / "home")}

@@ -1,5 +1,6 @@
 """MkDocs hook: the page of the command line is written from the commands' own help."""
 
+import re
 from typing import Any
 
 import typer.main
@@ -14,5 +15,8 @@ def on_files(files: Files, config: Any) -> Files:
     command = typer.main.get_command(app)
     context = typer.Context(command, info_name="proclip")
     text = get_docs_for_click(obj=command, ctx=context, name="proclip", title="Command line")
-    files.append(File.generated(config, "reference/commands.md", content=text.replace("\n* `", "\n- `")))
+    text = re.sub(
+        r"\*\*Commands\*\*:.*?(?=\n## )", "", text, flags=re.DOTALL
+    )  # their first words; the table of contents has them
+    files.append(File.generated(config, "reference/commands.md", content=text))
     return files
