@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from huggingface_hub import get_session
+from PIL import Image, ImageFile
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, TextKwargs
 from transformers.utils import logging
 
+from .images import BrokenImage, decode_image
 from .prompt_template import choose_template, templated_tokenizer
 from .publisher import find_publisher
 from .sentence_transformers_files import write_sentence_transformers_files
@@ -70,8 +72,7 @@ class ProCLIPProcessor(ProcessorMixin):
     ) -> BatchFeature:
         r"""
         Args:
-            images: A picture or a list of them: PIL images of any mode, paths, arrays, tensors or URLs. Of PIL images and files transparent
-                pixels become white, 16-bit grey becomes 8-bit, and a camera's rotation is undone.
+            images: An image or a list of images: PIL images, paths and http(s) URLs, which [`decode_image`] decodes, or arrays and tensors.
             text (`str` or `list[str]`): Texts of any length and language; whitespace at the end is dropped. Those over `max_length` lose
                 the end of their content, never the template, and a warning says so once.
             kwargs: Of the tokenizer and the image processor, such as `return_tensors="pt"`, `padding` or `max_length`.
@@ -82,7 +83,8 @@ class ProCLIPProcessor(ProcessorMixin):
             `(num_images, 3, height, width)`.
 
         Raises:
-            ValueError: If neither is given, a text is not a string, or `max_length` leaves no room beside the template.
+            ValueError: If neither is given, an image cannot be decoded, a text is not a string, or `max_length` leaves no room beside the
+                template.
             TypeError: If an argument is unknown.
         """
         if images is None and text is None:
@@ -176,24 +178,38 @@ def _clean(text: Any) -> str | list[str]:
     return [item.rstrip() for item in text]
 
 
-def to_rgb(images: Any) -> Any:
-    """Pictures as RGB the way a viewer shows them: rotated as the camera says, on white where they are transparent."""
+def to_rgb(images: Any, name: str = "images") -> Any:
+    """
+    Images as [`decode_image`] decodes them, one or a list; arrays and tensors as they are.
+
+    Args:
+        name: what messages call `images`.
+
+    Raises:
+        ValueError: Naming the image, if it cannot be decoded.
+    """
     if isinstance(images, (list, tuple)):
         if not images:
-            raise ValueError("images is an empty list.")
-        return [to_rgb(image) for image in images]
-    if isinstance(images, (str, os.PathLike)) and os.path.isfile(images):
-        with Image.open(images) as image:
-            return to_rgb(image)
-    if not isinstance(images, Image.Image):
-        return images  # arrays, tensors, URLs: the image processor's business
-    image = ImageOps.exif_transpose(images)
-    if image.mode.startswith("I"):  # 16-bit grey, which PIL's own conversion clips at 255
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+            raise ValueError(f"{name} is an empty list.")
+        return [to_rgb(image, f"{name}[{i}]") for i, image in enumerate(images)]
+    if not isinstance(images, (Image.Image, str, os.PathLike)):
+        return images
+    try:
+        if isinstance(images, str) and images.startswith(("http://", "https://")):
+            return decode_image(_download(images))
+        return decode_image(images)
+    except BrokenImage as error:
+        if isinstance(images, Image.Image):
+            images = images.filename if isinstance(images, ImageFile.ImageFile) else ""
+        file = f" ({os.fspath(images)})" if images else ""
+        raise ValueError(f"{name}{file} cannot be read: {error}.") from error
+
+
+def _download(url: str) -> bytes:
+    try:
+        return get_session().get(url, follow_redirects=True, timeout=60).raise_for_status().content
+    except Exception as error:  # of whichever HTTP library huggingface_hub uses
+        raise BrokenImage(f"{type(error).__name__}: {error}") from error
 
 
 __all__ = ["ProCLIPProcessor"]

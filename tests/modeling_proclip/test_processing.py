@@ -1,9 +1,13 @@
 """ProCLIPProcessor: texts and pictures of every kind, what it refuses, and what it saves."""
 
 import copy
+import functools
 import json
 import pickle
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -263,8 +267,30 @@ def test_bad_pictures(processor, tmp_path):
         processor(images=[])
     with pytest.raises((ValueError, TypeError)):
         processor(images=[None])
-    with pytest.raises(ValueError, match="valid path"):
-        processor(images=str(tmp_path / "nothing.png"))
+    missing = tmp_path / "nothing.png"
+    with pytest.raises(ValueError, match=f"images .{missing}. cannot be read: there is no file {missing}"):
+        processor(images=str(missing))
+    cut = tmp_path / "cut.png"
+    two_halves("RGB", "red", "blue").save(cut)
+    cut.write_bytes(cut.read_bytes()[:60])
+    for image in (cut, Image.open(cut)):
+        with pytest.raises(ValueError, match=rf"images\[1\] .{cut}. cannot be read: OSError"):
+            processor(images=[PICTURES["RGB"][0], image])
+
+
+def test_an_image_at_an_address(processor, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    two_halves("RGBA", (200, 0, 0, 255), (0, 0, 0, 0)).save(tmp_path / "a.png")
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        try:
+            np.testing.assert_allclose(pixels(processor, f"{url}/a.png"), halves((200, 0, 0), 255), atol=1)
+            with pytest.raises(ValueError, match=rf"images .{url}/b.png. cannot be read: .*404"):
+                processor(images=f"{url}/b.png")
+        finally:
+            server.shutdown()
 
 
 def test_text_and_pictures_together(processor):

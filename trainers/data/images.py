@@ -1,83 +1,43 @@
-"""Decodes pictures as they lie on disks: upright, 8-bit RGB, and refused with a reason where they cannot be trusted."""
+"""Decodes images as datasets hold them; the decoder itself is the model's own."""
 
-import io
 import os
 from typing import Any
 
-import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
-
-# A picture of more pixels is refused before it is decoded: a few kilobytes of PNG can hold gigabytes of them. This is Pillow's own limit.
-MAX_PIXELS = 89_478_485
-
-
-class BrokenPicture(ValueError):
-    """A picture that cannot be decoded; says why."""
+from modeling_proclip.images import BrokenImage as BrokenPicture
+from modeling_proclip.images import decode_image
 
 
 def decode_picture(value: Any, folder: str | None = None) -> Image.Image:
     """
-    The picture `value` as the image processors of Transformers see it, but upright and in 8 bits.
-
-    Transparency is laid on white and other colour models become RGB, both as `convert_to_rgb` of Transformers does. Beyond that, a picture is
-    turned as its EXIF data say, as `load_image` of Transformers does, and 16 bits a channel are scaled to 8, where Pillow would cut all
-    but the darkest 1/256 to white.
+    The image that a row holds, as [`~modeling_proclip.images.decode_image`] decodes it everywhere.
 
     Args:
-        value: a picture of Pillow, the bytes of a file, a path, or `{"bytes": ..., "path": ...}` as `datasets` gives undecoded pictures.
+        value: an image of Pillow, the bytes of a file, a path, or `{"bytes": ..., "path": ...}` as `datasets` gives undecoded images.
         folder: where relative paths begin.
 
     Returns:
-        A fully read picture of mode "RGB".
+        An image in memory, of mode "RGB".
 
     Raises:
-        BrokenPicture: If there is no picture (None, no bytes, no such file), it is cut short or damaged, of an unknown kind or colour model,
-            or has more than 89 million pixels.
+        BrokenPicture: If there is no image (None, no bytes, no such file), or it cannot be decoded.
     """
     if isinstance(value, dict):
         value = value.get("path") if value.get("bytes") is None else value["bytes"]
     if value is None or (isinstance(value, (bytes, str)) and not value):
-        raise BrokenPicture("there is no picture" if value is None else "it has no bytes")
-    try:
-        if isinstance(value, Image.Image):
-            return _as_rgb(value)
-        opened = io.BytesIO(value) if isinstance(value, bytes) else _open(value, folder)
-        with opened, Image.open(opened) as picture:
-            return _as_rgb(picture)
-    except BrokenPicture:
-        raise
-    except UnidentifiedImageError as error:
-        raise BrokenPicture("it is of no kind that Pillow reads") from error
-    except Image.DecompressionBombError as error:
-        raise BrokenPicture(f"a decompression bomb: {error}") from error
-    # Pillow's readers raise all of these for damaged files, and struct.error, IndexError and others for those that nobody tested.
-    except Exception as error:
-        raise BrokenPicture(f"{type(error).__name__}: {error}".replace("\n", " ")[:200]) from error
-
-
-def _open(path: Any, folder: str | None) -> Any:
-    if not isinstance(path, (str, os.PathLike)):
-        raise BrokenPicture(f"a {type(path).__name__} is no picture")
-    path = os.fspath(path)
+        raise BrokenPicture("there is no image" if value is None else "it has no bytes")
+    if isinstance(value, (bytes, Image.Image)):
+        return decode_image(value)
+    if not isinstance(value, (str, os.PathLike)):
+        raise BrokenPicture(f"expected an image, found {type(value).__name__}")
+    path = os.fspath(value)
     if "://" in path:
         import fsspec
 
-        return fsspec.open(path, "rb").open()
-    return open(os.path.join(folder or "", path), "rb")
+        with fsspec.open(path, "rb") as file:
+            return decode_image(file.read())
+    return decode_image(os.path.join(folder or "", path))
 
 
-def _as_rgb(picture: Image.Image) -> Image.Image:
-    width, height = picture.size
-    if width * height > MAX_PIXELS:
-        raise BrokenPicture(f"a decompression bomb: {width} x {height} pixels, more than {MAX_PIXELS:,}")
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I;16") or picture.mode == "I":
-        values = np.asarray(picture).astype(np.float32) / 257  # a 16-bit PNG is of mode "I" in some releases of Pillow
-        return Image.fromarray(values.round().clip(0, 255).astype(np.uint8)).convert("RGB")
-    if picture.mode == "F":
-        raise BrokenPicture("mode F: the range of its values is unknown")
-    if "A" in picture.getbands() or picture.info.get("transparency") is not None:
-        picture = picture.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", picture.size, (255, 255, 255, 255)), picture).convert("RGB")
-    return picture.convert("RGB")
+__all__ = ["BrokenPicture", "decode_picture"]

@@ -2,13 +2,16 @@
 
 import dataclasses
 import io
+import zlib
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from tests.modeling_proclip.test_images import file_of, png
 from tests.trainers.evaluation.stand_ins import ColorModel, ColorWorld
 from trainers.evaluation.data.manifest import Manifest, parse_manifest
 from trainers.evaluation.runner import evaluate
@@ -94,16 +97,46 @@ def test_corrupt_and_missing_pictures_are_named(bench: Bench, tmp_path):
     rows = [bench.pair("a fox"), bench.pair("a boat"), bench.pair("a house")]
     rows[1]["image"] = rows[1]["image"][:40]
     message = bench.refused(retrieval(save_rows(tmp_path, rows)))
-    assert "benchmark mine, row 1: the picture in column 'image' cannot be read" in message
+    assert "benchmark mine, row 1: the image in column 'image' cannot be read" in message
     rows[1]["image"] = b"no picture at all"
-    assert "row 1: the picture in column 'image' cannot be read" in bench.refused(retrieval(save_rows(tmp_path, rows)))
+    assert "row 1: the image in column 'image' cannot be read" in bench.refused(retrieval(save_rows(tmp_path, rows)))
     table = datasets.Dataset.from_dict({"image": ["0.png", "1.png"], "captions": [["a"], ["b"]]})
     table.to_parquet(tmp_path / "data.parquet")
     (tmp_path / "0.png").write_bytes(bench.world.picture("a"))
     message = bench.refused(retrieval(str(tmp_path / "data.parquet")), FileNotFoundError)
-    assert f"row 1: the picture in column 'image': there is no file {tmp_path / '1.png'}" in message
+    assert f"row 1: the image in column 'image' (1.png): there is no file {tmp_path / '1.png'}" in message
     (tmp_path / "1.png").write_bytes(bench.world.picture("b"))
     assert bench.run(retrieval(str(tmp_path / "data.parquet")))["value"] == 1.0
+
+
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize(
+    ("name", "image", "reason"),
+    [
+        ("page.jpg", b"<html>not found</html>", "not an image"),
+        (
+            "comment.png",
+            png(8, 8, (b"zTXt", b"k\0\0" + zlib.compress(b"A" * 2_000_000))),
+            "Decompressed data too large",
+        ),
+        ("bomb.png", png(13_370, 13_370), "decompression bomb"),
+        ("strip.png", png(30_000, 1), "a strip of 30000 x 1"),
+        ("float.tif", file_of(Image.fromarray(np.ones((2, 2), np.float32)), "TIFF"), "floats"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_an_image_that_cannot_be_decoded_is_named_with_its_file(bench: Bench, tmp_path, name, image, reason, listed):
+    """A row's image may stand in a list of one, whose images `datasets` would decode by itself."""
+    (tmp_path / name).write_bytes(image)
+    (tmp_path / "good.png").write_bytes(bench.world.picture("a"))
+    files = [str(tmp_path / "good.png"), str(tmp_path / name)]
+    kind = datasets.List(datasets.Image()) if listed else datasets.Image()
+    features = datasets.Features(image=kind, captions=datasets.List(datasets.Value("string")))
+    rows = {"image": [[file] if listed else file for file in files], "captions": [["a"], ["b"]]}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "data")
+    message = bench.refused(retrieval(str(tmp_path / "data")))
+    assert message.startswith(f"benchmark mine, row 1: the image in column 'image' ({name}) cannot be read (")
+    assert reason in message and "\n" not in message
 
 
 def test_pictures_of_every_mode_are_read(bench: Bench, tmp_path):
@@ -214,7 +247,7 @@ def test_embeddings_that_are_not_finite_name_their_item(bench: Bench, tmp_path, 
     bad = number_of_tokens(bench.world.tokenizer("a boat")["input_ids"])
     source = save_rows(tmp_path, [bench.pair("a fox"), bench.pair("a boat"), bench.pair("a house")])
     message = bench.refused(retrieval(source))
-    item = "benchmark mine, row 1: the picture in column 'image'" if side == "image" else "the text 'a boat'"
+    item = "benchmark mine, row 1: the image in column 'image'" if side == "image" else "the text 'a boat'"
     assert f"the embedding of {item} is not finite" in message and "--dtype float32" in message
 
 

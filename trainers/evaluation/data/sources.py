@@ -98,6 +98,8 @@ def open_data(
     for name, feature in rows.features.items():
         if isinstance(feature, datasets.Image):
             rows = rows.cast_column(name, datasets.Image(decode=False))
+        elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
+            rows = rows.cast_column(name, datasets.List(datasets.Image(decode=False)))
     if limit is not None and limit < len(rows):
         rows = rows.select(sorted(random.Random(seed).sample(range(len(rows)), limit)))
     else:

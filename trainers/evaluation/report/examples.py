@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from modeling_proclip.processing_proclip import to_rgb
+from modeling_proclip.images import decode_image
 
 
 THUMBNAIL = 112  # pixels, longest side
@@ -105,7 +105,7 @@ def retrieval_examples(
 
 def thumbnail(picture: Image.Image) -> str:
     """A picture as a JPEG of at most 112 x 112 pixels in a data URI: 2 to 5 kB."""
-    picture = to_rgb(picture).copy()
+    picture = decode_image(picture)
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
     file = io.BytesIO()
     picture.save(file, "JPEG", quality=85)

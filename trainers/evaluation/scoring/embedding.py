@@ -1,6 +1,5 @@
 """Embeds the pictures and texts of a task through the cache, on every process a part."""
 
-import io
 import os
 from collections import deque
 from collections.abc import Iterator
@@ -12,9 +11,10 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from tqdm.auto import tqdm
 
+from modeling_proclip.images import BrokenImage, decode_image
 from trainers.text_store.encoding import shorten
 from trainers.text_store.keys import text_keys
 
@@ -103,12 +103,8 @@ def embed_texts(
 
 
 def picture_bytes(task: Task, column: str, row: int) -> bytes:
-    """The file of a picture as it was stored. ValueError if there is none; names benchmark and row."""
-    value = task.data.rows[row][column]
-    if isinstance(value, list):
-        if len(value) != 1:
-            raise ValueError(f"{_picture_name(task, column, row)}: expected one picture, found {len(value)}")
-        value = value[0]
+    """The file of an image as it was stored. ValueError if there is none; names benchmark, row and file."""
+    value, name = _stored(task, column, row), _picture_name(task, column, row)
     if isinstance(value, dict) and value.get("bytes") is not None:
         return value["bytes"]
     path = value.get("path") if isinstance(value, dict) else value
@@ -118,28 +114,24 @@ def picture_bytes(task: Task, column: str, row: int) -> bytes:
             file = (task.data.folder if task.data.folder.is_dir() else task.data.folder.parent) / file
         if file.is_file():
             return file.read_bytes()
-        raise FileNotFoundError(f"{_picture_name(task, column, row)}: there is no file {file}")
-    if isinstance(value, Image.Image):
-        buffer = io.BytesIO()
-        value.save(buffer, "PNG")
-        return buffer.getvalue()
-    raise ValueError(
-        f"{_picture_name(task, column, row)}: expected a picture, found {type(value).__name__} {value!r:.60}"
-    )
+        raise FileNotFoundError(f"{name}: there is no file {file}")
+    raise ValueError(f"{name}: expected an image, found {type(value).__name__} {value!r:.60}")
 
 
 def decode(task: Task, column: str, row: int) -> Image.Image:
-    """The picture, decoded. ValueError if its file is damaged; names benchmark and row."""
+    """The image, decoded. ValueError if it cannot be; names benchmark, row and file."""
     try:
-        image = Image.open(io.BytesIO(picture_bytes(task, column, row)))
-        image.load()
-        return image
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
+        return decode_image(picture_bytes(task, column, row))
+    except BrokenImage as error:
         raise ValueError(
-            f"{_picture_name(task, column, row)} cannot be read ({error}): fetch the data again; without it the number would be another one"
+            f"{_picture_name(task, column, row)} cannot be read ({error}). Without it the number would be another one: mend the image"
         ) from error
+
+
+def _stored(task: Task, column: str, row: int) -> Any:
+    """The undecoded image of a row, which may stand in a list of one."""
+    value = task.data.rows[row][column]
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
 def _picture_places(task: Task) -> Iterator[tuple[str, int]]:
@@ -147,7 +139,10 @@ def _picture_places(task: Task) -> Iterator[tuple[str, int]]:
 
 
 def _picture_name(task: Task, column: str, row: int) -> str:
-    return f"benchmark {task.manifest.name}, row {row}: the picture in column {column!r}"
+    value = _stored(task, column, row)
+    path = value.get("path") if isinstance(value, dict) else value
+    file = f" ({path})" if isinstance(path, str) else ""
+    return f"benchmark {task.manifest.name}, row {row}: the image in column {column!r}{file}"
 
 
 def embeddings(encoder: Encoder, cache: FeatureCache, keys: np.ndarray, project: bool) -> torch.Tensor:

@@ -13,7 +13,6 @@ from transformers import AutoModel, AutoProcessor, BatchFeature
 
 import modeling_proclip  # noqa: F401  registers the classes
 from modeling_proclip import ProCLIPModel
-from modeling_proclip.processing_proclip import to_rgb
 from modeling_proclip.text_tower import own_weights_sha256, state_sha256
 from trainers.text_store.encoding import (
     EncodedBatch,
@@ -128,8 +127,8 @@ class Encoder:
         return {**fingerprint, **self._place()}
 
     def prepare_images(self, images: Sequence[Image.Image]) -> BatchFeature:
-        """Pictures as the model takes them. All models see the same: turned as the camera says, transparent parts white."""
-        return self.processor.image_processor(images=[to_rgb(image) for image in images], return_tensors="pt")
+        """Decoded images (mode "RGB") as the model takes them."""
+        return self.processor.image_processor(images=images, return_tensors="pt")
 
     @torch.inference_mode()
     def encode_images(self, inputs: BatchFeature) -> torch.Tensor:
