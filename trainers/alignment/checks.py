@@ -118,8 +118,10 @@ def _captions(dataset: Any) -> Iterator[list[str]] | None:
             column if column in opened.table.column_names else column.split(".")[0] for column in opened.text_columns
         }
         return (texts_of(row, opened) for row in opened.table.select_columns(sorted(columns)))
-    if isinstance(dataset, datasets.Dataset) and "text" in dataset.column_names:
-        dataset = dataset.select_columns("text")
+    if isinstance(dataset, datasets.Dataset) and dataset.format["type"] != "custom" and "text" in dataset.column_names:
+        dataset = dataset.select_columns(
+            "text"
+        )  # not with set_transform, which needs the images too and may change the captions
     elif not isinstance(dataset, list):
         return None
     return (captions_of(row, f"row {i}") for i, row in enumerate(dataset))

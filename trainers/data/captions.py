@@ -1,7 +1,7 @@
 """The captions of a row, and which of them it shows in an epoch."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch.utils.data import IterableDataset
@@ -54,11 +54,17 @@ def captions_of(row: Mapping[str, Any], name: str) -> list[str]:
     The captions of a row, at least one.
 
     Raises:
-        ValueError: If the row has no column "text" or an empty list there; calls the row `name`.
+        ValueError: If the row has no column "text", no caption there, or something that is not text; calls the row `name`.
     """
     if "text" not in row:
         raise ValueError(f'{name} has no column "text", only {sorted(row)}: rename the column that holds the captions')
-    captions = [row["text"]] if isinstance(row["text"], str) else list(row["text"])
-    if not captions:
-        raise ValueError(f'{name} has an empty list of captions in "text": leave such rows out')
+    value = row["text"]
+    captions = [value] if isinstance(value, str) or not isinstance(value, Iterable) else list(value)
+    if not captions or value is None or "" in captions:
+        raise ValueError(f'{name} has no caption in "text": leave such rows out')
+    for caption in captions:
+        if not isinstance(caption, str):
+            raise ValueError(
+                f'{name} has the {type(caption).__name__} {caption!r:.80} in "text", where a caption or a list of captions is expected'
+            )
     return captions

@@ -3,11 +3,14 @@
 from types import SimpleNamespace
 
 import datasets
+import numpy as np
 import pytest
+import torch
 from accelerate.utils import DistributedType
+from PIL import Image
 
 from tests.trainers.tiny_encoders import tiny_proclip
-from tests.trainers.tiny_pairs import captions, write_layout
+from tests.trainers.tiny_pairs import captions, color, write_layout
 from tests.trainers.tiny_training import picture_rows, tuning_trainer
 from trainers.alignment.checks import check_texts, refuse_sharding
 from trainers.data import TextEmbeddingStore, open_pairs
@@ -56,6 +59,40 @@ def test_a_training_is_refused_before_it_begins(tmp_path, model_and_store, where
     tuning_trainer(tmp_path, model, rows=rows, text_store=store, eval_dataset=rows)
     with pytest.raises(KeyError, match="1 of the texts are not in the text store.*nobody knows this"):
         tuning_trainer(tmp_path, model, rows=train, text_store=store, eval_dataset=evaluated)
+
+
+def test_a_dataset_with_a_transform_is_trained_on(tmp_path, model_and_store):
+    """As Transformers' image examples prepare theirs: the transform needs the image, so captions cannot be read without it."""
+    model, store = model_and_store
+    images = [Image.new("RGB", (8, 8), color(i)) for i in range(6)]
+    rows = datasets.Dataset.from_dict({"image": images, "caption": [captions(i % 4) for i in range(6)]})
+    shown = []
+
+    def transform(batch):
+        shown.extend(batch["caption"])
+        pixels = [torch.as_tensor(np.array(image)).permute(2, 0, 1) / 255 for image in batch["image"]]
+        return {"pixel_values": pixels, "text": batch["caption"]}
+
+    tuning_trainer(tmp_path, model, rows=rows.with_transform(transform), text_store=store, max_steps=1).train()
+    assert len(shown) >= 6
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "row 2 has no caption"),
+        ([], "row 2 has no caption"),
+        ("", "row 2 has no caption"),
+        (7, 'row 2 has the int 7 in "text"'),
+        (["a fox", None], 'row 2 has the NoneType None in "text"'),
+    ],
+)
+def test_a_row_without_a_caption_is_named(tmp_path, model_and_store, text, message):
+    model, store = model_and_store
+    rows = [{**row, "text": captions(i % 4)} for i, row in enumerate(picture_rows(6))]
+    rows[2]["text"] = text
+    with pytest.raises(ValueError, match=message):
+        tuning_trainer(tmp_path, model, rows=rows, text_store=store)
 
 
 @pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])

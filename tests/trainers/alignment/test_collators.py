@@ -55,7 +55,7 @@ def test_data_workers_that_outlive_an_epoch_follow_it():
     ("row", "message"),
     [
         ({"caption": "a"}, r"row 0 has no column \"text\", only \['caption'\]"),
-        ({"text": []}, "row 0 has an empty list"),
+        ({"text": []}, "row 0 has no caption"),
     ],
 )
 def test_rows_without_a_caption_are_named(row, message):

@@ -6,10 +6,13 @@ in it is checked against the data before a number comes out (`trainers.evaluatio
 
 import dataclasses
 import difflib
+import re
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from trainers.storage.paths import path_inside
 
 from .strict_yaml import build, check_keys, read_yaml
 
@@ -42,6 +45,9 @@ METRICS: dict[str, tuple[str, ...]] = {
     "cka": ("cka_debiased", "cka"),
 }
 
+# A benchmark's name is also the name of files that the evaluation writes.
+_NAME = re.compile(r"[\w][\w .+-]{0,99}")
+
 _FOLDER = Path(__file__).parent
 MANIFESTS = _FOLDER / "manifests"
 SUITES = _FOLDER / "suites"
@@ -51,6 +57,8 @@ RESOURCES = _FOLDER / "resources"
 @dataclass(frozen=True, kw_only=True)
 class Data:
     """Where the rows are and how many there must be.
+
+    Files that the manifest names lie inside the source: a manifest from somebody else reaches nothing else on this computer.
 
     Attributes:
         source: dataset on the Hub, or a local file or folder; for "openmoji", the packages that the data is made of.
@@ -68,6 +76,7 @@ class Data:
         image_folder: for the layout "caption_file", where in the source's folder the pictures' names begin.
         where: column -> value: take only the rows that have it.
         first: take only so many rows, the first.
+        own_captions: in place of `caption_file`, a file that the user names on the command line, wherever it lies; not written in a file.
     """
 
     source: str
@@ -82,6 +91,7 @@ class Data:
     image_folder: str = ""
     where: dict[str, str] = field(default_factory=dict)
     first: int | None = None
+    own_captions: Path | None = field(default=None, metadata={"in_file": False})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +117,7 @@ class Manifest:
     """A benchmark.
 
     Attributes:
-        name: unique; the name of the task in the results.
+        name: unique; the name of the task in the results and of the files with its items: letters, digits, spaces and . _ + -.
         title: for people.
         kind: "retrieval", "zero_shot", "fine_grained", "caption_retrieval", "linear_probe", or "cka", which compares a model's image encoder
             with the baseline's and is left out without one.
@@ -171,7 +181,7 @@ class Suite:
 def resource_lines(name: str) -> list[str]:
     """The lines of a file in `resources/`. ValueError if there is none of that name."""
     path = RESOURCES / name
-    if not path.is_file():
+    if path not in RESOURCES.iterdir():
         raise ValueError(
             f"there is no resource {name!r}; there are {', '.join(sorted(p.name for p in RESOURCES.iterdir()))}"
         )
@@ -231,8 +241,10 @@ def load_suite(name_or_path: str | Path) -> Suite:
             tasks += parse_manifest(task, f"{path}, task {number}")
         elif not isinstance(task, str):
             raise ValueError(f"{path}, task {number}: expected a benchmark's name or a manifest, found {task!r}")
+        elif task.endswith((".yaml", ".yml")):
+            tasks += load_manifest(_beside(path, task, f"{path}, task {number}"))
         else:
-            tasks += load_manifest(path.parent / task if task.endswith((".yaml", ".yml")) else task)
+            tasks += load_manifest(task)
     return Suite(name=str(content["name"]), title=str(content.get("title", "")), tasks=check_unique(tasks))
 
 
@@ -246,11 +258,20 @@ def own_images(images: Path, captions: Path, image_column: str, caption_column: 
         raise FileNotFoundError(f"there is no folder {images}")
     if not captions.is_file():
         raise FileNotFoundError(f"there is no file {captions}")
-    data = Data(source=str(images), layout="caption_file", caption_file=str(captions.resolve()))
+    data = Data(source=str(images), layout="caption_file", own_captions=captions)
     columns = {"image": image_column, "captions": caption_column}
-    return Manifest(
-        name=images.resolve().name, title=str(images), kind="retrieval", group="own", data=data, columns=columns
-    )
+    name = images.resolve().name
+    if not _NAME.fullmatch(name):
+        name = "own images"
+    return Manifest(name=name, title=str(images), kind="retrieval", group="own", data=data, columns=columns)
+
+
+def _beside(file: Path, name: str, where: str) -> Path:
+    """The path `name`, seen from the folder of `file`. ValueError if it lies elsewhere."""
+    try:
+        return path_inside(file.parent, name)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}; copy the manifest there") from error
 
 
 def check_unique(tasks: list[Manifest]) -> list[Manifest]:
@@ -267,13 +288,22 @@ def parse_manifest(content: Any, where: str) -> list[Manifest]:
     manifest = build(Manifest, content, where)
     _check(manifest, where)
     if manifest.variants is None:
-        return [manifest]
+        return [_check_name(manifest, where)]
     if not manifest.variants or "{variant}" not in manifest.name:
         raise ValueError(f"{where}: variants must not be empty, and need a name with {{variant}} in it")
     counts = manifest.variants if isinstance(manifest.variants, dict) else dict.fromkeys(manifest.variants, {})
     for variant, own in counts.items():
         check_keys(own, {"num_items", "num_captions"}, set(), f"{where}, variant {variant}")
-    return [_fill(manifest, variant, own) for variant, own in counts.items()]
+    return [_check_name(_fill(manifest, variant, own), where) for variant, own in counts.items()]
+
+
+def _check_name(manifest: Manifest, where: str) -> Manifest:
+    if not _NAME.fullmatch(manifest.name):
+        raise ValueError(
+            f"{where}: name must be at most 100 letters, digits, spaces and . _ + -, the first one a letter or digit, because files are "
+            f"called by it; got {manifest.name!r:.120}"
+        )
+    return manifest
 
 
 def _fill(manifest: Manifest, variant: str, counts: dict[str, int]) -> Manifest:

@@ -5,15 +5,22 @@ import dataclasses
 import json
 import random
 import re
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
+import regex
+
+from trainers.data.image_folder import ImageFolder
+from trainers.storage.paths import path_inside
 
 from .manifest import Classes, Manifest, resource_lines
 
+
+_SECONDS_FOR_EDITS = 10  # of all class names: an expression from somebody else may backtrack for years
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -136,8 +143,7 @@ def class_names(classes: Classes, data: OpenedData, label_feature: Any, where: s
         names = [names[place] for place in classes.pick]
     if len(names) != classes.count:
         raise ValueError(f"{where}: {data.source} has {len(names)} classes where the manifest states {classes.count}")
-    for pattern, replacement in classes.edit:
-        names = [re.sub(pattern, replacement, name) for name in names]
+    names = _edited(names, classes.edit, where)
     empty = [place for place, name in enumerate(names) if not name.strip()]
     if empty:
         raise ValueError(f"{where}: class {empty[0]} of {data.source} has an empty name")
@@ -145,6 +151,24 @@ def class_names(classes: Classes, data: OpenedData, label_feature: Any, where: s
         raise ValueError(
             f"{where}: the labels of {data.source} are of {len(label_feature.names)} classes where the manifest states {classes.count}"
         )
+    return names
+
+
+def _edited(names: list[str], edits: list[list[str]], where: str) -> list[str]:
+    deadline = time.monotonic() + _SECONDS_FOR_EDITS
+    for pattern, replacement in edits:
+        try:
+            names = [
+                regex.sub(pattern, replacement, name, timeout=max(deadline - time.monotonic(), 0)) for name in names
+            ]
+        except (regex.error, IndexError) as error:
+            raise ValueError(
+                f"{where}: edit [{pattern!r:.80}, {replacement!r:.80}] is no regular expression with its replacement: {error}"
+            ) from error
+        except TimeoutError as error:
+            raise ValueError(
+                f"{where}: edit {pattern!r:.80} takes more than {_SECONDS_FOR_EDITS} seconds: write a simpler expression"
+            ) from error
     return names
 
 
@@ -238,8 +262,11 @@ def _table(source: str, folder: Path | None, manifest: Manifest, where: str) -> 
 
 def _caption_folder(folder: Path, manifest: Manifest) -> datasets.Dataset:
     """Rows of `image/NAME.jpg` and `caption/NAME.txt`, sorted by name. Urban-1k is laid out like this."""
-    pictures = {path.stem: path for path in sorted((folder / "image").glob("*")) if path.suffix.lower() in PICTURES}
-    texts = {path.stem: path for path in (folder / "caption").glob("*.txt")}
+    where = f"benchmark {manifest.name}"
+    found = [_inside(folder, str(path.relative_to(folder)), where) for path in sorted(folder.glob("*/*"))]
+    found = [path for path in found if path.is_file() and not path.name.startswith(".")]
+    pictures = {path.stem: path for path in found if path.parent.name == "image" and path.suffix.lower() in PICTURES}
+    texts = {path.stem: path for path in found if path.parent.name == "caption" and path.suffix.lower() == ".txt"}
     alone = sorted(set(pictures) ^ set(texts))
     if alone:
         raise ValueError(
@@ -249,7 +276,7 @@ def _caption_folder(folder: Path, manifest: Manifest) -> datasets.Dataset:
     names = list(pictures)
     return datasets.Dataset.from_dict(
         {
-            manifest.columns["image"]: [str(pictures[name]) for name in names],
+            manifest.columns["image"]: [str(pictures[name].absolute()) for name in names],
             manifest.columns["captions"]: [_first_line(texts[name]) for name in names],
         }
     )
@@ -262,19 +289,27 @@ def _first_line(file: Path) -> str:
 def _caption_file(folder: Path, manifest: Manifest) -> datasets.Dataset:
     """Rows of a file that names pictures in `folder`. For retrieval, rows that name the same picture become one with all their captions."""
     where, data = f"benchmark {manifest.name}", manifest.data
-    file = folder / str(data.caption_file)
+    file = data.own_captions or _inside(folder, str(data.caption_file), where)
     if not file.is_file():
         raise FileNotFoundError(f"{where}: there is no file {file}")
     rows = _file_rows(file, where)
+    if data.own_captions is None:
+        images = ImageFolder(folder, (_inside(folder, data.image_folder, where),))
+    else:
+        images = ImageFolder.beside(folder, file)
     numbered = [(i, row) for i, row in enumerate(rows, 1) if all(str(row.get(k)) == v for k, v in data.where.items())]
-    picked = []
+    picked: list[dict[str, Any]] = []
     for number, row in numbered[: data.first]:
         values = {
             key: _pick(row, column, f"{where}: {file}, row {number}") for key, column in manifest.columns.items()
         }
-        path = folder / data.image_folder / str(values["image"])
-        if not path.is_file():
-            raise FileNotFoundError(f"{where}: {file}, row {number} names {values['image']!r}, and there is no {path}")
+        name = str(values["image"])
+        if not picked:
+            images = images.settled(name)
+        try:
+            path = images.find(name)
+        except (OSError, ValueError) as error:
+            raise type(error)(f"{where}: {file}, row {number} names the image {name!r:.200}: {error}") from error
         picked.append({**values, "image": str(path)})
     if manifest.kind == "retrieval":
         grouped: dict[str, list[Any]] = {}
@@ -299,6 +334,14 @@ def _pick(row: Any, path: str, where: str) -> Any:
     return value
 
 
+def _inside(folder: Path, name: str, where: str) -> Path:
+    """The path of what a manifest calls `name`. ValueError if it lies outside of the data's folder."""
+    try:
+        return path_inside(folder, name)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
 def _mmvp(folder: Path, where: str) -> datasets.Dataset:
     """Rows of pairs from MMVP-VLM's `Questions.csv`: number, kind and statement of a picture in every row, two rows a pair."""
     rows = list(csv.reader((folder / "Questions.csv").read_text(encoding="utf-8-sig").splitlines()))[1:]
@@ -308,7 +351,9 @@ def _mmvp(folder: Path, where: str) -> datasets.Dataset:
     for first, second in zip(rows[::2], rows[1::2], strict=True):
         for place, (number, _, statement) in enumerate((first, second), 1):
             # Both pictures lie in the folder of the first one's kind.
-            columns[f"image_{place}"].append(str(folder / "MLLM_VLM Images" / first[1] / f"{number}.jpg"))
+            columns[f"image_{place}"].append(
+                str(_inside(folder, f"MLLM_VLM Images/{first[1]}/{number}.jpg", where).absolute())
+            )
             columns[f"caption_{place}"].append(statement)
         columns["category"].append(first[1])
     return datasets.Dataset.from_dict(columns)
@@ -341,9 +386,11 @@ def _source_lines(name: str, data: OpenedData, where: str) -> list[str]:
     if data.folder is None:
         from huggingface_hub import hf_hub_download
 
+        if ".." in Path(name).parts or Path(name).is_absolute():
+            raise ValueError(f"{where}: {name!r} lies outside of the dataset {data.source}")
         path = Path(hf_hub_download(data.source, name, repo_type="dataset", revision=data.revision))
     else:
-        path = (data.folder if data.folder.is_dir() else data.folder.parent) / name
+        path = _inside(data.folder if data.folder.is_dir() else data.folder.parent, name, where)
         if not path.is_file():
             raise FileNotFoundError(f"{where}: there is no {path}, which names the classes")
     return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]

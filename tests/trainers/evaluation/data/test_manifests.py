@@ -147,6 +147,12 @@ def test_a_manifest_in_ten_lines_is_read():
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
+        ("name: mine", "name: ../mine", "name must be at most 100 letters"),
+        ("name: mine", "name: a/b", "name must be at most 100 letters"),
+        ("name: mine", "name: .mine", "name must be at most 100 letters"),
+        ("name: mine", 'name: "{variant}"\nvariants: [../a]', "name must be at most 100 letters"),
+        ("source: some/where", "source: some/where, own_captions: x.csv", "data: unknown key 'own_captions'"),
+        ('["a {}"]', "resource:../manifest.py", "there is no resource '../manifest.py'"),
         ("title: Mine", "titel: Mine", "unknown key 'titel'; did you mean 'title'"),
         ("title: Mine\n", "", "'title' is missing"),
         ("num_items: 3", "num_item: 3", "here, data: unknown key 'num_item'; did you mean 'num_items'"),
@@ -197,6 +203,10 @@ def test_suites_of_ones_own(tmp_path):
     assert "tasks must be a list" in refused("name: x\ntasks: dtd")
     assert "there is no benchmark 'dtds'; did you mean 'dtd'?" in refused("name: x\ntasks: [dtds]")
     assert "there is no file" in refused("name: x\ntasks: [other.yaml]")
+    assert "lies outside of" in refused(f"name: x\ntasks: [{tmp_path.parent}/other.yaml]")
+    assert "lies outside of" in refused("name: x\ntasks: [../other.yaml]")
+    (tmp_path / "link.yaml").symlink_to(MANIFESTS / "dtd.yaml")
+    assert "lies outside of" in refused("name: x\ntasks: [link.yaml]")
     assert "unknown key 'task'" in refused("name: x\ntask: [dtd]")
     assert "cannot be read as YAML" in refused("name: [")
     with pytest.raises(ValueError, match="there is no suite 'zero-shots'; did you mean 'zero-shot'"):
