@@ -8,6 +8,23 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 
 TEMPLATES = Path(__file__).parent / "templates"
+# The quickstart's LLMs: title, base model on the Hub, licence of the whole checkpoint. The drawings' licence covers the image encoder, which
+# learned from nothing else; Gemma's terms bind as well.
+_SMOLLM2: tuple[str, str, dict[str, Any]] = (
+    "SmolLM2-135M-Instruct",
+    "HuggingFaceTB/SmolLM2-135M-Instruct",
+    {"license": "cc-by-sa-4.0"},
+)
+_GEMMA3_LICENSE: dict[str, Any] = {
+    "license": "other",
+    "license_name": "cc-by-sa-4.0-and-gemma",
+    "license_link": "https://ai.google.dev/gemma/terms",
+}
+_LANGUAGE_MODELS = {
+    "plain": _SMOLLM2,
+    "tuned": _SMOLLM2,
+    "gemma3": ("Gemma 3 270M", "google/gemma-3-270m", _GEMMA3_LICENSE),
+}
 METRICS = {
     "zero_shot_seen": ("zero-shot-image-classification", "accuracy", "Top-1, concepts with pictures in the alignment"),
     "zero_shot_unseen": (
@@ -47,13 +64,15 @@ def quickstart_card(results: Mapping[str, Any]) -> ModelCard:
         )
         for key, (task, metric, title) in METRICS.items()
     ]
+    llm = results.get("llm", "plain")
+    llm_title, base_model, license = _LANGUAGE_MODELS[llm]
     metadata = ModelCardData(
         model_name="ProCLIP OpenMoji",
         library_name="transformers",
         pipeline_tag="zero-shot-image-classification",
-        license="cc-by-sa-4.0",  # the drawings' licence: the image encoder learned from nothing else
+        **license,
         language=["en"],
-        base_model=["HuggingFaceTB/SmolLM2-135M-Instruct"],
+        base_model=[base_model],
         tags=["proclip", "llm2clip", "clip", "openmoji"],
         eval_results=evaluations,
     )
@@ -66,5 +85,6 @@ def quickstart_card(results: Mapping[str, Any]) -> ModelCard:
         num_language_concepts=results["num_language_concepts"],
         seed=results["seed"],
         size=results["size"],
-        llm=results.get("llm", "plain"),
+        llm=llm,
+        llm_title=llm_title,
     )

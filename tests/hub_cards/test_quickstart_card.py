@@ -43,6 +43,12 @@ def test_the_metadata_survives_a_round_trip(tmp_path):
     assert values["Image-to-text R@1"] == 0.1944 and len(values) == 4
 
 
+def test_gemma_is_named_with_its_terms():
+    card = quickstart_card({**RESULTS, "llm": "gemma3"})
+    assert "--llm gemma3" in card.text and "Gemma Terms of Use" in card.text and "SmolLM2" not in card.text
+    assert (card.data.base_model, card.data.license_name) == (["google/gemma-3-270m"], "cc-by-sa-4.0-and-gemma")
+
+
 def test_missing_rows_are_named():
     with pytest.raises(ValueError, match="'proclip'"):
         quickstart_card({**RESULTS, "rows": [row("clip", 0.5)]})

@@ -79,6 +79,7 @@ def test_the_hub_s_own_check_takes_every_kind_of_card(tmp_path, monkeypatch):
     store = TextEmbeddingStore.build(["a text"], model, processor, tmp_path / "store", progress=False)
     cards = [
         quickstart_card(RESULTS),
+        quickstart_card({**RESULTS, "llm": "gemma3"}),
         model_card(tmp_path / "model", license="mit", languages=["en"]),
         text_store_card(store),
         converted_card("owner/model", {"tower": "ViT"}, ["a note"]),

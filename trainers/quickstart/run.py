@@ -29,7 +29,7 @@ from trainers.openmoji.task import SIZES, PictureDataset, make_task
 from trainers.text_store.store import TextEmbeddingStore
 
 from .evaluate import embed_pictures, rank_pictures, score
-from .language_model import merge_tuning, unpack_language_model
+from .language_model import LANGUAGE_MODELS
 from .report import print_table, write_pictures
 
 
@@ -38,22 +38,21 @@ from .report import print_table, write_pictures
 ADAPTER: dict[str, Any] = {"adapter_num_layers": 2, "adapter_expansion": 2, "adapter_input_norm": "standardize"}
 INHERITANCE: dict[str, Any] = {"learning_rate": 1e-3, "per_device_train_batch_size": 256}
 TUNING: dict[str, Any] = {"learning_rate": 1e-4, "per_device_train_batch_size": 128}
-# Each LLM with what the names of its folder and of its embeddings end in.
-LANGUAGE_MODELS = {"plain": "", "tuned": "-tuned"}
 # LLM2CLIP and LiT start from a fresh adapter, which wants larger steps than an inherited one; the image encoder's stay the same.
 FRESH_ADAPTER: dict[str, Any] = {"adapter_learning_rate": 1e-3}
 
 
 def quickstart(output_dir: Path, size: str = "full", seed: int = 0, llm: str = "plain") -> dict[str, Any]:
     """
-    Align SmolLM2 with a small CLIP by ProCLIP and by its baselines, print the table and write everything to `output_dir`.
+    Align an LLM with a small CLIP by ProCLIP and by its baselines, print the table and write everything to `output_dir`.
 
     Args:
         output_dir: Gets `proclip/` (checkpoint and card), `results.json` and three pictures; and what a second run need not do again:
             `llm/`, `text-store/`, `clip-text-store/`.
         size: "full" or "small" (a smoke test of the same path).
         seed: Of pictures, captions, adapters and batches.
-        llm: "plain", SmolLM2 as it was published, or "tuned", with the LoRA of stage 0 that comes with this package.
+        llm: "plain", SmolLM2 as it was published, "tuned", SmolLM2 with the LoRA of stage 0 that comes with this package, or "gemma3", the
+            multilingual Gemma 3 270M, under the Gemma Terms of Use.
 
     Returns:
         What `results.json` holds.
@@ -97,8 +96,7 @@ class Quickstart:
         self, output_dir: Path, size: str, seed: int, llm: str = "plain", adapter: Mapping[str, Any] = ADAPTER
     ):
         self.output_dir, self.size_name, self.size, self.seed = output_dir, size, SIZES[size], seed
-        self.llm_name, self.adapter = llm, adapter
-        self.llm_folder = output_dir / f"llm{LANGUAGE_MODELS[llm]}"
+        self.llm_name, self.language_model, self.adapter = llm, LANGUAGE_MODELS[llm], adapter
         self.console = Console(highlight=False)
         self.seconds: dict[str, float] = {}
         self.curves: dict[str, list[tuple[int, float]]] = {}
@@ -118,7 +116,9 @@ class Quickstart:
     def run(self) -> dict[str, Any]:
         with self.step("pictures", "Drawing the pictures"):
             self.draw()
-        with self.step("llm", "Unpacking the LLM, SmolLM2-135M-Instruct"):
+        if self.language_model.weights.terms is not None:
+            self.console.print(self.language_model.weights.terms, soft_wrap=True)
+        with self.step("llm", f"Unpacking the LLM, {self.language_model.weights.title}"):
             self.pair_with_llm()
         with self.step("text_store", "Embedding every text once, by the LLM and by CLIP's own text encoder"):
             self.build_stores()
@@ -177,19 +177,19 @@ class Quickstart:
         self.test_pixels = PictureDataset(self.task, self.task.test, self.clip_processor.image_processor).pixel_values
 
     def pair_with_llm(self) -> None:
-        unpack_language_model(self.output_dir / "llm", native_dtype())
-        if self.llm_name == "tuned":
-            merge_tuning(self.output_dir / "llm", self.llm_folder)
+        self.llm_folder = self.language_model.prepare(self.output_dir, native_dtype())
         set_seed(self.seed)
         self.pair = ProCLIPModel.from_vision_text_pretrained(
             copy.deepcopy(self.clip), self.llm_folder, attn_implementation="eager", **self.adapter
         )
         tokenizer = AutoTokenizer.from_pretrained(self.llm_folder)
-        self.processor = ProCLIPProcessor(self.clip_processor.image_processor, tokenizer, max_length=128)
+        self.processor = ProCLIPProcessor(
+            self.clip_processor.image_processor, tokenizer, instruction=self.language_model.instruction, max_length=128
+        )
 
     def build_stores(self, more_texts: Sequence[str] = ()) -> None:
         texts = list(dict.fromkeys([*self.task.all_texts(), *more_texts]))
-        store = self.output_dir / f"text-store{LANGUAGE_MODELS[self.llm_name]}"
+        store = self.output_dir / f"text-store{self.language_model.suffix}"
         self.text_store = TextEmbeddingStore.build(texts, self.pair, self.processor, store)
         self.teacher_store = TextEmbeddingStore.build(
             texts, self.clip, self.clip_processor, self.output_dir / "clip-text-store"
@@ -257,6 +257,8 @@ class Quickstart:
         model.text_model = self.llm
         model.save_pretrained(staging)
         self.processor.save_pretrained(staging)
+        for _, notice in self.language_model.weights.notices:
+            shutil.copy(self.llm_folder / Path(notice).name, staging)
         quickstart_card(results).save(staging / "README.md")
         shutil.rmtree(checkpoint, ignore_errors=True)
         staging.rename(checkpoint)
