@@ -15,7 +15,7 @@ from tests.modeling_proclip import tiny
 from tests.trainers.tiny_recipe import write_parts
 
 
-CAPTIONS = [f"a picture of {number} cats" for number in range(8)]
+CAPTIONS = [f"a drawing of {number} cats" for number in range(8)]
 
 
 def blocks(file: str) -> list[str]:
@@ -115,8 +115,8 @@ def test_long_captions(folder):
 
 
 def test_all_examples_of_the_integrations_page(folder, images):
-    images[0].save("picture.png")
-    names = run_page("docs/integrations.md", {"pictures": images, "captions": CAPTIONS})
+    images[0].save("image.png")
+    names = run_page("docs/integrations.md", {"images": images, "captions": CAPTIONS})
     assert np.linalg.norm(names["text_embeds"], axis=-1) == pytest.approx([1, 1], abs=1e-5)
     for written in (
         "my-tuned-proclip/modules.json",
