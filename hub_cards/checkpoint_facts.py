@@ -104,7 +104,7 @@ def own_weights(folder: str | Path) -> set[str]:
     from safetensors.torch import load_file
 
     from modeling_proclip import ProCLIPModel
-    from modeling_proclip.text_tower import own_weights_sha256
+    from modeling_proclip.identity import own_weights_sha256
 
     state = {}
     for file in sorted(Path(folder).glob("model*.safetensors")):

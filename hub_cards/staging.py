@@ -19,8 +19,8 @@ from modeling_proclip import ProCLIPConfig, ProCLIPModel
 from modeling_proclip.conversion.json_files import read_json
 from modeling_proclip.conversion.output import MAX_SHARD_BYTES, PlannedTensor, sketch_tensors, write_tensors
 from modeling_proclip.conversion.stored_tensors import StoredTensor, read_tensors
-from modeling_proclip.lean_checkpoint import record_text_model, recorded_text_model
-from modeling_proclip.text_tower import weights_sha256
+from modeling_proclip.identity import weights_sha256
+from modeling_proclip.lean_checkpoint import check_text_config, record_text_model, recorded_text_model
 
 from .checkpoint_facts import is_hub_name
 from .model import PLACEHOLDER, model_card
@@ -258,6 +258,7 @@ def _rename_text_model(config: ProCLIPConfig, name: str, revision: str | None, l
         raise PublishError(
             f"The checkpoint was made with an LLM whose weights have SHA-256 {config.text_model_sha256}, but {name!r} has {found}."
         )
+    check_text_config(config, name, commit)
     config.text_model_name_or_path, config.text_model_revision, config.text_model_sha256 = name, commit, found
 
 

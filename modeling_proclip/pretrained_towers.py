@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModel, CLIPVisionModelWithProjection, P
 from transformers.utils import cached_file
 
 from .configuration_proclip import TOWERS
+from .identity import load_llm_config
 
 
 def of_tower(value: Any, tower: str, default: Any = None) -> Any:
@@ -33,7 +34,7 @@ def take_vision(
     """The image encoder, and its projection and logit scale (as a logarithm) where the checkpoint has them."""
     if not isinstance(vision, PreTrainedModel):
         _refuse_other_modules(vision)
-        config = AutoConfig.from_pretrained(vision, revision=revision)
+        config = AutoConfig.from_pretrained(vision, revision=revision, trust_remote_code=False)
         # AutoModel would drop the projection of a CLIPVisionModelWithProjection without a word.
         projected = "CLIPVisionModelWithProjection" in (config.architectures or [])
         loader = CLIPVisionModelWithProjection if projected else AutoModel
@@ -81,14 +82,13 @@ def load_text(
     **download_kwargs: Any,
 ) -> PreTrainedModel:
     """The base model of a decoder LLM, told to attend in both directions."""
-    revision = revision or "main"
-    config = AutoConfig.from_pretrained(name_or_path, revision=revision, **download_kwargs).get_text_config()
+    config = load_llm_config(name_or_path, revision, **download_kwargs)
     config.is_causal = False
     return _load_complete(
         AutoModel,
         name_or_path,
         config=config,
-        revision=revision,
+        revision=revision or "main",
         dtype=dtype,
         attn_implementation=attn_implementation,
         device_map=device_map,
@@ -97,7 +97,9 @@ def load_text(
 
 
 def _load_complete(loader: Any, name_or_path: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
-    model, info = loader.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
+    # Code that comes with a tower is not run: its classes are those of Transformers.
+    kwargs |= {"output_loading_info": True, "trust_remote_code": False}
+    model, info = loader.from_pretrained(name_or_path, **kwargs)
     if info["missing_keys"]:
         raise ValueError(
             f"{name_or_path} has no weights for {sorted(info['missing_keys'])[0]!r} of {type(model).__name__} (and {len(info['missing_keys']) - 1} "

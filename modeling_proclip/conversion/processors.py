@@ -11,8 +11,8 @@ from transformers.image_utils import PILImageResampling
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from ..identity import weights_sha256
 from ..processing_proclip import ProCLIPProcessor
-from ..text_tower import weights_sha256
 from .errors import ConversionError
 
 

@@ -98,4 +98,6 @@ def test_beside_an_8b_llm_the_vision_side_only_is_foretold_and_sent(hub):
     assert found["second publish, weights"] == 0
     parameters = 8_030_261_248 - 128_256 * 4_096  # Llama-3-8B's, without its head
     assert found["the LLM, named"] == 2 * parameters
-    assert 2 * parameters < found["full, foretold"] - found["weights sent"] < 2 * parameters + 200_000
+    assert (
+        2 * parameters < found["full, foretold"] - found["weights sent"] < 2 * parameters + 250_000
+    )  # with code and card

@@ -11,8 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
 
-from modeling_proclip import ProCLIPModel
-from modeling_proclip.text_tower import module_sha256, weights_sha256
+from modeling_proclip import ProCLIPModel, lean_checkpoint
+from modeling_proclip.identity import module_sha256, weights_sha256
 from tests.modeling_proclip import tiny
 
 
@@ -113,6 +113,110 @@ def test_refuses_a_changed_llm(lean, llm):
     with pytest.raises(ValueError, match=r"SHA-256 \w{64}, but .*llm.* has \w{64}. Pass text_model="):
         AutoModel.from_pretrained(lean)
     AutoModel.from_pretrained(lean, load_text_model=False)
+
+
+def weights_beside_the_index(llm):
+    state = load_file(llm / "model.safetensors")
+    save_file(state, llm / "model-00001-of-00001.safetensors", metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(state, "model-00001-of-00001.safetensors")}
+    (llm / "model.safetensors.index.json").write_text(json.dumps(index))
+    change_one_weight(llm)
+
+
+def every_tensor_twice(llm):
+    state = load_file(llm / "model.safetensors")
+    twice = {**{name: tensor + 1 for name, tensor in state.items()}, **{f"model.{k}": v for k, v in state.items()}}
+    save_file(twice, llm / "model.safetensors", metadata={"format": "pt"})
+
+
+def an_adapter(llm):
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(target_modules=["q_proj", "down_proj"], r=4, init_lora_weights=False)
+    peft.get_peft_model(LlamaModel.from_pretrained(llm), lora).save_pretrained(llm)
+
+
+def another_file_by_name(llm):
+    """`transformers_weights` in a configuration names the file to load in place of model.safetensors."""
+    state = {name: tensor + 1 for name, tensor in load_file(llm / "model.safetensors").items()}
+    save_file(state, llm / "other.safetensors", metadata={"format": "pt"})
+    edit_config(llm, transformers_weights="other.safetensors")
+
+
+def edit_config(folder, **values):
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**content, **values}))
+
+
+@pytest.mark.parametrize(
+    ("tamper", "message"),
+    [
+        (weights_beside_the_index, "weights have SHA-256"),
+        (every_tensor_twice, "holds the tensor 'embed_tokens.weight' twice, as 'embed_tokens.weight'"),
+        (an_adapter, "adapter_config.json: this adapter would be loaded into the LLM"),
+        (another_file_by_name, "text_config.transformers_weights is not given there and 'other.safetensors' here"),
+        (lambda llm: edit_config(llm, rms_norm_eps=0.1), "text_config.rms_norm_eps is 1e-06 there and 0.1 here"),
+        (lambda llm: edit_config(llm, hidden_act="relu"), "text_config.hidden_act is 'silu' there and 'relu' here"),
+        (
+            lambda llm: edit_config(llm, rope_parameters={"rope_theta": 100.0, "rope_type": "default"}),
+            "text_config.rope_parameters.rope_theta is 10000.0 there and 100.0 here",
+        ),
+    ],
+)
+def test_refuses_an_llm_that_would_load_as_another_one(lean, llm, pair, tamper, message):
+    tamper(llm)
+    with pytest.raises(ValueError, match=message):
+        AutoModel.from_pretrained(lean)
+    if "text_config" in message:
+        with pytest.raises(ValueError, match=message):
+            ProCLIPModel.from_pretrained(lean, text_model=LlamaModel.from_pretrained(llm))
+        with pytest.raises(ValueError, match=f"{message}.*a lean checkpoint would lose that"):
+            pair.save_pretrained(lean, lean=True)
+
+
+def test_refuses_what_was_loaded_if_it_is_not_what_was_hashed(lean, monkeypatch):
+    """Whatever way Transformers finds to load other weights than the files that have the hash."""
+
+    def load_another(*args, **kwargs):
+        model = load_text(*args, **kwargs)
+        model.norm.weight.data[3] += 1e-3
+        return model
+
+    load_text = lean_checkpoint.load_text
+    monkeypatch.setattr(lean_checkpoint, "load_text", load_another)
+    with pytest.raises(
+        ValueError, match="loads something else from .*llm' than its safetensors: text_model.norm.weight"
+    ):
+        AutoModel.from_pretrained(lean)
+    AutoModel.from_pretrained(lean, verify_text_model=False)
+
+
+def test_what_changes_no_embedding_is_no_other_llm(lean, llm, pair):
+    edit_config(llm, use_cache=False, pad_token_id=7, attention_dropout=0.5, architectures=["LlamaForCausalLM"])
+    (llm / "pytorch_model.bin").write_bytes(b"never read")
+    assert_same_embeddings(pair, AutoModel.from_pretrained(lean))
+
+
+def test_says_that_an_llm_cannot_be_told_from_another(lean, pair, monkeypatch):
+    said = []
+    monkeypatch.setattr(lean_checkpoint.logger, "warning_once", said.append)
+    edit_config(lean, text_model_sha256=None)
+    assert_same_embeddings(pair, AutoModel.from_pretrained(lean))
+    (warning,) = said
+    assert "does not record the hash of its LLM's weights" in warning
+
+
+def test_code_of_an_llm_is_neither_run_nor_asked_for(lean, llm, monkeypatch):
+    """Transformers would ask on the terminal whether to run it."""
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *args: asked.append(args) or "y")
+    edit_config(llm, model_type="stranger", auto_map={"AutoConfig": "code.Config", "AutoModel": "code.Model"})
+    (llm / "code.py").write_text("raise SystemExit('it ran')")
+    for trust in ({}, {"trust_remote_code": True}):
+        with pytest.raises(ValueError, match="llm needs code of its own, which is not run"):
+            AutoModel.from_pretrained(lean, **trust)
+    with pytest.raises(ValueError, match="llm needs code of its own, which is not run"):
+        ProCLIPModel.from_vision_text_pretrained(tiny.clip(), llm)
+    assert not asked
 
 
 def test_refuses_a_missing_llm(lean, llm, monkeypatch):

@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase
 
 from modeling_proclip import ProCLIPModel, ProCLIPProcessor
-from modeling_proclip.text_tower import module_sha256
+from modeling_proclip.identity import module_sha256
 from trainers.compute.onednn import fastest_linear
 
 

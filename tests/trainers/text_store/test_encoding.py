@@ -3,7 +3,7 @@ import torch
 from transformers import CLIPVisionModel
 
 from modeling_proclip import ProCLIPProcessor
-from modeling_proclip.text_tower import weights_sha256
+from modeling_proclip.identity import weights_sha256
 from tests.trainers.tiny_encoders import make_texts, tiny_clip, tiny_proclip
 from trainers.compute import onednn
 from trainers.data import encode_texts

@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoProcessor, BatchFeature
 
 import modeling_proclip  # noqa: F401  registers the classes
 from modeling_proclip import ProCLIPModel
-from modeling_proclip.text_tower import own_weights_sha256, state_sha256
+from modeling_proclip.identity import own_weights_sha256, state_sha256
 from trainers.text_store.encoding import (
     EncodedBatch,
     count_truncated,
