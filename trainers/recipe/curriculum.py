@@ -3,16 +3,18 @@
 The output directory of a recipe:
 
     recipe.yaml                 the recipe with all defaults filled in; `proclip train` takes it
+    commits.json                the commits that names on the Hub stood for at the first run
     text-stores/{llm,teacher}/  unless the recipe has them elsewhere
     preparation/model/          the untrained pair: image encoder, fresh adapter, processor
     <stage>/checkpoints/        of the Trainer
     <stage>/model/              the stage's result, a lean checkpoint with its processor; of stage 0 the tuned LLM
     caption_contrastive/adapter/  the LoRA of stage 0 by itself
-    <step>/started.json         the part of the recipe that decides the step's result
-    <step>/complete.json        the same, versions, steps, last log: written last, so a step that has it is finished
+    <step>/started.json         what decides the step's result: part of the recipe, hashes of data and models, versions
+    <step>/complete.json        the same, hashes of the result, steps, last log: written last, so a step that has it is finished
 """
 
 import json
+import logging
 import os
 import platform
 import shutil
@@ -39,8 +41,11 @@ from trainers.storage.files import write_file
 from trainers.text_store.store import TextEmbeddingStore
 
 from .files import RecipeError
-from .progress import PREPARATION, STAGE_0, RecipeProgress
+from .inputs import Json, describe_data, find_commits, with_commits
+from .progress import COMMITS, PREPARATION, STAGE_0, RecipeProgress
 
+
+logger = logging.getLogger(__name__)
 
 _VERSIONS_OF = ("proclip-transformers", "torch", "transformers", "accelerate", "datasets")
 
@@ -74,6 +79,10 @@ class Curriculum(RecipeProgress):
             raise RecipeError(f"this recipe has no stage {stage!r}, only {', '.join(self.recipe.stages)}")
         names = list(self.recipe.stages) if stage is None else [stage]
         with self._locked():
+            self._on_main(self._find_commits)
+            self.recipe = with_commits(self.as_written, self.commits())
+            self.check_recipe()
+            self.hashes.read(self.files())
             for step in (PREPARATION, *self.recipe.stages):
                 self.state_of(step)
             if stage is not None:
@@ -98,11 +107,13 @@ class Curriculum(RecipeProgress):
 
     def _prepare(self) -> None:
         """Build the text stores, and save the untrained pair."""
-        folder = self.output_dir / PREPARATION
-        if self.state_of(PREPARATION) == "finished":
+        folder, stores = self.output_dir / PREPARATION, self._stores()
+        finished = self.state_of(PREPARATION) == "finished"
+        if finished and self._record(PREPARATION, "complete.json").get("stores", stores) == stores:
             return
         settings = self.recipe.model
-        self._on_main(lambda: self._begin(PREPARATION))
+        if not finished:
+            self._on_main(lambda: self._begin(PREPARATION))
         started = time.perf_counter()
         set_seed(self.recipe.seed)
         model = ProCLIPModel.from_vision_text_pretrained(
@@ -118,17 +129,27 @@ class Curriculum(RecipeProgress):
         if self.needs_store("llm"):
             self._build_store("llm", model, processor)
         if self.needs_store("teacher"):
-            name = settings.teacher or settings.vision
-            revision = settings.teacher_revision or (settings.vision_revision if settings.teacher is None else "main")
+            name, revision = settings.place_of("teacher")
             teacher = AutoModel.from_pretrained(name, revision=revision, dtype=torch.float32).eval()
             self._build_store("teacher", teacher, AutoTokenizer.from_pretrained(name, revision=revision))
 
-        def save(staging: Path) -> None:
-            model.save_pretrained(staging, lean=True)
-            processor.save_pretrained(staging)
+        def save(partial: Path) -> None:
+            model.save_pretrained(partial, lean=True)
+            processor.save_pretrained(partial)
 
-        self._on_main(lambda: _replace_folder(folder / "model", save))
-        self._on_main(lambda: self._finish(PREPARATION, {"seconds": round(time.perf_counter() - started, 1)}))
+        if not finished:
+            self._on_main(lambda: _replace_folder(folder / "model", save))
+        facts = {"stores": stores, "seconds": round(time.perf_counter() - started, 1)}
+        self._on_main(lambda: self._finish(PREPARATION, facts))
+
+    def _stores(self) -> Json:
+        """What the text stores must hold besides what is trained on, and where they are; both may change after they were built."""
+        held_out, stores = self.recipe.data.eval, self.recipe.text_stores
+        return {
+            "llm": stores.llm.path,
+            "teacher": stores.teacher.path,
+            "data.eval": None if held_out is None else describe_data(held_out, self.hashes, images=False),
+        }
 
     def _llm(self) -> tuple[str, str]:
         """Where the LLM of stage 1 and stage 2 is, and its revision: the recipe's, or what stage 0 made of it."""
@@ -138,11 +159,9 @@ class Curriculum(RecipeProgress):
 
     def _processor(self, text: str, revision: str) -> ProCLIPProcessor:
         settings = self.recipe.model
+        image_processor, image_processor_revision = settings.place_of("image_processor")
         return ProCLIPProcessor(
-            AutoImageProcessor.from_pretrained(
-                settings.image_processor or settings.vision,
-                revision=settings.vision_revision if settings.image_processor is None else "main",
-            ),
+            AutoImageProcessor.from_pretrained(image_processor, revision=image_processor_revision),
             AutoTokenizer.from_pretrained(text, revision=revision),
             settings.prompt_template,
             settings.instruction,
@@ -197,22 +216,22 @@ class Curriculum(RecipeProgress):
         trainer = CaptionContrastiveTrainer(
             model,
             args,
-            open_pairs(data.captions or data.train, seed, images=False),
+            open_pairs(self.data_of(STAGE_0), seed, images=False),
             self._held_out(args, images=False),
             processing_class=processor,
             plain_text_dataset=data.plain_texts and open_pairs(data.plain_texts, seed, images=False),
         )
         trainer.train(resume_from_checkpoint=self.checkpoint_of(STAGE_0))
-        adapter = _staging(folder / "adapter")
+        adapter = _partial(folder / "adapter")
         self._on_main(lambda: shutil.rmtree(adapter, ignore_errors=True))
         trainer.save_model(str(adapter))
         tuned = trainer.merge()
 
         def finish() -> None:
-            def save(staging: Path) -> None:
-                tuned.save_pretrained(staging)
+            def save(partial: Path) -> None:
+                tuned.save_pretrained(partial)
                 # The LLM's own: the processor's has a template around every text.
-                AutoTokenizer.from_pretrained(settings.text, revision=settings.text_revision).save_pretrained(staging)
+                AutoTokenizer.from_pretrained(settings.text, revision=settings.text_revision).save_pretrained(partial)
 
             _replace_folder(folder / "model", save)
             _put_in_place(adapter, folder / "adapter")
@@ -232,16 +251,19 @@ class Curriculum(RecipeProgress):
             source, load_text_model=False, attn_implementation=self.recipe.model.attn_implementation
         )
         processor = ProCLIPProcessor.from_pretrained(source)
-        trainer = self._trainer(stage, model, processor)
+        try:
+            trainer = self._trainer(stage, model, processor)
+        except KeyError as error:  # a caption that a text store of the recipe's own does not hold
+            raise RecipeError(f"stages.{stage}: {error.args[0]}") from error
         trainer.train(resume_from_checkpoint=self.checkpoint_of(stage))
-        staging = _staging(folder / "model")
-        self._on_main(lambda: shutil.rmtree(staging, ignore_errors=True))
-        trainer.save_model(str(staging))  # of all processes: under FSDP each holds a part
+        partial = _partial(folder / "model")
+        self._on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
+        trainer.save_model(str(partial))  # of all processes: under FSDP each holds a part
 
         def finish() -> None:
-            processor.save_pretrained(staging)
-            model_card(staging, title=self.output_dir.name).save(staging / "README.md")
-            _put_in_place(staging, folder / "model")
+            processor.save_pretrained(partial)
+            model_card(partial, title=self.output_dir.name).save(partial / "README.md")
+            _put_in_place(partial, folder / "model")
             self._finish(stage, self._facts(trainer, started))
 
         self._on_main(finish)
@@ -263,12 +285,11 @@ class Curriculum(RecipeProgress):
         return open_pairs(data.eval, self.recipe.seed, images=images)
 
     def _trainer(self, stage: str, model: ProCLIPModel, processor: ProCLIPProcessor) -> Trainer:
-        args, data, seed = self.arguments[stage], self.recipe.data, self.recipe.seed
-        pictures = stage == "contrastive_tuning"
-        rows = open_pairs(data.train if pictures else data.texts or data.train, seed, images=pictures)
-        held_out = self._held_out(args, images=pictures)
+        args, images = self.arguments[stage], stage == "contrastive_tuning"
+        rows = open_pairs(self.data_of(stage), self.recipe.seed, images=images)
+        held_out = self._held_out(args, images=images)
         text_store = TextEmbeddingStore(self.store_path("llm"))
-        if pictures:
+        if images:
             return ContrastiveTuningTrainer(
                 model, args, rows, held_out, text_store=text_store, processing_class=processor
             )
@@ -286,15 +307,39 @@ class Curriculum(RecipeProgress):
         body = yaml.safe_dump(json.loads(json.dumps(self.resolved())), sort_keys=False, allow_unicode=True)
         write_file(self.output_dir / "recipe.yaml", (head + body).encode())
 
+    def _find_commits(self) -> None:
+        """Write down which commits names on the Hub stand for, unless an earlier release has begun without."""
+        begun = any(self.output_dir.glob("*/started.json"))
+        if begun and not (self.output_dir / COMMITS).is_file():
+            return
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        self._write_json(COMMITS, find_commits(self.as_written, self.commits()))
+
     def _begin(self, step: str) -> None:
         (self.output_dir / step).mkdir(parents=True, exist_ok=True)
-        self._write_json(step, "started.json", {"recipe": self._part(step), "versions": versions()})
+        before = self._record(step).get("versions", versions())
+        if before != versions():
+            logger.warning(
+                "%s was begun with %s and goes on with %s: the last bits of its result can differ from a run that was not interrupted",
+                self.output_dir / step,
+                ", ".join(map(" ".join, before.items())),
+                ", ".join(map(" ".join, versions().items())),
+            )
+        record = {"recipe": self._part(step), "inputs": self.inputs_of(step), "versions": versions()}
+        self._write_json(f"{step}/started.json", record)
 
-    def _finish(self, step: str, facts: dict[str, Any]) -> None:
-        self._write_json(step, "complete.json", {"recipe": self._part(step), "versions": versions(), **facts})
+    def _finish(self, step: str, facts: Json) -> None:
+        # The inputs are those of the beginning: whoever changed a file since is told the next time.
+        record = {**self._record(step), "versions": versions(), "result": self.result_of(step), **facts}
+        self._write_json(f"{step}/complete.json", record)
 
-    def _write_json(self, step: str, name: str, content: dict[str, Any]) -> None:
-        write_file(self.output_dir / step / name, (json.dumps(content, indent=1) + "\n").encode())
+    def _record(self, step: str, name: str = "started.json") -> Json:
+        """What was written down of a step; empty if nothing was."""
+        path = self.output_dir / step / name
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    def _write_json(self, name: str, content: Json) -> None:
+        write_file(self.output_dir / name, (json.dumps(content, indent=1) + "\n").encode())
 
     # Processes
 
@@ -342,21 +387,21 @@ def versions() -> dict[str, str]:
     return {**{name: version(name) for name in _VERSIONS_OF}, "python": platform.python_version()}
 
 
-def _staging(folder: Path) -> Path:
+def _partial(folder: Path) -> Path:
     return folder.with_name(folder.name + ".partial")
 
 
 def _replace_folder(folder: Path, write: Any) -> None:
     """Write `folder` so that it is there as a whole or not at all."""
-    staging = _staging(folder)
-    shutil.rmtree(staging, ignore_errors=True)
-    os.makedirs(staging)
-    write(staging)
-    _put_in_place(staging, folder)
+    partial = _partial(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+    os.makedirs(partial)
+    write(partial)
+    _put_in_place(partial, folder)
 
 
-def _put_in_place(staging: Path, folder: Path) -> None:
+def _put_in_place(partial: Path, folder: Path) -> None:
     """Rename a folder that a Trainer wrote to what people find, without the pickle in it."""
-    (staging / "training_args.bin").unlink(missing_ok=True)
+    (partial / "training_args.bin").unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
-    staging.rename(folder)
+    partial.rename(folder)

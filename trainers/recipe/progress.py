@@ -1,6 +1,7 @@
-"""What a recipe means on this machine, and how far its output directory has come; nothing here trains or writes."""
+"""What a recipe means on this machine, and how far its output directory has come; nothing here trains."""
 
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,26 @@ from accelerate import PartialState
 from trainers.base.checkpoints import last_complete_checkpoint
 from trainers.compute.dtypes import native_dtype
 from trainers.data.pairs import PairSource, open_pairs
+from trainers.text_store.store import TextEmbeddingStore
 
 from .files import RecipeError
+from .inputs import (
+    FileHashes,
+    Json,
+    changes_of,
+    data_files,
+    describe_data,
+    describe_model,
+    is_local,
+    model_files,
+    with_commits,
+)
 from .schema import CONFIG_OF, ELSEWHERE, Recipe, derived_arguments, own_fields
 
 
+logger = logging.getLogger(__name__)
+
+COMMITS = "commits.json"
 PREPARATION = "preparation"
 STAGE_0 = "caption_contrastive"
 
@@ -52,7 +68,7 @@ class RecipeProgress:
         recipe: checked, as [`load_recipe`] gives it.
 
     Attributes:
-        recipe: the same.
+        recipe: the same, with the commits that its branches and tags on the Hub stood for when it was first run.
         output_dir: absolute.
         processes: how many there are, and which of them this one is.
         precision: "float32", "bfloat16" or "float16".
@@ -63,33 +79,141 @@ class RecipeProgress:
     """
 
     def __init__(self, recipe: Recipe):
-        self.recipe = recipe
         self.output_dir = Path(recipe.output_dir).absolute()
+        self.as_written = recipe
+        self.recipe = with_commits(recipe, self.commits())
         self.processes = PartialState(cpu=not torch.accelerator.is_available())
+        self.hashes = FileHashes(self.processes)
         self.precision = _precision(recipe.precision)
         if recipe.data.eval is not None and recipe.data.eval.streaming:
             raise RecipeError("data.eval.streaming: held-out rows are read by number; leave it false")
         self.arguments = {name: self._arguments(name) for name in recipe.stages}
 
+    def commits(self) -> Json:
+        """The commits that names on the Hub stood for when the recipe was first run, see [`~trainers.recipe.inputs.find_commits`]."""
+        path = self.output_dir / COMMITS
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
     def state_of(self, step: str) -> str:
         """
-        "finished", "begun" or "to do".
+        "finished", "begun" or "to do". Costs one pass over the files that decide the step's result, if they were not read before.
 
         Raises:
-            RecipeError: If the step was finished or begun with another recipe; names the keys that changed.
+            RecipeError: If the step was finished or begun with another recipe or other files, or its result was changed since; names what differs.
         """
+        record, state = self._record_of(step)
+        if state != "to do":
+            self._check_recipe(step, record, state)
+            self._check_files(step, record, state)
+        return state
+
+    def check_recipe(self) -> None:
+        """RecipeError if a step was finished or begun with another recipe; names the keys that changed. Opens no files."""
+        for step in (PREPARATION, *self.recipe.stages):
+            record, state = self._record_of(step)
+            if state != "to do":
+                self._check_recipe(step, record, state)
+
+    def _record_of(self, step: str) -> tuple[Json, str]:
+        """The last record of `step`, and its state; an empty one if nothing was recorded."""
         for file, state in (("complete.json", "finished"), ("started.json", "begun")):
             path = self.output_dir / step / file
             if path.is_file():
-                before = json.loads(path.read_text(encoding="utf-8"))["recipe"]
-                changes = list(_changes(before, self._part(step)))
-                if changes:
-                    raise RecipeError(
-                        f"{path.parent} was {state} with another recipe: {'; '.join(changes[:3])}. Give this recipe an output_dir of its own, "
-                        f"or delete {path.parent} to run it anew"
-                    )
-                return state
-        return "to do"
+                return json.loads(path.read_text(encoding="utf-8")), state
+        return {}, "to do"
+
+    def _check_recipe(self, step: str, record: Json, state: str) -> None:
+        if changes := list(_changes(record["recipe"], self._part(step))):
+            raise RecipeError(
+                f"{self.output_dir / step} was {state} with another recipe: {'; '.join(changes[:3])}. Change it back, {self._remedy(step)}"
+            )
+
+    def _check_files(self, step: str, record: Json, state: str) -> None:
+        folder = self.output_dir / step
+        if "inputs" not in record:
+            logger.warning(
+                "%s is of an earlier release, which kept no hashes: whether its data and models have changed is unknown",
+                folder,
+            )
+        elif changes := changes_of(record["inputs"], self.inputs_of(step)):
+            raise RecipeError(
+                f"{folder} was {state} with other files: {'; '.join(changes)}. Put them back, {self._remedy(step)}"
+            )
+        elif state == "finished" and (
+            changes := changes_of({"model": record["result"]}, {"model": self.result_of(step)})
+        ):
+            raise RecipeError(
+                f"{folder} was changed after it was finished: {'; '.join(changes)}. Put it back, {self._remedy(step)}"
+            )
+
+    def _remedy(self, step: str) -> str:
+        return f"give this recipe an output_dir of its own, or delete {self.output_dir / step} to run it anew"
+
+    def inputs_of(self, step: str) -> Json:
+        """What decides the result of `step` besides the recipe: hashes of data, models and the model before, by key of the recipe, as JSON."""
+        found: Json = {}
+        for field in self._data_of(step):
+            source = getattr(self.recipe.data, field)
+            found[f"data.{field}"] = describe_data(source, self.hashes, images=_reads_images(step))
+        for part in self._models_of(step):
+            found[f"model.{part}"] = describe_model(*self.recipe.model.place_of(part), self.hashes)
+        before = self.step_before(step)
+        if before is not None:
+            found[f"{before}/model"] = self.result_of(before)
+        for which in self._stores_of(step):
+            found[f"text_stores.{which}"] = self._encoder_of(which)
+        return found
+
+    def result_of(self, step: str) -> Json:
+        """The hashes of the model that `step` wrote, by file; empty if there is none."""
+        folder = self.output_dir / step / "model"
+        return describe_model(folder, None, self.hashes) if folder.is_dir() else {}
+
+    def files(self) -> list[Path]:
+        """All files of this machine that [`~RecipeProgress.inputs_of`] and [`~RecipeProgress.result_of`] hash."""
+        files: list[Path] = []
+        for step in (PREPARATION, *self.recipe.stages):
+            for field in self._data_of(step):
+                source = getattr(self.recipe.data, field)
+                files += data_files(source, images=_reads_images(step)) if is_local(source) else []
+            folders = [Path(self.recipe.model.place_of(part)[0]) for part in self._models_of(step)]
+            for folder in [*folders, self.output_dir / step / "model"]:
+                files += model_files(folder) if folder.is_dir() else []
+        return files
+
+    def _data_of(self, step: str) -> list[str]:
+        """The fields of `data` that decide the result of `step`."""
+        data = self.recipe.data
+        if step == STAGE_0:
+            return [self.source_of(step)[0], *(["plain_texts"] if data.plain_texts is not None else [])]
+        return self.text_fields("llm") if step == PREPARATION else [self.source_of(step)[0]]
+
+    def _models_of(self, step: str) -> list[str]:
+        """The fields of `model` that decide the result of `step`."""
+        if step == STAGE_0:
+            return ["text"]
+        if step != PREPARATION:
+            return []
+        ours = [] if STAGE_0 in self.recipe.stages else ["text"]
+        return ["vision", "image_processor", *ours, *(["teacher"] if self.needs_store("teacher") else [])]
+
+    def _stores_of(self, step: str) -> list[str]:
+        """The text stores that `step` reads."""
+        return {"inheritance": ["llm", "teacher"], "contrastive_tuning": ["llm"]}.get(step, [])
+
+    def _encoder_of(self, which: str) -> Json:
+        """What made the text store "llm" or "teacher"; where its model lay is of no account."""
+        path = self.store_path(which)
+        fingerprint = TextEmbeddingStore(path).fingerprint if (path / "store.json").is_file() else {}
+        return {key: value for key, value in fingerprint.items() if key not in ("model", "revision")}
+
+    def step_before(self, step: str) -> str | None:
+        """The step whose model `step` starts from."""
+        if step == STAGE_0:
+            return None
+        if step == PREPARATION:
+            return STAGE_0 if STAGE_0 in self.recipe.stages else None
+        return self.predecessor(step)
 
     def predecessor(self, stage: str) -> str:
         """The step whose model `stage` starts from, if it is not stage 0."""
@@ -111,19 +235,20 @@ class RecipeProgress:
         path = getattr(self.recipe.text_stores, which).path
         return self.output_dir / "text-stores" / which if path is None else Path(path).absolute()
 
+    def text_fields(self, which: str) -> list[str]:
+        """The fields of `data` whose captions are trained on from the store "llm" or "teacher"."""
+        stages = [stage for stage in self.recipe.stages if which in self._stores_of(stage)]
+        return list(dict.fromkeys(self.source_of(stage)[0] for stage in stages))
+
     def text_sources(self, which: str) -> list[PairSource]:
-        """What the store "llm" or "teacher" holds the captions of."""
-        data = self.recipe.data
-        trained = [data.texts or data.train] if "inheritance" in self.recipe.stages else []
-        if which == "llm" and "contrastive_tuning" in self.recipe.stages:
-            trained.append(data.train)
-        sources = [*trained, *([data.eval] if data.eval else [])]
-        return [source for i, source in enumerate(sources) if source not in sources[:i]]
+        """What the store "llm" or "teacher" holds the captions of: what is trained on from it, and what is held out."""
+        fields = [*self.text_fields(which), *(["eval"] if self.recipe.data.eval is not None else [])]
+        return [getattr(self.recipe.data, field) for field in fields]
 
     def rows_of(self, stage: str) -> int | None:
         """How many rows `stage` trains on: as the recipe says, or counted; None if they are not there or a stream."""
-        source, key = self.source_of(stage)
-        stated = getattr(self.recipe.data, key)
+        field, key = self.source_of(stage)
+        source, stated = getattr(self.recipe.data, field), getattr(self.recipe.data, key)
         if stated is not None or source.streaming:
             return stated
         try:
@@ -147,8 +272,7 @@ class RecipeProgress:
 
     def needs_store(self, which: str) -> bool:
         """Whether a stage reads the store "llm" or "teacher"."""
-        stages = self.recipe.stages
-        return "inheritance" in stages or (which == "llm" and "contrastive_tuning" in stages)
+        return bool(self.text_fields(which))
 
     def _arguments(self, name: str) -> Any:
         stage = self.recipe.stages[name]
@@ -174,17 +298,21 @@ class RecipeProgress:
         except ValueError as error:
             raise RecipeError(f"stages.{name}: {error}") from error
 
-    def source_of(self, stage: str) -> tuple[PairSource, str]:
-        """What `stage` trains on, and the key of `data` that has its number of rows."""
+    def source_of(self, stage: str) -> tuple[str, str]:
+        """The fields of `data` that say what `stage` trains on, and how many rows that has."""
         data = self.recipe.data
         if stage == STAGE_0 and data.captions is not None:
-            return data.captions, "num_captions"
+            return "captions", "num_captions"
         if stage == "inheritance" and data.texts is not None:
-            return data.texts, "num_texts"
-        return data.train, "num_pairs"
+            return "texts", "num_texts"
+        return "train", "num_pairs"
+
+    def data_of(self, stage: str) -> PairSource:
+        """What `stage` trains on."""
+        return getattr(self.recipe.data, self.source_of(stage)[0])
 
     def _is_stream(self, stage: str) -> bool:
-        return self.source_of(stage)[0].streaming
+        return self.data_of(stage).streaming
 
     def _stream_steps(self, stage: str) -> int:
         key = self.source_of(stage)[1]
@@ -232,6 +360,10 @@ class RecipeProgress:
             for name in wanted
         }
         return json.loads(json.dumps(values))
+
+
+def _reads_images(step: str) -> bool:
+    return step == "contrastive_tuning"
 
 
 def _precision(wanted: str) -> str:

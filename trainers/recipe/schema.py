@@ -33,6 +33,7 @@ ELSEWHERE = {
     "per_device_train_batch_size": "set global_batch_size, and device_batch_size if a device cannot hold its share at once",
     "gradient_caching_batch_size": "set device_batch_size, which turns gradient caching on where it is needed",
     "gradient_accumulation_steps": "set device_batch_size: gradient caching does exactly what accumulation does wrongly here",
+    "hub_token": "recipes are shared, so tokens do not belong in them: log in by `hf auth login`, or set HF_TOKEN",
     "resume_from_checkpoint": "a stage that was interrupted is resumed anyway",
     "use_cpu": "hide the GPUs (CUDA_VISIBLE_DEVICES=) to train on the CPU",
 }
@@ -51,6 +52,7 @@ class ModelSettings:
         teacher: folder or Hub name of the CLIP or SigLIP whose text encoder teaches stage 1; by default `vision`.
         teacher_revision: its commit, tag or branch; by default `vision_revision`.
         image_processor: folder or Hub name of the image processor; by default that of `vision`.
+        image_processor_revision: its commit, tag or branch; by default `vision_revision` if it is that of `vision`, else "main".
         prompt_template: around every text, with `{text}` in it; by default that of the LLM's chat template.
         instruction: before every text, inside the template.
         max_length: most tokens of a text (512 in LLM2CLIP's and ProCLIP's code).
@@ -65,11 +67,19 @@ class ModelSettings:
     teacher: str | None = None
     teacher_revision: str | None = None
     image_processor: str | None = None
+    image_processor_revision: str | None = None
     prompt_template: str | None = None
     instruction: str | None = None
     max_length: int = 512
     attn_implementation: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
+
+    def place_of(self, part: str) -> tuple[str, str]:
+        """Folder or Hub name, and revision, of "vision", "text", "teacher" or "image_processor"."""
+        name, revision = getattr(self, part), getattr(self, f"{part}_revision")
+        if name is None:
+            return self.vision, revision or self.vision_revision
+        return name, revision or "main"
 
 
 @dataclass(frozen=True, kw_only=True)

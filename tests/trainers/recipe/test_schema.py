@@ -95,6 +95,10 @@ def test_a_minimal_recipe_has_every_default(tmp_path):
         ),
         ("stages: {inheritance: {global_batch_size: 2, bf16: true}}", ": stages.inheritance.bf16: set precision"),
         (
+            "stages: {inheritance: {global_batch_size: 2, hub_token: hf_x}}",
+            ": stages.inheritance.hub_token: recipes are shared, so tokens do not belong in them",
+        ),
+        (
             "stages: {inheritance: {global_batch_size: 2, published_lambda: 0.1}}",
             ": stages.inheritance.published_lambda: unknown key",
         ),

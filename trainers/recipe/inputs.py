@@ -1,0 +1,240 @@
+"""What decides the result of a step besides the words of the recipe: the contents of data, encoders and the model before, as hashes.
+
+A recipe names files, and files can be replaced under the same name. So every step records the SHA-256 of what it reads, and a step that goes on
+later compares. All bytes are read, which costs one pass over the data whenever `proclip train` starts: on the order of a minute for 100 GB on a
+local disk, shared by the processes, and less than an epoch of training, which reads the same files. What is on the Hub is named by its commit
+instead; the commit that a branch stood for at first is used again later.
+"""
+
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from huggingface_hub import snapshot_download
+
+from trainers.data.pair_sources import TABLES, open_rows
+from trainers.data.pairs import PairSource
+
+from .schema import Recipe
+
+
+logger = logging.getLogger(__name__)
+
+Json = dict[str, Any]
+
+_BLOCK = 2**20  # bytes
+_MOST_THREADS = 16
+
+# Sources of data in a recipe, and models with the field of their revision.
+SOURCES = ("train", "texts", "captions", "plain_texts", "eval")
+MODELS = ("vision", "text", "teacher", "image_processor")
+
+
+class FileHashes:
+    """
+    SHA-256 of files, each read once as long as it stays the same.
+
+    A file is the same while its device, inode, size, and times of modification and of change are. The time of change cannot be set by a
+    program, so a file that was replaced under an old time of modification (`rsync -t`, `tar x`, `cp -p`) is read again. Nothing is kept from
+    one run of the program to the next.
+
+    Args:
+        processes: that share the reading.
+    """
+
+    def __init__(self, processes: PartialState):
+        self.processes = processes
+        self._known: dict[str, tuple[tuple[int, ...], str]] = {}
+
+    def read(self, paths: Iterable[Path]) -> None:
+        """Hash `paths`, which all processes name, each its share of them."""
+        count = self.processes.num_processes
+        mine = list(dict.fromkeys(paths))[self.processes.process_index :: count]
+        with ThreadPoolExecutor(min(_MOST_THREADS, max(1, (os.cpu_count() or 1) // count))) as threads:
+            list(threads.map(self.of, mine))
+        for known in gather_object([self._known]):
+            self._known |= known
+
+    def of(self, path: Path) -> str:
+        """The SHA-256 of a file."""
+        signature = _signature(path)
+        before, digest = self._known.get(str(path), (None, ""))
+        if before != signature:
+            digest = _sha256(path)
+            self._known[str(path)] = signature, digest
+        return digest
+
+
+def _signature(path: Path) -> tuple[int, ...]:
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def is_local(source: PairSource) -> bool:
+    """Whether `source` names files of this machine, not a dataset on the Hub."""
+    path = Path(source.source)
+    return path.is_absolute() or path.exists() or any(character in source.source for character in "*?[")
+
+
+def data_files(source: PairSource, *, images: bool) -> list[Path]:
+    """
+    The files that decide what is read from a local `source`: those that it names or all below the folder that it names, and with `images`
+    those that the rows of its tables name.
+    """
+    path = Path(source.source)
+    if path.is_dir():
+        return sorted(file for file in path.rglob("*") if file.is_file())
+    files = [path] if path.is_file() else [Path(file) for file in sorted(glob(source.source, recursive=True))]
+    return [*files, *_named_images(source)] if images and files and files[0].suffix in TABLES else files
+
+
+def _named_images(source: PairSource) -> list[Path]:
+    """The image files that the rows of a table name; none if the table holds the images."""
+    opened = open_rows(source)
+    named: dict[Path, None] = {}
+    for row in opened.table.select_columns(opened.image_columns):
+        for value in row.values():
+            if isinstance(value, str):
+                named.setdefault(Path(opened.folder or "", value))
+            elif value is not None:
+                return []
+    return [path for path in named if path.is_file()]
+
+
+def describe_data(source: PairSource, hashes: FileHashes, *, images: bool) -> Json:
+    """The contents of `source`: of files their number, bytes and joint hash; of a dataset on the Hub its commit."""
+    if not is_local(source):
+        return {"commit": source.revision}
+    digest, num_bytes = hashlib.sha256(), 0
+    files = data_files(source, images=images)
+    for file in files:
+        digest.update(
+            f"{os.path.relpath(file, source.source)}\0{hashes.of(file)}\n".encode("utf-8", "surrogateescape")
+        )
+        num_bytes += file.stat().st_size
+    return {"files": len(files), "bytes": num_bytes, "sha256": digest.hexdigest()}
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files of a model's folder from which it, its tokenizer and its processor are loaded."""
+    return sorted(
+        file for file in folder.iterdir() if file.is_file() and file.suffix != ".md" and not file.name.startswith(".")
+    )
+
+
+def describe_model(name_or_path: str | Path, revision: str | None, hashes: FileHashes) -> Json:
+    """The hashes of a model's files by name; of a model on the Hub its commit."""
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        return {"commit": revision}
+    return {file.name: hashes.of(file) for file in model_files(folder)}
+
+
+# Names on the Hub
+
+
+def find_commits(recipe: Recipe, known: Json) -> Json:
+    """
+    The commits that the recipe's names on the Hub stand for: those of `known`, and of other names those of today.
+
+    Returns:
+        Key in the recipe -> `{"name", "revision", "commit"}`; the commit is None where it could not be found out.
+    """
+    found = {}
+    for key, name, revision, kind in _hub_names(recipe):
+        asked = {"name": name, "revision": revision}
+        before = known.get(key, {})
+        same = asked.items() <= before.items()
+        found[key] = {**asked, "commit": before["commit"] if same else _commit(key, name, revision, kind)}
+    return found
+
+
+def with_commits(recipe: Recipe, commits: Json) -> Recipe:
+    """`recipe` with `commits`, see [`find_commits`], in place of the branches and tags that stood for them."""
+    models: dict[str, Any] = {}
+    data: dict[str, Any] = {}
+    for key, name, revision, kind in _hub_names(recipe):
+        known = commits.get(key, {})
+        if {"name": name, "revision": revision}.items() <= known.items() and known["commit"] is not None:
+            field = key.partition(".")[2]
+            if kind == "model":
+                models[f"{field}_revision"] = known["commit"]
+            else:
+                data[field] = replace(getattr(recipe.data, field), revision=known["commit"])
+    return replace(recipe, model=replace(recipe.model, **models), data=replace(recipe.data, **data))
+
+
+def _hub_names(recipe: Recipe) -> list[tuple[str, str, str, str]]:
+    """Key in the recipe, name, revision and kind of repository of what it names on the Hub."""
+    names = []
+    for field in MODELS:
+        name, revision = recipe.model.place_of(field)
+        if not Path(name).is_absolute() and not Path(name).exists():
+            names.append((f"model.{field}", name, revision, "model"))
+    for field in SOURCES:
+        source = getattr(recipe.data, field)
+        if source is not None and not is_local(source):
+            names.append((f"data.{field}", source.source, source.revision or "main", "dataset"))
+    return names
+
+
+def _commit(key: str, name: str, revision: str, kind: str) -> str | None:
+    if re.fullmatch("[0-9a-f]{40}", revision):
+        return revision
+    try:  # fetches no file; without a network, the commit that was fetched last
+        return Path(snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=[])).name
+    except (OSError, ValueError) as error:
+        logger.warning(
+            "%s: which commit %r of %s is could not be found out, so a change cannot be noticed later (%s)",
+            key,
+            revision,
+            name,
+            str(error).partition("\n")[0],
+        )
+        return None
+
+
+def changes_of(before: Json, now: Json) -> list[str]:
+    """What differs between two records of inputs, a phrase each."""
+    changes = []
+    for key in dict.fromkeys([*before, *now]):
+        was, found = before.get(key), now.get(key)
+        if was == found:
+            continue
+        if not was or not found:
+            changes.append(f"{key} was {_shown(was)} and is {_shown(found)}")
+        elif "sha256" in was and "sha256" in found:
+            changes.append(f"{key} has changed: it was {_shown(was)} and is {_shown(found)}")
+        else:
+            names = [name for name in dict.fromkeys([*was, *found]) if was.get(name) != found.get(name)]
+            changes.append(f"{key} has changed: {_named(names)}")
+    return changes
+
+
+def _shown(record: Json | None) -> str:
+    if not record:
+        return "missing"
+    if "sha256" not in record:
+        return _named(list(record))
+    return f"{record['files']:,} files of {record['bytes']:,} bytes, SHA-256 {record['sha256'][:12]}"
+
+
+def _named(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
