@@ -8,6 +8,7 @@ import pytest
 from tests.environments import REPOSITORY
 
 
+PUBLISHED_CODE = {"train.py", "run_supervised.py", "your_script.py"}  # of the papers, and of users
 MODELS = {
     "clip": "CLIP",
     "lit": "LiT",
@@ -52,3 +53,18 @@ def test_the_table_is_that_of_the_published_results(file):
 def test_the_readme_has_the_date_of_the_lock_files():
     dates = [re.search(r"20\d\d-\d\d-\d\d", read(f"locks/{name}.txt"))[0] for name in ("quickstart", "test")]
     assert max(dates) in read("README.md")
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        *sorted(str(p.relative_to(REPOSITORY)) for p in (REPOSITORY / "docs").rglob("*.md")),
+    ],
+)
+def test_python_files_that_a_page_names_exist(file):
+    ours = [f"/{path.relative_to(REPOSITORY)}" for path in REPOSITORY.glob("[a-z]*/**/*.py")]
+    named = set(re.findall(r"`(?:python )?([\w./]+\.py)", read(file))) - PUBLISHED_CODE
+    missing = sorted(name for name in named if not any(path.endswith(f"/{name}") for path in ours))
+    assert not missing
