@@ -89,19 +89,9 @@ class OneSourceBatches(Sampler[int]):
 
     def __init__(self, pairs: CaptionPairs, batch_size: int, plain_text_share: float | None = None):
         self.pairs, self.batch_size = pairs, batch_size
-        self.num_caption_batches = len(pairs.rows) // batch_size
-        if self.num_caption_batches == 0:
-            raise ValueError(
-                f"train_dataset has {len(pairs.rows)} rows, fewer than one batch of {batch_size} over all processes: lower "
-                "per_device_train_batch_size."
-            )
-        self.num_plain_batches = pairs.num_plain // batch_size
-        if pairs.num_plain and self.num_plain_batches == 0:
-            raise ValueError(
-                f"plain_text_dataset has {pairs.num_plain} rows, fewer than one batch of {batch_size} over all processes."
-            )
-        if pairs.num_plain and plain_text_share is not None:
-            self.num_plain_batches = round(self.num_caption_batches * plain_text_share / (1 - plain_text_share))
+        self.num_caption_batches, self.num_plain_batches = count_batches(
+            len(pairs.rows), pairs.num_plain, batch_size, plain_text_share
+        )
 
     def __len__(self) -> int:
         return (self.num_caption_batches + self.num_plain_batches) * self.batch_size
@@ -121,6 +111,25 @@ class OneSourceBatches(Sampler[int]):
         rng.shuffle(batches)
         for batch in batches:
             yield from batch
+
+
+def count_batches(
+    num_captions: int, num_plain: int, batch_size: int, plain_text_share: float | None = None
+) -> tuple[int, int]:
+    """How many batches of captions and of plain text an epoch has. Arguments and errors as for [`OneSourceBatches`]."""
+    caption_batches, plain_batches = num_captions // batch_size, num_plain // batch_size
+    if caption_batches == 0:
+        raise ValueError(
+            f"train_dataset has {num_captions} rows, fewer than one batch of {batch_size} over all processes: lower "
+            "per_device_train_batch_size."
+        )
+    if num_plain and plain_batches == 0:
+        raise ValueError(
+            f"plain_text_dataset has {num_plain} rows, fewer than one batch of {batch_size} over all processes."
+        )
+    if num_plain and plain_text_share is not None:
+        plain_batches = round(caption_batches * plain_text_share / (1 - plain_text_share))
+    return caption_batches, plain_batches
 
 
 class CaptionPairCollator:

@@ -87,6 +87,7 @@ class Curriculum(RecipeProgress):
                 self.state_of(step)
             if stage is not None:
                 self._check_predecessors(stage)
+            self._check_devices()
             self._on_main(self._write_resolved)
             for name in names:
                 if name == STAGE_0:
@@ -104,6 +105,15 @@ class Curriculum(RecipeProgress):
                     f"stage {stage} starts from the result of {before}, which is not finished: run --stage {before} first, or all stages by "
                     "leaving --stage out"
                 )
+
+    def _check_devices(self) -> None:
+        """Trainer gives every GPU that a single process sees a batch of its own, so that the batch would not be the recipe's."""
+        num_gpus = max(arguments.n_gpu for arguments in self.arguments.values())
+        if num_gpus > 1:
+            raise RecipeError(
+                f"one process sees {num_gpus} GPUs: start one for each, by `accelerate launch -m trainers.cli train ...`, or show it one only, by "
+                "CUDA_VISIBLE_DEVICES=0"
+            )
 
     def _prepare(self) -> None:
         """Build the text stores, and save the untrained pair."""
@@ -200,27 +210,12 @@ class Curriculum(RecipeProgress):
 
     def _tune_llm(self) -> None:
         """Stage 0."""
-        folder, data, settings = self.output_dir / STAGE_0, self.recipe.data, self.recipe.model
+        folder, settings = self.output_dir / STAGE_0, self.recipe.model
         if self.state_of(STAGE_0) == "finished":
             return
         self._on_main(lambda: self._begin(STAGE_0))
         started = time.perf_counter()
-        args, seed = self.arguments[STAGE_0], self.recipe.seed
-        model = AutoModel.from_pretrained(
-            settings.text,
-            revision=settings.text_revision,
-            dtype=getattr(torch, self.precision),
-            attn_implementation=settings.attn_implementation,
-        )
-        processor = self._processor(settings.text, settings.text_revision)
-        trainer = CaptionContrastiveTrainer(
-            model,
-            args,
-            open_pairs(self.data_of(STAGE_0), seed, images=False),
-            self._held_out(args, images=False),
-            processing_class=processor,
-            plain_text_dataset=data.plain_texts and open_pairs(data.plain_texts, seed, images=False),
-        )
+        trainer = self._stage_0_trainer()
         trainer.train(resume_from_checkpoint=self.checkpoint_of(STAGE_0))
         adapter = _partial(folder / "adapter")
         self._on_main(lambda: shutil.rmtree(adapter, ignore_errors=True))
@@ -238,6 +233,24 @@ class Curriculum(RecipeProgress):
             self._finish(STAGE_0, self._facts(trainer, started))
 
         self._on_main(finish)
+
+    def _stage_0_trainer(self) -> CaptionContrastiveTrainer:
+        data, settings, seed = self.recipe.data, self.recipe.model, self.recipe.seed
+        args = self.arguments[STAGE_0]
+        model = AutoModel.from_pretrained(
+            settings.text,
+            revision=settings.text_revision,
+            dtype=getattr(torch, self.precision),
+            attn_implementation=settings.attn_implementation,
+        )
+        return CaptionContrastiveTrainer(
+            model,
+            args,
+            open_pairs(self.data_of(STAGE_0), seed, images=False),
+            self._held_out(args, images=False),
+            processing_class=self._processor(settings.text, settings.text_revision),
+            plain_text_dataset=data.plain_texts and open_pairs(data.plain_texts, seed, images=False),
+        )
 
     def _align(self, stage: str) -> None:
         """Stage 1 or stage 2."""
@@ -369,13 +382,16 @@ class Curriculum(RecipeProgress):
 
 
 class _Captions:
-    """The texts of a store, and about how many they are, from which size and time are foretold."""
+    """The texts of a store, and about how many they are, from which size and time are estimated."""
 
     def __init__(self, progress: RecipeProgress, which: str):
         self.progress, self.which = progress, which
 
     def __iter__(self) -> Iterator[str]:
-        return chain.from_iterable(iter_texts(source) for source in self.progress.text_sources(self.which))
+        data = self.progress.recipe.data
+        return chain.from_iterable(
+            iter_texts(getattr(data, field)) for field in self.progress.text_sources(self.which)
+        )
 
     def __length_hint__(self) -> int:
         expected = self.progress.expected_texts(self.which)

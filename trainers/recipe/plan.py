@@ -1,16 +1,19 @@
-"""What a recipe does on this machine, told before anything is run: rows, steps, batches, and how large the text stores become."""
+"""What a recipe does on this machine, estimated before anything runs: rows, steps, batches, and the size of the text stores."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
 
+from trainers.caption_contrastive.batches import count_batches
 from trainers.text_store.build import bytes_of_text
 from trainers.text_store.store import TextEmbeddingStore
 
-from .progress import RecipeProgress
+from .files import RecipeError
+from .progress import STAGE_0, RecipeProgress
 
 
 @dataclass(frozen=True)
@@ -19,17 +22,17 @@ class StagePlan:
     One stage.
 
     Attributes:
-        name: of the stage.
+        name: the stage.
         state: "finished", "to do", "begun", or "resumes from checkpoint-N".
-        rows: that it trains on; None where they cannot be counted yet.
-        steps: optimizer steps in all; None where `rows` is.
-        epochs: passes over the rows; None where a number of steps is given and `rows` is not known.
+        rows: training rows; None where they cannot be counted yet.
+        steps: optimizer steps in all, the Trainer's own number; None where `rows` is None.
+        epochs: passes over the rows, as the Trainer counts them; None where a number of steps is given and `rows` is not known.
         global_batch_size: rows of a step over all processes.
-        num_processes: that share it.
-        device_batch_size: rows that a device takes at once.
-        gradient_caching: whether its share goes through it in parts.
-        seconds: that it took since it was last resumed, if it is finished.
-        last_evaluation: of the held-out rows, if it is finished and had an `eval_strategy`.
+        num_processes: processes that share it.
+        device_batch_size: most rows that a device takes at once.
+        gradient_caching: whether a device's share goes through it in parts.
+        seconds: duration since the stage was last resumed, if it is finished.
+        last_evaluation: metrics on the held-out rows, if it is finished and had an `eval_strategy`.
     """
 
     name: str
@@ -52,11 +55,11 @@ class StorePlan:
 
     Attributes:
         name: "llm" or "teacher".
-        path: its folder.
-        stored: texts that are in it.
-        texts: about how many different ones it will hold; None where they cannot be counted yet.
+        path: the store's folder.
+        stored: number of texts in it now.
+        texts: estimated number of different texts that it will hold; None where rows cannot be counted yet.
         dim: size of an embedding; None if the encoder's config cannot be read.
-        dtype: of the embeddings.
+        dtype: the embeddings' dtype.
     """
 
     name: str
@@ -68,7 +71,7 @@ class StorePlan:
 
     @property
     def num_bytes(self) -> int | None:
-        """About how large it will be."""
+        """Estimated size on the disk."""
         if self.texts is None or self.dim is None:
             return None
         return self.texts * bytes_of_text(self.dim, self.dtype)
@@ -79,7 +82,7 @@ def plan_stages(curriculum: RecipeProgress) -> list[StagePlan]:
     The stages of a recipe, in their order. Rows that the recipe does not number are counted, which for a large dataset means to open it.
 
     Raises:
-        RecipeError: If a stage was run with another recipe.
+        RecipeError: If a stage was run with another recipe or other files, or its rows do not fill a batch.
     """
     return [_plan_stage(curriculum, name) for name in curriculum.recipe.stages]
 
@@ -97,13 +100,12 @@ def _plan_stage(curriculum: RecipeProgress, name: str) -> StagePlan:
         done = json.loads((curriculum.output_dir / name / "complete.json").read_text(encoding="utf-8"))
     elif (checkpoint := curriculum.checkpoint_of(name)) is not None:
         state = f"resumes from {Path(checkpoint).name}"
-    rows = curriculum.rows_of(name)
-    steps = arguments.max_steps if arguments.max_steps > 0 else None
-    if steps is None and rows is not None:
-        steps = int(arguments.num_train_epochs * (rows // settings.global_batch_size))
-    epochs: float | None = arguments.num_train_epochs
-    if arguments.max_steps > 0:
-        epochs = None if rows is None else arguments.max_steps * settings.global_batch_size / rows
+    rows, per_epoch = curriculum.rows_of(name), _steps_per_epoch(curriculum, name)
+    steps, epochs = arguments.max_steps, arguments.num_train_epochs
+    if steps > 0:
+        epochs = None if per_epoch is None else steps / per_epoch
+    else:
+        steps = None if per_epoch is None else math.ceil(epochs * per_epoch)
     share = arguments.per_device_train_batch_size
     cached = arguments.gradient_caching_batch_size
     return StagePlan(
@@ -121,6 +123,27 @@ def _plan_stage(curriculum: RecipeProgress, name: str) -> StagePlan:
     )
 
 
+def _steps_per_epoch(curriculum: RecipeProgress, name: str) -> float | None:
+    """
+    Optimizer steps of one pass over the rows, as the Trainer counts them: whole batches, and a smaller one at the end unless it is dropped. A
+    stream has no end of an epoch, so its last batch goes on into the next pass.
+    """
+    rows, plain = curriculum.rows_of(name), curriculum.plain_rows_of(name)
+    if rows is None or plain is None:
+        return None
+    batch, arguments = curriculum.recipe.stages[name].global_batch_size, curriculum.arguments[name]
+    if curriculum.data_of(name).streaming:
+        return rows / batch
+    try:
+        if name == STAGE_0:
+            return sum(count_batches(rows, plain, batch, arguments.plain_text_share))
+        if arguments.dataloader_drop_last and rows < batch:
+            raise ValueError(f"there are {rows} rows, fewer than one batch of {batch}: lower global_batch_size")
+    except ValueError as error:
+        raise RecipeError(f"stages.{name}: {error}") from error
+    return rows // batch if arguments.dataloader_drop_last else math.ceil(rows / batch)
+
+
 def _plan_store(curriculum: RecipeProgress, which: str) -> StorePlan:
     path = curriculum.store_path(which)
     stored = len(TextEmbeddingStore(path)) if (path / "store.json").is_file() else 0
@@ -131,11 +154,12 @@ def _plan_store(curriculum: RecipeProgress, which: str) -> StorePlan:
 def _dim(curriculum: RecipeProgress, which: str) -> int | None:
     model = curriculum.recipe.model
     try:
+        name, revision = model.place_of("text" if which == "llm" else "teacher")
+        config = AutoConfig.from_pretrained(name, revision=revision)
         if which == "llm":
-            return AutoConfig.from_pretrained(model.text, revision=model.text_revision).get_text_config().hidden_size
-        config = AutoConfig.from_pretrained(model.teacher or model.vision, revision=model.teacher_revision or "main")
+            return config.get_text_config().hidden_size
     except OSError:
         return None
-    # CLIP projects its texts; SigLIP's text encoder has its own projection, to the size of its pictures' embeddings.
+    # CLIP projects its texts; SigLIP's text encoder has its own projection, to the size of its image embeddings.
     projected = getattr(config, "projection_dim", None)
     return projected or getattr(config.text_config, "projection_size", None)

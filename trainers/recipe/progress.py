@@ -240,15 +240,21 @@ class RecipeProgress:
         stages = [stage for stage in self.recipe.stages if which in self._stores_of(stage)]
         return list(dict.fromkeys(self.source_of(stage)[0] for stage in stages))
 
-    def text_sources(self, which: str) -> list[PairSource]:
-        """What the store "llm" or "teacher" holds the captions of: what is trained on from it, and what is held out."""
-        fields = [*self.text_fields(which), *(["eval"] if self.recipe.data.eval is not None else [])]
-        return [getattr(self.recipe.data, field) for field in fields]
+    def text_sources(self, which: str) -> list[str]:
+        """The fields of `data` whose captions the store "llm" or "teacher" holds: what is trained on from it, and what is held out."""
+        return [*self.text_fields(which), *(["eval"] if self.recipe.data.eval is not None else [])]
 
     def rows_of(self, stage: str) -> int | None:
-        """How many rows `stage` trains on: as the recipe says, or counted; None if they are not there or a stream."""
-        field, key = self.source_of(stage)
-        source, stated = getattr(self.recipe.data, field), getattr(self.recipe.data, key)
+        """How many rows `stage` trains on, without plain texts: as the recipe says, or counted; None if they are not there or a stream."""
+        return self._count(*self.source_of(stage))
+
+    def plain_rows_of(self, stage: str) -> int | None:
+        """How many rows of plain text `stage` trains on; None if they are not there."""
+        return 0 if stage != STAGE_0 or self.recipe.data.plain_texts is None else self._count("plain_texts")
+
+    def _count(self, field: str, number: str | None = None) -> int | None:
+        """The rows of a field of `data`: as the field `number` says, or counted."""
+        source, stated = getattr(self.recipe.data, field), number and getattr(self.recipe.data, number)
         if stated is not None or source.streaming:
             return stated
         try:
@@ -258,17 +264,15 @@ class RecipeProgress:
 
     def expected_texts(self, which: str) -> int | None:
         """About how many different texts the store "llm" or "teacher" will hold, a row of `texts` being one; None if rows cannot be counted."""
-        data, stages = self.recipe.data, self.recipe.stages
-        counts = []
-        for stage in ("inheritance", "contrastive_tuning") if which == "llm" else ("inheritance",):
-            if stage in stages:
-                rows = self.rows_of(stage)
-                if rows is None:
-                    return None
-                apart = stage == "inheritance" and data.texts is not None
-                counts.append(rows if apart else rows * data.captions_per_pair)
-        # Both stages read the same captions, unless stage 1 has texts of its own.
-        return (sum(counts) if data.texts is not None else max(counts)) if counts else None
+        data = self.recipe.data
+        numbers = {"train": "num_pairs", "texts": "num_texts", "eval": None}
+        total = 0
+        for field in self.text_sources(which):
+            rows = self._count(field, numbers[field])
+            if rows is None:
+                return None
+            total += rows if field == "texts" else rows * data.captions_per_pair
+        return total
 
     def needs_store(self, which: str) -> bool:
         """Whether a stage reads the store "llm" or "teacher"."""

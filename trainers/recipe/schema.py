@@ -95,7 +95,7 @@ class DataSettings:
         eval: held-out pictures with captions, for stages with an `eval_strategy`.
         num_pairs: rows of `train`, where they cannot be counted (a stream) or need not be (`--dry-run`).
         num_texts, num_captions: rows of `texts` and `captions`, likewise.
-        captions_per_pair: about how many different captions a picture has; only foretells the text stores' size.
+        captions_per_pair: estimated number of different captions of an image, for the estimated size of the text stores.
     """
 
     train: PairSource
@@ -239,6 +239,8 @@ def _stage(name: str, values: Any, path: str) -> StageSettings:
         value = getattr(stage, key)
         if value is not None and value < 1:
             raise RecipeError(f"{path}.{key}: must be at least 1, got {value}")
+    if arguments.get("max_steps") == 0 or arguments.get("num_train_epochs", 1) <= 0:
+        raise RecipeError(f"{path}: max_steps or num_train_epochs is 0, which trains nothing: leave the stage out")
     if stage.published_lambda is not None:
         for key in ("lambda_ins", "lambda_struct"):
             if key in arguments:

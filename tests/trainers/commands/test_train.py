@@ -33,7 +33,7 @@ def recipe(parts, tmp_path):
     return write_recipe(tmp_path / "recipe.yaml", content)
 
 
-def test_a_dry_run_foretells_and_writes_nothing(recipe, tmp_path):
+def test_a_dry_run_prints_the_plan_and_writes_nothing(recipe, tmp_path):
     result = run(recipe, "--dry-run")
     assert result.exit_code == 0, result.output
     rows = {line.split()[0]: line.split()[1:] for line in result.output.splitlines() if line.strip()}
@@ -43,7 +43,7 @@ def test_a_dry_run_foretells_and_writes_nothing(recipe, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_foretold_store_is_the_size_of_the_built_one(recipe):
+def test_the_planned_store_is_the_size_of_the_built_one(recipe):
     llm, teacher = plan_stores(Curriculum(load_recipe(recipe)))
     assert (llm.texts, llm.dim, llm.dtype, llm.stored) == (40 + 2 * 24, 32, "float32", 0)
     assert (teacher.texts, teacher.dim) == (40, 16)
