@@ -68,3 +68,8 @@ def test_python_files_that_a_page_names_exist(file):
     named = set(re.findall(r"`(?:python )?([\w./]+\.py)", read(file))) - PUBLISHED_CODE
     missing = sorted(name for name in named if not any(path.endswith(f"/{name}") for path in ours))
     assert not missing
+
+
+def test_contributing_lists_every_room():
+    rooms = {path.stem for path in (REPOSITORY / "trainers").iterdir() if re.match(r"[a-z]", path.name)} - {"py"}
+    assert not [room for room in rooms if room not in read("CONTRIBUTING.md")]

@@ -135,13 +135,13 @@ def test_results_become_the_model_index_of_the_hub(trained, results, tmp_path):
 
 
 def test_what_was_not_measured_is_said(trained, results):
-    assert "these do not name the weights" in model_card(trained, results=[results]).text
+    assert "the results do not name the weights" in model_card(trained, results=[results]).text
     assert (
         "Not measured here: zero-shot classification; retrieval by long texts; languages"
         in model_card(trained, results=[results]).text
     )
     bare = model_card(trained)
-    assert "Nothing was measured of these weights." in bare.text and "model-index" not in bare.data.to_dict()
+    assert "No results were measured on these weights." in bare.text and "model-index" not in bare.data.to_dict()
 
 
 def test_results_in_the_folder_are_found(trained, tmp_path):
@@ -243,7 +243,7 @@ def test_the_snippets_of_a_lean_card_run(tmp_path, monkeypatch):
     model.save_pretrained(tmp_path / "mine", lean=True)
     tiny.processor(prompt_template=tiny.LLAMA3, max_length=40).save_pretrained(tmp_path / "mine")
     card = model_card(tmp_path / "mine")
-    assert "files | lean: without the LLM" in card.text and f"brings its LLM from {tiny.LLAMA_DIR.name}" in card.text
+    assert "files | lean: without the LLM" in card.text and f"fetches its LLM from {tiny.LLAMA_DIR.name}" in card.text
     assert run_snippets(card, tmp_path / "mine", monkeypatch)["probabilities"].shape == (1, 2)
 
 
@@ -258,7 +258,7 @@ def test_a_checkpoint_without_any_llm_shows_the_image_side_only(tmp_path, monkey
 def run_snippets(card: ModelCard, folder: Path, monkeypatch) -> dict:
     """What the card's Python blocks leave in their names, run one after the other."""
     monkeypatch.chdir(folder.parent)
-    Image.new("RGB", (20, 16), "red").save("picture.png")
+    Image.new("RGB", (20, 16), "red").save("image.png")
     names: dict = {}
     blocks = re.findall(r"```python\n(.*?)```", card.text, flags=re.DOTALL)
     assert blocks
@@ -287,7 +287,7 @@ def test_results_are_held_against_the_weights(tmp_path, dtype, lean):
         processor.save_pretrained(tmp_path / name)
     evaluation = evaluation_of(tmp_path / "mine", dtype, tmp_path)
     card = model_card(tmp_path / "mine", results=[evaluation]).text
-    assert "0.7123" in card and "which the results name by their hash" in card
+    assert "0.7123" in card and "the results name their hash" in card
     with pytest.raises(ValueError, match="other weights"):
         model_card(tmp_path / "other", results=[evaluation])
     # Those that are found are shown only where they are of these weights: a folder can hold a baseline's too.
