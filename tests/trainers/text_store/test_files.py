@@ -15,9 +15,9 @@ from tests.trainers.fake_encoder import FakeEncoder, contents, fake_embedding
 from tests.trainers.tiny_encoders import make_texts
 from trainers.data import TextEmbeddingStore
 from trainers.text_store import build as store_build
-from trainers.text_store import files as store_files
 from trainers.text_store import index as store_index
 from trainers.text_store import store as text_store
+from trainers.text_store.keys import text_keys
 
 
 @pytest.mark.parametrize("change", ["delete", "truncate", "of_other_shards", "garbage"])
@@ -38,7 +38,7 @@ def test_index_is_made_anew(encoder, tmp_path, change):
 
 def test_texts_that_share_the_first_half_of_their_key(encoder, tmp_path, monkeypatch):
     def colliding_keys(texts):
-        keys = store_files.text_keys(texts).copy()
+        keys = text_keys(texts).copy()
         keys[:, 0] %= 3
         return keys
 

@@ -20,7 +20,8 @@ from trainers.text_store.verify import verify_store
 FORKS = """
 import os, shutil, signal, sys, time
 from tests.trainers.tiny_encoders import make_texts, tiny_proclip
-from trainers.data import TextEmbeddingStore, store_build, store_files, store_layout
+from trainers.data import TextEmbeddingStore
+from trainers.text_store import build as store_build, layout as store_layout
 
 def build(path, index=0, count=1):
     model, processor = tiny_proclip()
