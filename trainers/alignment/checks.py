@@ -77,15 +77,20 @@ def trained_with_peft(model: nn.Module, freeze_vision: bool) -> list[nn.Paramete
     return list(trained.values())
 
 
-def check_store(name: str, store: Any, size: int, rows: DrawnCaptions | PairStream, remedy: str) -> None:
+def check_store(
+    name: str, store: Any, size: int, rows: DrawnCaptions | PairStream, remedy: str, reader: str = "text"
+) -> None:
     """Look a caption of `rows` up. Raises KeyError if the store does not have it, ValueError if its embeddings are not of `size`."""
-    caption = rows[0]["text"] if isinstance(rows, DrawnCaptions) else rows.first_caption()
+    if isinstance(rows, DrawnCaptions):
+        caption = captions_of(rows[0], "row 0", reader)[0]
+    else:
+        caption = rows.first_caption(reader)
     found = store.lookup([caption]).shape[1]
     if found != size:
         raise ValueError(f"{name} holds embeddings of size {found}, but this model needs {size}: {remedy}")
 
 
-def check_texts(name: str, store: Any, dataset: Any) -> None:
+def check_texts(name: str, store: Any, dataset: Any, reader: str = "text") -> None:
     """
     Look for all captions of `dataset` in `store`, by their keys alone, so that a training does not end hours later at one that is missing.
 
@@ -95,7 +100,7 @@ def check_texts(name: str, store: Any, dataset: Any) -> None:
     Raises:
         KeyError: If captions are missing; names the first and tells how many there are.
     """
-    captions = _captions(dataset)
+    captions = _captions(dataset, reader)
     if captions is None or not isinstance(store, TextEmbeddingStore):
         return
     missing: dict[str, None] = {}
@@ -110,21 +115,21 @@ def check_texts(name: str, store: Any, dataset: Any) -> None:
         raise KeyError(f"{name}: {store.missing_message(list(missing))}")
 
 
-def _captions(dataset: Any) -> Iterator[list[str]] | None:
-    """The captions of each row, or None if reading them would decode pictures."""
+def _captions(dataset: Any, reader: str) -> Iterator[list[str]] | None:
+    """The captions of each row for `reader`, "text" or "teacher_text", or None if reading them would decode pictures."""
     if isinstance(dataset, PairRows):
         opened = dataset.rows
         columns = {
-            column if column in opened.table.column_names else column.split(".")[0] for column in opened.text_columns
+            column if column in opened.table.column_names else column.split(".")[0]
+            for column in opened.columns_with_text
         }
-        return (texts_of(row, opened) for row in opened.table.select_columns(sorted(columns)))
+        return (texts_of(row, opened, reader) for row in opened.table.select_columns(sorted(columns)))
     if isinstance(dataset, datasets.Dataset) and dataset.format["type"] != "custom" and "text" in dataset.column_names:
-        dataset = dataset.select_columns(
-            "text"
-        )  # not with set_transform, which needs the images too and may change the captions
+        # Not with set_transform, which needs the images too and may change the captions.
+        dataset = dataset.select_columns([name for name in ("text", "teacher_text") if name in dataset.column_names])
     elif not isinstance(dataset, list):
         return None
-    return (captions_of(row, f"row {i}") for i, row in enumerate(dataset))
+    return (captions_of(row, f"row {i}", reader) for i, row in enumerate(dataset))
 
 
 def set_input_statistics(model: ProCLIPModel, text_store: Any) -> None:

@@ -17,8 +17,9 @@ class InheritanceCollator:
         teacher_store: CLIP's own text embeddings; only `lookup(list[str]) -> (N, projection_dim)` is used.
 
     Returns:
-        `{"llm_embeds": (batch_size, hidden_size), "teacher_embeds": (batch_size, projection_dim)}`, in the stores' dtypes. A row with
-        several captions is read by its first one, which is what evaluation does.
+        `{"llm_embeds": (batch_size, hidden_size), "teacher_embeds": (batch_size, projection_dim)}`, in the stores' dtypes. The teacher reads
+        "teacher_text" in rows that have it: of a translation, the caption that it translates. A row with several captions is read by its
+        first one, which is what evaluation does.
 
     Raises:
         KeyError: If a text is not in a store; names it.
@@ -28,8 +29,10 @@ class InheritanceCollator:
         self.text_store, self.teacher_store = text_store, teacher_store
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        texts = _texts(rows)
-        return {"llm_embeds": self.text_store.lookup(texts), "teacher_embeds": self.teacher_store.lookup(texts)}
+        return {
+            "llm_embeds": self.text_store.lookup(_texts(rows)),
+            "teacher_embeds": self.teacher_store.lookup(_texts(rows, "teacher_text")),
+        }
 
 
 class ContrastiveTuningCollator:
@@ -70,5 +73,5 @@ class ContrastiveTuningCollator:
         return self.image_processor(images=[row["image"] for row in rows], return_tensors="pt")["pixel_values"]
 
 
-def _texts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    return [captions_of(row, f"row {i} of the batch")[0] for i, row in enumerate(rows)]
+def _texts(rows: Sequence[Mapping[str, Any]], reader: str = "text") -> list[str]:
+    return [captions_of(row, f"row {i} of the batch", reader)[0] for i, row in enumerate(rows)]

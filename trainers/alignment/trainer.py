@@ -98,13 +98,13 @@ class AlignmentTrainer(CheckpointingTrainer, StreamedTrainer, PublishingTrainer)
         self._speed = _Speed()
         self.add_callback(self._speed)
 
-    def check_store(self, name: str, store: Any, size: int, remedy: str) -> None:
+    def check_store(self, name: str, store: Any, size: int, remedy: str, reader: str = "text") -> None:
         """Raises KeyError if captions are missing in `store`, ValueError if its embeddings are not of `size`; says the `remedy`."""
-        check_store(name, store, size, self.rows, remedy)
+        check_store(name, store, size, self.rows, remedy, reader)
         evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
         trained = self.rows.rows if isinstance(self.rows, DrawnCaptions) else self.rows
         for dataset in (trained, *evaluated.values()):
-            check_texts(name, store, dataset)
+            check_texts(name, store, dataset, reader)
 
     def _check_sizes(self) -> None:
         """A dataset shorter than one batch of all processes would, with its last batch dropped, be empty."""

@@ -13,7 +13,8 @@ class DrawnCaptions(EpochDataset):
     """
     Rows whose "text" is one caption: of a list of captions, one is drawn a row and epoch (ProCLIP, arXiv 2510.18795, Table 8: "one
     drawn at random per sample per epoch"; the published code draws without a seed). The draw is a function of seed, epoch and row alone, so
-    a resumed run and a run with another number of processes or data workers sees the same captions.
+    a resumed run and a run with another number of processes or data workers sees the same captions. So is "teacher_text", by a draw of its
+    own, in rows that have it.
 
     Args:
         rows: the dataset: `len(rows)` rows by number, each a mapping with "text", a string or a list of captions.
@@ -36,9 +37,22 @@ class DrawnCaptions(EpochDataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = dict(self.rows[index])
-        row["text"] = draw_caption(captions_of(row, f"row {index}"), self.seed, self.epoch, index)
-        return row
+        row = self.rows[index]
+        return {**row, **draw_captions(row, f"row {index}", self.seed, self.epoch, index)}
+
+
+def draw_captions(row: Mapping[str, Any], name: str, seed: int, epoch: int, key: int | str) -> dict[str, str]:
+    """
+    One caption for each reader that the row has captions for: "text", and in rows that have it "teacher_text".
+
+    Args:
+        row, name: As for [`captions_of`].
+        seed, epoch, key: As for [`draw_caption`]; both readers' draws are independent.
+    """
+    drawn = {"text": draw_caption(captions_of(row, name), seed, epoch, key)}
+    if row.get("teacher_text") is not None:
+        drawn["teacher_text"] = draw_caption(captions_of(row, name, "teacher_text"), seed, epoch, f"{key} teacher")
+    return drawn
 
 
 def draw_caption(captions: Sequence[str], seed: int, epoch: int, row: int | str) -> str:
@@ -49,22 +63,28 @@ def draw_caption(captions: Sequence[str], seed: int, epoch: int, row: int | str)
     return random.Random(f"{seed} {epoch} {row}").choice(captions)
 
 
-def captions_of(row: Mapping[str, Any], name: str) -> list[str]:
+def captions_of(row: Mapping[str, Any], name: str, reader: str = "text") -> list[str]:
     """
     The captions of a row, at least one.
+
+    Args:
+        row: with "text" and perhaps "teacher_text", each a caption or a list of captions.
+        name: of the row, for messages.
+        reader: "text", or "teacher_text" for what the teacher of stage 1 reads: in a row without one that is its "text".
 
     Raises:
         ValueError: If the row has no column "text", no caption there, or something that is not text; calls the row `name`.
     """
     if "text" not in row:
         raise ValueError(f'{name} has no column "text", only {sorted(row)}: rename the column that holds the captions')
-    value = row["text"]
+    column = "text" if row.get(reader) is None else reader
+    value = row[column]
     captions = [value] if isinstance(value, str) or not isinstance(value, Iterable) else list(value)
     if not captions or value is None or "" in captions:
-        raise ValueError(f'{name} has no caption in "text": leave such rows out')
+        raise ValueError(f'{name} has no caption in "{column}": leave such rows out')
     for caption in captions:
         if not isinstance(caption, str):
             raise ValueError(
-                f'{name} has the {type(caption).__name__} {caption!r:.80} in "text", where a caption or a list of captions is expected'
+                f'{name} has the {type(caption).__name__} {caption!r:.80} in "{column}", where a caption or a list of captions is expected'
             )
     return captions

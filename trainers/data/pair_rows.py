@@ -84,15 +84,18 @@ class SkippedRows:
         )
 
 
-def texts_of(row: Mapping[str, Any], rows: RawRows) -> list[str]:
+def texts_of(row: Mapping[str, Any], rows: RawRows, reader: str = "text") -> list[str]:
     """
     The captions of an undecoded row, as they are written; those of white space only are left out.
+
+    Args:
+        reader: "text", or "teacher_text" for what the teacher of stage 1 reads: in a row without one that is its captions.
 
     Raises:
         ValueError: If a column holds something that is neither text nor a list of texts; names it.
     """
     texts: list[str] = []
-    for column in rows.text_columns:
+    for column in rows.text_columns if reader == "text" else rows.teacher_text_columns:
         value: Any = row
         for part in [column] if column in row else column.split("."):
             value = value.get(part) if isinstance(value, Mapping) else None
@@ -106,12 +109,13 @@ def texts_of(row: Mapping[str, Any], rows: RawRows) -> list[str]:
                 )
             if text and not text.isspace():
                 texts.append(text)
-    return texts
+    return texts if texts or reader == "text" else texts_of(row, rows)
 
 
 def read_row(row: Mapping[str, Any], rows: RawRows) -> dict[str, Any]:
     """
-    `{"image": picture, "text": [captions]}` of an undecoded row; `{"text": [captions]}` where pictures are not read.
+    `{"image": picture, "text": [captions]}` of an undecoded row; `{"text": [captions]}` where pictures are not read. Of a source with
+    `teacher_text_columns` the row has "teacher_text" as well.
 
     Raises:
         BrokenRow: If it has no caption.
@@ -120,9 +124,12 @@ def read_row(row: Mapping[str, Any], rows: RawRows) -> dict[str, Any]:
     texts = texts_of(row, rows)
     if not texts:
         raise BrokenRow("it has no caption")
+    captions = {"text": texts}
+    if rows.teacher_text_columns:
+        captions["teacher_text"] = texts_of(row, rows, "teacher_text")
     if not rows.image_columns:
-        return {"text": texts}
-    return {"image": decode_picture(_undecoded(row, rows), rows.folder), "text": texts}
+        return captions
+    return {"image": decode_picture(_undecoded(row, rows), rows.folder), **captions}
 
 
 def row_key(row: Mapping[str, Any], rows: RawRows) -> str:

@@ -5,7 +5,7 @@ import os
 import tarfile
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +36,7 @@ class RawRows:
         table: rows with the pictures undecoded: a `datasets.Dataset`, or a `datasets.IterableDataset` if it is streamed.
         image_columns: of a row's picture, the first that has one; empty if pictures are not read.
         text_columns: of a row's captions.
+        teacher_text_columns: of what the teacher of stage 1 reads in their place; empty if it reads the captions.
         folder: where relative paths of pictures begin; None where there are none.
         files: file of each shard of `table`, where they are known; for messages.
         images: whether pictures are read.
@@ -46,9 +47,15 @@ class RawRows:
     table: Any
     image_columns: list[str]
     text_columns: list[str]
+    teacher_text_columns: list[str] = field(default_factory=list)
     folder: str | None = None
     files: list[str] | None = None
     texts_are_files: bool = False
+
+    @property
+    def columns_with_text(self) -> list[str]:
+        """`text_columns` and `teacher_text_columns`, each column once."""
+        return list(dict.fromkeys([*self.text_columns, *self.teacher_text_columns]))
 
 
 def open_rows(source: "PairSource", *, images: bool = True, streaming: bool | None = None) -> RawRows:
@@ -66,7 +73,11 @@ def open_rows(source: "PairSource", *, images: bool = True, streaming: bool | No
     """
     streaming = source.streaming if streaming is None else streaming
     rows = RawRows(
-        str(source.source), None, source.columns("image_column") if images else [], source.columns("text_columns")
+        str(source.source),
+        None,
+        source.columns("image_column") if images else [],
+        source.columns("text_columns"),
+        source.columns("teacher_text_columns"),
     )
     try:
         _open_table(source, rows, streaming)
@@ -77,7 +88,7 @@ def open_rows(source: "PairSource", *, images: bool = True, streaming: bool | No
     columns = rows.table.column_names or list(next(iter(rows.table), {}))
     _check_columns(rows, columns)
     rows.image_columns = [column for column in rows.image_columns if column in columns]
-    heads = [*rows.image_columns, *dict.fromkeys(_head(column, columns) for column in rows.text_columns)]
+    heads = [*rows.image_columns, *dict.fromkeys(_head(column, columns) for column in rows.columns_with_text)]
     heads += [column for column in NAMES if column in columns]
     if rows.table.column_names:
         rows.table = rows.table.select_columns(heads)
@@ -124,7 +135,7 @@ def _open_files(source: "PairSource", rows: RawRows, files: list[str], options: 
         if suffix == ".parquet" and not rows.image_columns:  # the pictures in it are not even read
             names = datasets.load_dataset("parquet", **{**options, "streaming": True}).column_names
             _check_columns(rows, names)
-            options["columns"] = list(dict.fromkeys(_head(column, names) for column in rows.text_columns))
+            options["columns"] = list(dict.fromkeys(_head(column, names) for column in rows.columns_with_text))
         rows.table = datasets.load_dataset(TABLES[suffix], **options)
         rows.folder = os.path.dirname(os.path.abspath(files[0]))
     else:
@@ -191,7 +202,7 @@ def _webdataset_features(rows: RawRows, files: list[str]) -> datasets.Features:
     features: dict[str, Any] = {
         column: datasets.Image(decode=False) for column in rows.image_columns if column in fields
     }
-    for column in rows.text_columns:
+    for column in rows.columns_with_text:
         head = _head(column, fields)
         features[head] = datasets.Json() if head.rpartition(".")[2] in ("json", "jsn") else datasets.Value("string")
     return datasets.Features({**features, "__key__": datasets.Value("string"), "__url__": datasets.Value("string")})
@@ -203,11 +214,12 @@ def _check_columns(rows: RawRows, columns: Any) -> None:
     if rows.image_columns and not any(column in columns for column in rows.image_columns):
         names = " or ".join(map(repr, rows.image_columns))
         raise ValueError(f"{rows.name} has no column {names} for the pictures (image_column); its columns are {there}")
-    for column in rows.text_columns:
+    for column in rows.columns_with_text:
         if _head(column, columns) not in columns:
-            raise ValueError(
-                f"{rows.name} has no column {column!r} for the captions (text_columns, or --column); its columns are {there}"
-            )
+            use = "captions (text_columns, or --column)"
+            if column not in rows.text_columns:
+                use = "texts that the teacher reads (teacher_text_columns)"
+            raise ValueError(f"{rows.name} has no column {column!r} for the {use}; its columns are {there}")
 
 
 def _head(column: str, columns: Any) -> str:

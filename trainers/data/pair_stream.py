@@ -109,10 +109,10 @@ class PairStream(IterableDataset):
         """The same stream, for one of `num_processes` that share it."""
         return PairStream(self.rows, self.source, self.seed, process_index=process_index, num_processes=num_processes)
 
-    def first_caption(self) -> str:
-        """A caption of the first row that has one, without decoding its picture. ValueError if none has."""
+    def first_caption(self, reader: str = "text") -> str:
+        """A caption of the first row that has one, as [`texts_of`] gives them, without decoding its picture. ValueError if none has."""
         for row in self.rows.table:
-            for text in texts_of(row, self.rows):
+            for text in texts_of(row, self.rows, reader):
                 return text
         raise ValueError(f"{self.rows.name} holds no captions")
 

@@ -29,6 +29,8 @@ class PairSource:
             has, such as `["jpg", "png", "webp"]` for webdataset shards.
         text_columns: column or columns of the captions, each a string or a list of strings; all of a row's captions together are what one is
             drawn from. A dot reaches into an object: "json.caption". Pictures with a .txt beside them have the columns "image" and "text".
+        teacher_text_columns: column or columns of what the teacher of stage 1 reads in place of the captions, such as the English ones of
+            which these are translations. A row that has nothing there is read by the teacher too.
         streaming: False: rows by number, copied once into `datasets`' cache. True: rows as they come, read anew every epoch, for what is too
             large to copy.
         shuffle_buffer_size: of a stream: rows that are shuffled together, and held in memory undecoded by every data worker. 1: the order of
@@ -46,14 +48,17 @@ class PairSource:
     data_files: str | Sequence[str] | None = None
     image_column: str | Sequence[str] = "image"
     text_columns: str | Sequence[str] = "text"
+    teacher_text_columns: str | Sequence[str] | None = None
     streaming: bool = False
     shuffle_buffer_size: int = 1000
     max_broken_fraction: float = 0.01
 
     def __post_init__(self):
-        for name in ("image_column", "text_columns"):
+        for name in ("image_column", "text_columns", "teacher_text_columns"):
             columns = self.columns(name)
-            if not columns or not all(isinstance(column, str) and column for column in columns):
+            if (not columns and getattr(self, name) is not None) or not all(
+                isinstance(column, str) and column for column in columns
+            ):
                 raise ValueError(f"{name} must be a column's name or a list of names, got {getattr(self, name)!r}")
         if self.shuffle_buffer_size < 1:
             raise ValueError(f"shuffle_buffer_size must be at least 1, got {self.shuffle_buffer_size}")
@@ -61,8 +66,10 @@ class PairSource:
             raise ValueError(f"max_broken_fraction must be between 0 and 1, got {self.max_broken_fraction}")
 
     def columns(self, field: str) -> list[str]:
-        """The columns of `field`, "image_column" or "text_columns", as a list."""
+        """The columns of `field`, such as "text_columns", as a list; empty if it is None."""
         value = getattr(self, field)
+        if value is None:
+            return []
         return [value] if isinstance(value, str) else list(value)
 
 
@@ -87,9 +94,9 @@ def open_pairs(source: PairSource, seed: int = 0, *, images: bool = True) -> Dat
     return (PairStream if source.streaming else PairRows)(rows, source, seed)
 
 
-def iter_texts(source: PairSource) -> Iterator[str]:
+def iter_texts(source: PairSource, reader: str = "text") -> Iterator[str]:
     """
-    All captions of `source`, in the order of its files, without decoding or (where the format allows it) reading pictures. Rows without a
+    All captions of `source`, or with `reader` "teacher_text" all that the teacher of stage 1 reads, in the order of its files, without decoding or (where the format allows it) reading pictures. Rows without a
     caption are passed over.
 
     Raises:
@@ -97,7 +104,7 @@ def iter_texts(source: PairSource) -> Iterator[str]:
     """
     rows = open_rows(source, images=False, streaming=True)
     for row in rows.table:
-        yield from texts_of(row, rows)
+        yield from texts_of(row, rows, reader)
 
 
 __all__ = ["PairRows", "PairSource", "PairStream", "iter_texts", "open_pairs"]

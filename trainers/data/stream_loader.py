@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from .captions import draw_caption
+from .captions import draw_captions
 from .pair_rows import ENOUGH_ROWS, SkippedRows
 from .pair_stream import PairStream, Position
 
@@ -117,7 +117,7 @@ class _WorkerBatches(IterableDataset):
             start, good = position, False
             for row, key, after in stream.read_epoch(start, reader + worker, num_readers, skipped):
                 position, good = after, True
-                rows.append({**row, "text": draw_caption(row["text"], stream.seed, position.epoch, key)})
+                rows.append({**row, **draw_captions(row, key, stream.seed, position.epoch, key)})
                 if len(rows) == self.batch_size:
                     yield self.collate(rows), worker, position, skipped + SkippedRows()
                     rows = []

@@ -24,10 +24,12 @@ class RepresentationInheritanceTrainer(AlignmentTrainer):
             All but its `text_adapter` is frozen. If the adapter standardises its input (`adapter_input_norm="standardize"`) and was not
             told how yet, it gets `text_store.statistics()`.
         args ([`RepresentationInheritanceConfig`]): Settings.
-        train_dataset: Rows by number with the column "text": a caption, or a list of captions of which one is drawn every epoch.
+        train_dataset: Rows by number with the column "text": a caption, or a list of captions of which one is drawn every epoch. A row may
+            name in "teacher_text" what CLIP reads instead, likewise: `{"text": "ein roter Apfel", "teacher_text": "a red apple"}` teaches the
+            adapter what CLIP, which knows no German, makes of the English caption.
         eval_dataset (*optional*): The same; of several captions the first is read. `eval_loss` and its parts are logged.
         text_store ([`TextEmbeddingStore`]): G(text), `(N, hidden_size)`.
-        teacher_store ([`TextEmbeddingStore`]): E_T(text), `(N, projection_dim)`, by the CLIP whose image encoder the model has.
+        teacher_store ([`TextEmbeddingStore`]): E_T(text) of what CLIP reads, `(N, projection_dim)`, by the CLIP whose image encoder the model has.
         kwargs: Of [`~transformers.Trainer`].
 
     Raises:
@@ -79,6 +81,7 @@ class RepresentationInheritanceTrainer(AlignmentTrainer):
             teacher_store,
             model.config.projection_dim,
             "build it with the CLIP whose image encoder this model has, by `proclip embed`.",
+            reader="teacher_text",
         )
 
     def embed(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:

@@ -389,8 +389,9 @@ class _Captions:
 
     def __iter__(self) -> Iterator[str]:
         data = self.progress.recipe.data
+        reader = "teacher_text" if self.which == "teacher" else "text"
         return chain.from_iterable(
-            iter_texts(getattr(data, field)) for field in self.progress.text_sources(self.which)
+            iter_texts(getattr(data, field), reader) for field in self.progress.text_sources(self.which)
         )
 
     def __length_hint__(self) -> int:
