@@ -84,6 +84,7 @@ app = typer.Typer(
     cls=OneLineErrors,
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode="markdown",  # paragraphs of a help text are wrapped to the terminal
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -98,15 +99,15 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def main(
     traceback: Annotated[
-        bool, typer.Option("--traceback", envvar="PROCLIP_TRACEBACK", help="Show the whole traceback of an error.")
+        bool, typer.Option("--traceback", envvar="PROCLIP_TRACEBACK", help="Show the full traceback of an error.")
     ] = False,
     show_version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the versions and exit.")
     ] = False,
 ) -> None:
-    """Align a language model's text embeddings with the vision tower of a CLIP (ProCLIP, arXiv 2510.18795).
+    """Align the text embeddings of an LLM with the image encoder of a CLIP (ProCLIP, arXiv 2510.18795).
 
-    `proclip COMMAND --help` tells what a command reads, writes and costs.
+    `proclip COMMAND --help` says what a command reads, writes and costs.
     """
 
 

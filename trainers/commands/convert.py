@@ -10,30 +10,30 @@ def convert(
     source: Annotated[
         str,
         typer.Argument(
-            help="A .pt, .bin or .safetensors file, a folder, or one of these on the Hub: owner/name, owner/name/path/in/it."
+            help="A .pt, .bin or .safetensors file, a folder, or either on the Hub: owner/name, owner/name/path/in/it."
         ),
     ],
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the result; new, or empty.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the result; new or empty.")],
     text_model: Annotated[
         str | None,
-        typer.Option(help="Folder or Hub name of the LLM: named in the result, its tokenizer saved with it."),
+        typer.Option(help="Folder or Hub name of the LLM; the result names it and holds its tokenizer."),
     ] = None,
-    text_model_revision: Annotated[str | None, typer.Option(help="Its revision on the Hub.")] = None,
+    text_model_revision: Annotated[str | None, typer.Option(help="Revision of the LLM on the Hub.")] = None,
     prompt_template: Annotated[
-        str | None, typer.Option(help="Of the LLM, with {text} in it. By default that of its chat markers.")
+        str | None, typer.Option(help="Prompt template of the LLM; must hold {text}. Default: from its chat template.")
     ] = None,
     vision_processor: Annotated[
-        str | None, typer.Option(help="Folder or Hub name of an image processor. By default the tower's usual one.")
+        str | None, typer.Option(help="Folder or Hub name of an image processor. Default: the tower's usual one.")
     ] = None,
     lora: Annotated[
-        list[str] | None, typer.Option(help="PEFT adapter to merge into an LLM; once for each, in order.")
+        list[str] | None, typer.Option(help="PEFT adapter to merge into an LLM. Repeat for more, in order.")
     ] = None,
     head_width: Annotated[int, typer.Option(min=1, help="Width of an attention head of the vision tower.")] = 64,
     quick_gelu: Annotated[
-        bool | None, typer.Option(help="Of OpenAI's tower. By default it has QuickGELU, as OpenAI's weights need.")
+        bool | None, typer.Option(help="Activation of OpenAI's tower. Default: QuickGELU, as OpenAI's weights need.")
     ] = None,
     image_size: Annotated[
-        int | None, typer.Option(min=1, help="Pixels a side, if not as stored: positions are resized.")
+        int | None, typer.Option(min=1, help="Pixels a side, if not as stored; position embeddings are resized.")
     ] = None,
     patch_size: Annotated[
         int | None, typer.Option(min=1, help="Pixels a side of EVA's patches, if not as stored.")
@@ -42,18 +42,19 @@ def convert(
         int, typer.Option(min=1, help="Patches a side that EVA02's rotary positions were made for.")
     ] = 16,
     adapter_input_norm: Annotated[
-        Literal["l2", "none"] | None, typer.Option(help="Of the text adapter. By default as published for the layout.")
+        Literal["l2", "none"] | None,
+        typer.Option(help="Input norm of the text adapter. Default: as published for the layout."),
     ] = None,
     dtype: Annotated[
-        Literal["float32", "float16", "bfloat16"] | None, typer.Option(help="Of the result. By default as stored.")
+        Literal["float32", "float16", "bfloat16"] | None, typer.Option(help="dtype of the result. Default: as stored.")
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Of a source on the Hub.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what is there, and write nothing.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Revision of a source on the Hub.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what is there, and write nothing.")] = False,
 ) -> None:
     """Turn a published ProCLIP or LLM2CLIP checkpoint, or its LLM, into a Transformers folder that needs no remote code.
 
     Sizes are read from the tensors' shapes. Nothing in the file is run: a pickle that needs more than tensors is refused. Costs one pass
-    over the file, and at most its size and one tensor of memory.
+    over the file, and memory for the file and one tensor.
     """
     from rich.console import Console
     from rich.table import Column, Table

@@ -1,4 +1,4 @@
-"""`proclip embed`: texts into a text store, and stores verified."""
+"""`proclip embed`: embed texts into a text store, or verify a store."""
 
 import os
 from pathlib import Path
@@ -19,37 +19,33 @@ def embed(
         str | None, typer.Option(help="Folder or Hub name of a ProCLIP checkpoint, or of a CLIP or SigLIP.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Directory of the text store. One that is there gets what it lacks.")
+        Path | None, typer.Option(help="Directory of the text store. An existing one gets the texts that it lacks.")
     ] = None,
-    column: Annotated[
-        str | None, typer.Option(help="Column that holds a text, or a list of texts, in every row.")
-    ] = None,
+    column: Annotated[str | None, typer.Option(help="Column with a text, or a list of texts, in every row.")] = None,
     split: Annotated[str, typer.Option(help="Split of a dataset.")] = "train",
     dtype: Annotated[
-        Literal["float32", "float16", "bfloat16"], typer.Option(help="Of the stored embeddings.")
+        Literal["float32", "float16", "bfloat16"], typer.Option(help="dtype of the stored embeddings.")
     ] = "float32",
     token_budget: Annotated[
         int | None,
-        typer.Option(min=1, help="Padded tokens in a batch. By default 1,000 on the CPU and 16,384 on a GPU."),
+        typer.Option(min=1, help="Padded tokens in a batch. Default: 1,000 on the CPU, 16,384 on a GPU."),
     ] = None,
     shard_size: Annotated[
         int,
         typer.Option(
             min=1,
-            help="Texts in a shard, which is also what a killed run can lose. 65536 for tens of millions of texts.",
+            help="Texts in a shard, which is also the most that a killed run loses. Use 65536 for tens of millions of texts.",
         ),
     ] = 8192,
     device: Annotated[
-        str | None, typer.Option(help="Such as cpu or cuda:1. By default the GPU if there is one.")
+        str | None, typer.Option(help="Such as cpu or cuda:1. Default: the GPU if there is one.")
     ] = None,
     process_index: Annotated[
         int | None,
-        typer.Option(
-            min=0, help="Which of the processes that fill the store this one is. By default what a launcher says."
-        ),
+        typer.Option(min=0, help="Index of this process among those that fill the store. Default: from the launcher."),
     ] = None,
     num_processes: Annotated[
-        int | None, typer.Option(min=1, help="How many processes fill the store. By default what a launcher says.")
+        int | None, typer.Option(min=1, help="Number of processes that fill the store. Default: from the launcher.")
     ] = None,
     verify: Annotated[
         Path | None,
@@ -60,11 +56,11 @@ def embed(
 ) -> None:
     """Embed texts once with a frozen text model, into a store that training looks them up in.
 
-    From a ProCLIP checkpoint come the pooled embeddings of its LLM, before the adapter; from a CLIP its projected text embeddings, which
-    stage 1 is taught by. A run that was stopped goes on where it was when the same command is given again. Costs one forward pass a text,
-    and the size of an embedding times the number of texts on the disk.
+    A ProCLIP checkpoint gives the pooled embeddings of its LLM, before the adapter; a CLIP gives its projected text embeddings, which teach
+    stage 1. To resume a stopped run, give the same command again. Costs one forward pass for each text, and disk space of one embedding
+    for each text.
 
-    Several processes can fill one store, under `accelerate launch`, `torchrun`, or each with its own --process-index.
+    Several processes can fill one store: under `accelerate launch` or `torchrun`, or each with its own --process-index.
     """
     if verify is not None:
         if output is not None:

@@ -1,4 +1,4 @@
-"""`proclip evaluate`: benchmarks of a model, beside a baseline."""
+"""`proclip evaluate`: measure a model on benchmarks, beside a baseline."""
 
 import json
 from pathlib import Path
@@ -8,75 +8,69 @@ import typer
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Folder or Hub name of a ProCLIP, CLIP, SigLIP or a like model.")],
+    model: Annotated[str, typer.Argument(help="Folder or Hub name of a ProCLIP, CLIP, SigLIP or similar model.")],
     suite: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Name of a suite or a benchmark, or a YAML file of yours; once for each. --list names them all."
-        ),
+        typer.Option(help="A suite, a benchmark, or a YAML file of your own. Repeat for more. --list names them all."),
     ] = None,
     images: Annotated[
-        Path | None, typer.Option(help="Folder of pictures of your own, for retrieval. Needs --captions.")
+        Path | None, typer.Option(help="Folder of your own images, for retrieval. Needs --captions.")
     ] = None,
     captions: Annotated[
         Path | None,
-        typer.Option(
-            help="A .csv, .tsv, .json, .jsonl or .parquet file: a picture's name and a caption in every row."
-        ),
+        typer.Option(help="A .csv, .tsv, .json, .jsonl or .parquet file: an image's name and a caption in every row."),
     ] = None,
-    image_column: Annotated[str, typer.Option(help="Column of --captions with the picture's name.")] = "image",
+    image_column: Annotated[str, typer.Option(help="Column of --captions with the image's name.")] = "image",
     caption_column: Annotated[
         str, typer.Option(help="Column of --captions with a caption, or a list of them.")
     ] = "caption",
     baseline: Annotated[
-        str | None, typer.Option(help="The model to compare with, such as the CLIP that yours was made from.")
+        str | None, typer.Option(help="Model to compare with, such as the CLIP that yours was made from.")
     ] = None,
     also: Annotated[
         list[str] | None,
-        typer.Option(help="Another model from the same baseline, to stand beside yours in the report; once for each."),
+        typer.Option(help="Another model from the same baseline, shown beside yours in the report. Repeat for more."),
     ] = None,
     output_dir: Annotated[
         Path, typer.Option(help="Gets results.json, the outcome of every item, report.html and report.json.")
     ] = Path("evaluation"),
     source: Annotated[
-        list[str] | None, typer.Option(help="NAME=PATH: a benchmark's local copy, in place of the Hub; once for each.")
+        list[str] | None,
+        typer.Option(help="NAME=PATH: local copy of a benchmark, instead of the Hub. Repeat for more."),
     ] = None,
-    data_dir: Annotated[
-        Path | None, typer.Option(help="Folder with local copies under the benchmarks' names.")
-    ] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Folder with local copies, named as the benchmarks.")] = None,
     cache_dir: Annotated[
-        Path | None, typer.Option(help="Of embeddings, which a second run reuses. By default in the output directory.")
+        Path | None, typer.Option(help="Cache of embeddings, reused by later runs. Default: in the output directory.")
     ] = None,
     limit: Annotated[
         int | None,
-        typer.Option(min=2, help="Draw only so many rows of every benchmark; results are marked as partial."),
+        typer.Option(min=2, help="Draw only this many rows of every benchmark; results are marked as partial."),
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="Such as cpu or cuda. By default the GPU if there is one.")
-    ] = None,
+    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda. Default: the GPU if there is one.")] = None,
     dtype: Annotated[
-        Literal["float32", "float16", "bfloat16", "auto"], typer.Option(help="Of the models; auto: as stored.")
+        Literal["float32", "float16", "bfloat16", "auto"], typer.Option(help="dtype of the models; auto: as stored.")
     ] = "float32",
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures in a batch.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images in a batch.")] = 64,
     token_budget: Annotated[
         int | None,
-        typer.Option(min=1, help="Padded tokens in a batch. By default 1,000 on the CPU and 16,384 on a GPU."),
+        typer.Option(min=1, help="Padded tokens in a batch. Default: 1,000 on the CPU, 16,384 on a GPU."),
     ] = None,
     seed: Annotated[
-        int, typer.Option(min=0, help="Of the rows that --limit draws, the report's intervals and its examples.")
+        int,
+        typer.Option(min=0, help="Seed of the rows that --limit draws, and of the report's intervals and examples."),
     ] = 0,
     list_all: Annotated[
         bool,
         typer.Option(
-            "--list", is_eager=True, callback=lambda wanted: _print_list(wanted), help="Name suites and benchmarks."
+            "--list", is_eager=True, callback=lambda wanted: _print_list(wanted), help="List suites and benchmarks."
         ),
     ] = False,
 ) -> None:
-    """Measure retrieval, zero-shot and fine-grained recognition, and what was lost or won against a baseline.
+    """Measure retrieval, zero-shot and fine-grained recognition, and what was gained or lost against a baseline.
 
-    Data comes from the Hub or from local copies, and is checked: a wrong count or column is an error and not a number. What was embedded
-    is kept, so a run that was stopped goes on where it was. `accelerate launch -m trainers.cli evaluate ...` shares the work among GPUs.
-    Costs one pass of each model over the pictures and the texts of the suite.
+    Data comes from the Hub or from local copies and is checked: a wrong count or column is an error. Embeddings are kept, so a stopped run
+    goes on where it was. `accelerate launch -m trainers.cli evaluate ...` shares the work among GPUs. Costs one pass of each model over
+    the images and texts of the suite.
     """
     from accelerate import PartialState
 

@@ -1,4 +1,4 @@
-"""`proclip publish`: a checkpoint to the Hub."""
+"""`proclip publish`: send a checkpoint to the Hub."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,41 +8,42 @@ import typer
 
 def publish(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a ProCLIP checkpoint and its processor.")],
-    repo_id: Annotated[str, typer.Argument(metavar="REPO", help="owner/name on the Hub; a name alone is your own.")],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO", help="owner/name on the Hub; a name alone is yours.")],
     private: Annotated[
-        bool | None, typer.Option("--private/--public", help="Who sees a new repository. By default only you.")
+        bool | None, typer.Option("--private/--public", help="Who sees a new repository. Default: only you.")
     ] = None,
     lean: Annotated[
         bool | None,
-        typer.Option("--lean/--full", help="Without the LLM, which is named, or with it. By default as DIR is."),
+        typer.Option("--lean/--full", help="Without the LLM, which is then named, or with it. Default: as DIR is."),
     ] = None,
-    revision: Annotated[str | None, typer.Option(metavar="BRANCH", help="Made if it is not there.")] = None,
-    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+    revision: Annotated[
+        str | None, typer.Option(metavar="BRANCH", help="Branch to send to; created if it does not exist.")
+    ] = None,
+    message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
     max_shard_size: Annotated[
         str | None, typer.Option(help="Split the weights into files of at most this size, such as 2GB.")
     ] = None,
     with_code: Annotated[
-        bool, typer.Option("--with-code/--no-code", help="Send the code that loads it where this package is not.")
+        bool,
+        typer.Option("--with-code/--no-code", help="Send the code that loads it where this package is not installed."),
     ] = True,
-    text_model: Annotated[
-        str | None, typer.Option(help="Name on the Hub of the LLM, where DIR names a folder of this machine.")
-    ] = None,
-    text_model_revision: Annotated[str | None, typer.Option(help="Its revision.")] = None,
+    text_model: Annotated[str | None, typer.Option(help="Hub name of the LLM, if DIR names a local folder.")] = None,
+    text_model_revision: Annotated[str | None, typer.Option(help="Revision of that LLM.")] = None,
     card: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="YAML with what the card is to say: license, base_licenses, datasets, languages, results, limits.",
+            help="YAML file with content for the card: license, base_licenses, datasets, languages, results, limits.",
         ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check, say what would be sent, and send nothing.")
+        bool, typer.Option("--dry-run", help="Check, print what would be sent, and send nothing.")
     ] = False,
 ) -> None:
     """Send a checkpoint to the Hub: weights, processor, the code that loads them anywhere, and the card.
 
-    DIR is checked first; only a checkpoint's own files are sent, in one commit. Given again after an interruption it goes on with the large
-    files that the Hub has not. The token is that of `hf auth login` or HF_TOKEN.
+    DIR is checked first; only a checkpoint's own files are sent, in one commit. After an interruption, give the same command again: large
+    files that the Hub has are not sent twice. The token is that of `hf auth login` or HF_TOKEN.
     """
     import yaml
     from rich.console import Console

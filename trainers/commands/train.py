@@ -1,4 +1,4 @@
-"""`proclip train`: a whole curriculum from one recipe."""
+"""`proclip train`: run the stages of a recipe."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,15 +16,15 @@ def train(
         list[str] | None,
         typer.Argument(
             metavar="[KEY=VALUE]...",
-            help="Settings that go before the recipe's, such as output_dir=runs/1 data.train.source=/data/cc3m.",
+            help="Settings that override the recipe's, such as output_dir=runs/1 data.train.source=/data/cc3m.",
         ),
     ] = None,
     stage: Annotated[str | None, typer.Option(help="Run this stage only; the one before it must be finished.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and do nothing.")] = False,
 ) -> None:
-    """Run or resume the stages of a recipe, each from the last one's result.
+    """Run or resume the stages of a recipe, each from the previous one's result.
 
-    What is finished is passed over, and what was interrupted goes on from its last checkpoint: after a crash, give the same command again.
+    After a crash, give the same command again: finished stages are skipped, and an interrupted one resumes from its last checkpoint.
     On several GPUs: `accelerate launch -m trainers.cli train RECIPE`. Relative paths in a recipe are relative to the directory that the
     command is started in. docs/recipes.md explains every key.
     """
