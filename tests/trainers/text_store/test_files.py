@@ -17,6 +17,7 @@ from trainers.data import TextEmbeddingStore
 from trainers.text_store import build as store_build
 from trainers.text_store import index as store_index
 from trainers.text_store import store as text_store
+from trainers.text_store.files import MappedSafetensors
 from trainers.text_store.keys import text_keys
 
 
@@ -190,7 +191,7 @@ def test_an_index_made_in_parts_is_the_same(encoder, tmp_path, keys_in_memory):
 def test_opening_a_store_reads_no_key(encoder, tmp_path, monkeypatch):
     texts = make_texts(20)
     encoder.build(texts, tmp_path)
-    monkeypatch.setattr(store_files.MappedSafetensors, "read", lambda *args: 1 / 0)
+    monkeypatch.setattr(MappedSafetensors, "read", lambda *args: 1 / 0)
     assert len(TextEmbeddingStore(tmp_path).lookup(texts)) == 20
 
 
