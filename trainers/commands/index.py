@@ -1,0 +1,62 @@
+"""`proclip index`: a folder of images into an index that `proclip search` searches."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+_SHOWN = 20  # unreadable files that are named without --list-unreadable
+
+
+def index(
+    folder: Annotated[Path, typer.Argument(help="Folder of images, with folders in it. Links are not followed.")],
+    output: Annotated[Path, typer.Option(help="Folder of the index. One that is there is brought up to date.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder or Hub name of a ProCLIP checkpoint, or of a CLIP or SigLIP. By default the one that made the index."
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images that are embedded together.")] = 32,
+    device: Annotated[
+        str | None, typer.Option(help="Such as cpu or cuda:1. By default the GPU if there is one.")
+    ] = None,
+    export: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also write paths, dates, captions and embeddings to this parquet file, for a vector database."
+        ),
+    ] = None,
+    list_unreadable: Annotated[
+        bool, typer.Option("--list-unreadable", help="Name every file that no image could be read from.")
+    ] = False,
+) -> None:
+    """Index a folder of images for `proclip search`.
+
+    A second run embeds only what is new or has changed, and notices files that were moved, copied or deleted. A run that was stopped keeps what it
+    has done. Costs one forward pass of the image encoder for each image, and about 12 kB an image on the disk.
+
+    A text in UTF-8 beside an image (`photo.txt` beside `photo.jpg`) is its caption.
+    """
+    from trainers.search.build import index_folder
+    from trainers.search.encoder import load_encoder
+    from trainers.search.export import export_index
+    from trainers.search.folder import Folder
+
+    Folder(folder)  # refused before the model is loaded
+    encoder, name = load_encoder(output, model, device)
+    images, summary = index_folder(output, folder, name, encoder, batch_size, progress=True)
+    typer.echo(
+        f"{output}: {summary.total:,} images ({summary.embedded:,} embedded, {summary.reused:,} moved or copied, {summary.unchanged:,} unchanged, "
+        f"{summary.removed:,} removed); {summary.duplicates:,} duplicates, {len(summary.unreadable):,} unreadable files, "
+        f"{summary.num_links:,} links not followed"
+    )
+    shown = summary.unreadable if list_unreadable else summary.unreadable[:_SHOWN]
+    for path, reason in shown:
+        typer.echo(f"  unreadable: {path}: {reason}")
+    if len(shown) < len(summary.unreadable):
+        typer.echo(f"  and {len(summary.unreadable) - len(shown):,} more: --list-unreadable names them all")
+    if export is not None:
+        export_index(images, export)
+        typer.echo(f"{export}: {len(images):,} rows")

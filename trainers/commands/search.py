@@ -1,0 +1,68 @@
+"""`proclip search`: images of an index by text, by image, or by both."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def search(
+    index: Annotated[Path, typer.Argument(help="Folder of the index, made by `proclip index`.")],
+    query: Annotated[
+        str | None, typer.Argument(help="What the images show, in any language and length that the model reads.")
+    ] = None,
+    image: Annotated[Path | None, typer.Option(help="An image that they are like. With QUERY, both count.")] = None,
+    image_weight: Annotated[float, typer.Option(min=0, max=1, help="Share of --image beside QUERY.")] = 0.5,
+    negative: Annotated[str | None, typer.Option("--not", help="What they do not show.")] = None,
+    words: Annotated[
+        str | None,
+        typer.Option(help="Words that captions and file names are searched for as well; the two orders are joined."),
+    ] = None,
+    where: Annotated[
+        str | None,
+        typer.Option(
+            help="SQL condition on path, size (bytes), width, height (pixels), taken and caption, such as \"taken >= '2025-01-01'\"."
+        ),
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="How many images.")] = 12,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Compare with every embedding even where there is an approximate index.")
+    ] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Say how the index was searched.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help='Print a list of {"path": ..., "score": ...}.')] = False,
+    model: Annotated[str | None, typer.Option(help="Where the model that made the index is, if it has moved.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Such as cpu or cuda:1. By default the GPU if there is one.")
+    ] = None,
+) -> None:
+    """Search an index of images by text, by image, or by both.
+
+    Prints the best first: its score (cosine; with --words the joined reciprocal ranks) and its path from the indexed folder. Costs loading the
+    model, one forward pass of its text encoder, and milliseconds.
+    """
+    from trainers.search.build import check_model
+    from trainers.search.encoder import load_encoder
+    from trainers.search.query import Question, describe
+    from trainers.search.query import search as run
+    from trainers.search.table import ImageIndex
+
+    question = Question(query, image, negative, image_weight)
+    images = ImageIndex(index)
+    encoder, _ = load_encoder(index, model, device)
+    check_model(images, encoder)
+    cut = encoder.count_truncated([text for text in (query, negative) if text])
+    if cut:
+        typer.echo("note: the model does not read the text to its end", err=True)
+    results = run(images, question.embedding(encoder), top, where, words, exact=exact)
+    if explain:
+        typer.echo(describe(images, exact), err=True)
+    if as_json:
+        typer.echo(
+            json.dumps([{"path": row["path"], "score": row["score"]} for row in results], ensure_ascii=False, indent=1)
+        )
+        return
+    for row in results:
+        typer.echo(f"{row['score']:7.4f}  {row['path']}")
+    if not results:
+        typer.echo(f"no image of {index} meets the conditions" if where else f"{index} has no images", err=True)

@@ -1,0 +1,233 @@
+"""Brings an index up to date with its folder: only what is new or has changed is read, and only new content is embedded."""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lancedb.index import FTS, HnswSq
+from PIL import Image
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from modeling_proclip.images import BrokenImage, decode_image
+from trainers.evaluation.scoring.encoders import Encoder
+
+from .folder import Folder, ImageFile
+from .image_facts import caption_of, checksum, date_taken, thumbnail
+from .table import SETTINGS_FILE, ImageIndex, any_of, only_writer
+
+
+# Images of a step that is on the disk as a whole: what a killed run can lose.
+STEP_SIZE = 256
+# From so many images on, a search goes through an approximate index. Below, comparing with every embedding takes milliseconds.
+APPROXIMATE_FROM = 50_000
+# A file of more bytes is not read: cameras' raw files are a tenth of it.
+MAX_FILE_BYTES = 1 << 30
+_OF_CONTENT = ["checksum", "width", "height", "taken", "thumbnail", "embedding"]
+
+
+@dataclass
+class UpdateSummary:
+    """What an update found and did, in images, and the files that no image could be read from with the reason."""
+
+    total: int = 0
+    unchanged: int = 0
+    embedded: int = 0
+    reused: int = 0  # moved, copied or touched files, whose content was embedded before
+    removed: int = 0
+    duplicates: int = 0  # images whose content another image of the index has too
+    num_links: int = 0
+    unreadable: list[tuple[str, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A file that was read: its content hash, and where that is new the image and what is kept of it, or why there is none."""
+
+    file: ImageFile
+    checksum: str = ""
+    image: Image.Image | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    reason: str | None = None
+
+
+def index_folder(
+    path: Path, folder: Path, model: str, encoder: Encoder, batch_size: int = 32, progress: bool = False
+) -> tuple[ImageIndex, UpdateSummary]:
+    """
+    Bring the index at `path` up to date with the images in `folder`; it is made if it is not there. Stopped in the middle, it keeps what was
+    done, and the same call does the rest.
+
+    Args:
+        model: what `encoder` was loaded from, for those who search.
+        encoder: embeds the images.
+        batch_size: images that are embedded together.
+        progress: show a bar.
+
+    Raises:
+        NotADirectoryError: If there is no such folder.
+        ValueError: If the index is of another folder, was made by another model (names what differs), or is being written by another process.
+    """
+    folder = Folder(folder).root.resolve()
+    with only_writer(path):
+        if (path / SETTINGS_FILE).exists():
+            index = ImageIndex(path)
+            if index.folder != folder:
+                raise ValueError(f"{path} is the index of {index.folder}, not of {folder}: give another --output")
+            check_model(index, encoder)
+        else:
+            one = encoder.prepare_images([Image.new("RGB", (8, 8))])
+            index = ImageIndex.create(path, folder, model, identity_of(encoder), encoder.encode_images(one).shape[-1])
+        return index, _Update(index, encoder, batch_size).run(progress)
+
+
+def identity_of(encoder: Encoder) -> dict[str, Any]:
+    """What decides an image's embedding, but for the device and the dtype it is computed in, whose rounding does not change a search."""
+    return {name: value for name, value in encoder.image_fingerprint().items() if name not in ("device", "dtype")}
+
+
+def check_model(index: ImageIndex, encoder: Encoder) -> None:
+    """ValueError if `encoder` does not make the embeddings of `index`; names what differs."""
+    identity, recorded = identity_of(encoder), index.settings["identity"]
+    differing = sorted(name for name in {*identity, *recorded} if identity.get(name) != recorded.get(name))
+    if differing:
+        raise ValueError(
+            f"{index.path} was made by another model than {encoder.name} (they differ in {', '.join(differing)}): give the model that made it, "
+            f"{index.settings['model']}, or index the folder again with another --output"
+        )
+
+
+class _Update:
+    def __init__(self, index: ImageIndex, encoder: Encoder, batch_size: int):
+        self.index, self.encoder, self.batch_size = index, encoder, batch_size
+        self.folder, self.summary = Folder(index.folder), UpdateSummary()
+        known = index.rows(index.images, ["path", "checksum", "caption"]).to_pydict()
+        self.captions: dict[str, str | None] = dict(zip(known["path"], known["caption"]))
+        self.checksums: set[str] = set(known["checksum"])
+
+    def run(self, progress: bool) -> UpdateSummary:
+        images, unreadable = (self.index.signatures(table) for table in (self.index.images, self.index.unreadable))
+        present: set[str] = set()
+        waiting: list[ImageFile] = []
+        for file in self.folder.files():
+            present.add(file.path)
+            if images.get(file.path) == file.signature:
+                if caption_of(self.index.folder / file.path) == self.captions[file.path]:
+                    self.summary.unchanged += 1
+                    continue
+            elif unreadable.get(file.path) == file.signature:
+                continue
+            waiting.append(file)
+        with tqdm(desc="images", total=len(waiting), unit=" images", disable=not progress or not waiting) as bar:
+            for step in self._read(waiting):
+                self._write(step)
+                bar.update(len(step))
+        # After what has moved was copied from them.
+        gone = [path for path in images if path not in present]
+        self.index.remove(self.index.images, gone)
+        self.index.remove(self.index.unreadable, [path for path in unreadable if path not in present])
+        self.summary.removed = len(gone)
+        self._finish(bool(waiting or gone))
+        return self.summary
+
+    def _read(self, files: Sequence[ImageFile]) -> Iterator[list[_Read]]:
+        """The files, read and decoded a batch ahead in other threads, in steps."""
+        with ThreadPoolExecutor() as pool:
+            reads: deque[Future[_Read]] = deque()
+            step: list[_Read] = []
+            for file in files:
+                reads.append(pool.submit(self._read_one, file))
+                if len(reads) > 2 * self.batch_size:
+                    step.append(reads.popleft().result())
+                if len(step) == STEP_SIZE:
+                    yield step
+                    step = []
+            step += [read.result() for read in reads]
+            if step:
+                yield step
+
+    def _read_one(self, file: ImageFile, decode: bool = False) -> _Read:
+        """Reads a file, and decodes it where its content is not in the index."""
+        try:
+            if file.signature[0] > MAX_FILE_BYTES:
+                return _Read(file, reason=f"it has {file.signature[0]:,} bytes, more than {MAX_FILE_BYTES:,}")
+            data = (self.index.folder / file.path).read_bytes()
+            content = checksum(data)
+            if content in self.checksums and not decode:
+                return _Read(file, content)
+            image = decode_image(data)
+        except OSError as error:
+            return _Read(file, reason=error.strerror or str(error))
+        except BrokenImage as error:
+            return _Read(file, reason=str(error))
+        facts = {"checksum": content, "width": image.width, "height": image.height}
+        return _Read(file, content, image, {**facts, "taken": date_taken(data), "thumbnail": thumbnail(image)})
+
+    def _write(self, step: Sequence[_Read]) -> None:
+        """Puts a step into the index: its images at once, then its unreadable files."""
+        known = self._kept({read.checksum for read in step if read.reason is None and read.image is None})
+        # The only file of that content was changed meanwhile, and its row with it.
+        step = [
+            self._read_one(read.file, decode=True)
+            if read.reason is None and read.image is None and read.checksum not in known
+            else read
+            for read in step
+        ]
+        new = {read.checksum: read for read in step if read.image is not None}
+        good, broken = ([read for read in step if (read.reason is None) is sound] for sound in (True, False))
+        content = {**known, **self._embed(list(new.values()))}
+        self.index.put(self.index.images, [self._row(read, content[read.checksum]) for read in good])
+        self.index.remove(self.index.unreadable, [read.file.path for read in good])
+        unreadable = [
+            {**self.index.file_columns(read.file.path, read.file.signature), "reason": read.reason} for read in broken
+        ]
+        self.index.put(self.index.unreadable, unreadable)
+        self.index.remove(self.index.images, [read.file.path for read in broken])
+        self.checksums.update(new)
+        self.summary.embedded += len(new)
+        self.summary.reused += len(good) - len(new)
+
+    def _kept(self, checksums: set[str]) -> dict[str, dict[str, Any]]:
+        """What is kept of these contents, where the index has them."""
+        if not checksums:
+            return {}
+        rows = self.index.rows(self.index.images, _OF_CONTENT, any_of("checksum", sorted(checksums)))
+        return {row["checksum"]: row for row in rows.to_pylist()}
+
+    def _embed(self, reads: Sequence[_Read]) -> dict[str, dict[str, Any]]:
+        """The same of new contents."""
+        content: dict[str, dict[str, Any]] = {}
+        for start in range(0, len(reads), self.batch_size):
+            batch = reads[start : start + self.batch_size]
+            inputs = self.encoder.prepare_images([read.image for read in batch if read.image is not None])
+            embeddings = F.normalize(self.encoder.encode_images(inputs), dim=-1)
+            content |= {
+                read.checksum: {**read.facts, "embedding": row.tolist()} for read, row in zip(batch, embeddings)
+            }
+        return content
+
+    def _row(self, read: _Read, content: dict[str, Any]) -> dict[str, Any]:
+        caption = caption_of(self.index.folder / read.file.path)
+        name = Path(read.file.path).with_suffix("").as_posix()
+        words = " ".join([caption or "", *name.replace("_", " ").replace("-", " ").split("/")])
+        file = self.index.file_columns(read.file.path, read.file.signature)
+        return {**file, **content, "caption": caption, "words": words}
+
+    def _finish(self, changed: bool) -> None:
+        """Merges the small files of the steps, and makes the indexes of words and, from [`APPROXIMATE_FROM`] images on, of embeddings."""
+        images, summary = self.index.images, self.summary
+        if changed:
+            images.optimize()
+            have = {config.name for config in images.list_indices()}
+            if len(self.index) and "words_idx" not in have:
+                images.create_index("words", config=FTS(stem=False, remove_stop_words=False))
+            if len(self.index) >= APPROXIMATE_FROM and "embedding_idx" not in have:
+                images.create_index("embedding", config=HnswSq(distance_type="cosine"))
+        checksums = self.index.rows(images, ["checksum"])["checksum"].to_pylist()
+        summary.total, summary.duplicates = len(checksums), len(checksums) - len(set(checksums))
+        summary.num_links = self.folder.num_links
+        found = self.index.rows(self.index.unreadable, ["path", "reason"]).to_pydict()
+        summary.unreadable = sorted([*zip(found["path"], found["reason"]), *self.folder.unlisted])

@@ -1,0 +1,26 @@
+"""The model that made an index, loaded."""
+
+from pathlib import Path
+
+import torch
+
+from trainers.evaluation.scoring.encoders import Encoder
+
+from .table import SETTINGS_FILE, ImageIndex
+
+
+def load_encoder(index: Path, model: str | None, device: str | None) -> tuple[Encoder, str]:
+    """
+    Load `model`, or by default the one that the index was made by, and say where it came from (folders as absolute paths).
+
+    Raises:
+        ValueError: If no model is given for a new index.
+    """
+    if model is None:
+        if not (index / SETTINGS_FILE).exists():
+            raise ValueError(
+                f"{index} is a new index: name its model by --model, the folder or Hub name of a ProCLIP, CLIP or SigLIP"
+            )
+        model = ImageIndex(index).settings["model"]
+    name = str(Path(model).resolve()) if Path(model).is_dir() else model
+    return Encoder.load(model, device or ("cuda" if torch.cuda.is_available() else "cpu")), name

@@ -1,0 +1,138 @@
+"""Questions to an index: by text, by image, by both, with filters, and by words."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lancedb.rerankers import RRFReranker
+from torch.nn import functional as F
+
+from modeling_proclip.images import decode_image
+from trainers.evaluation.scoring.encoders import Encoder
+
+from .table import ImageIndex
+
+
+# Columns of a result. The thumbnail is JPEG.
+COLUMNS = ("path", "width", "height", "taken", "caption", "size")
+# How much of the approximate index is searched; the candidates are compared by their exact embeddings.
+_NEIGHBOURS_SEARCHED, _CANDIDATES = 400, 10
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked for.
+
+    Args:
+        text: what the image shows.
+        image: a path, bytes or an image of Pillow that it is like. With `text`, both count.
+        negative: what it does not show.
+        image_weight: share of `image` where there is a text too, 0 to 1.
+        negative_weight: how much `negative` is subtracted, in embeddings of unit length.
+    """
+
+    text: str | None = None
+    image: Any = None
+    negative: str | None = None
+    image_weight: float = 0.5
+    negative_weight: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not self.text and self.image is None:
+            raise ValueError("there is nothing to search for: give a text, an image, or both")
+        if not 0 <= self.image_weight <= 1:
+            raise ValueError(f"the weight of the image must be from 0 to 1, got {self.image_weight}")
+
+    def embedding(self, encoder: Encoder) -> torch.Tensor:
+        """`(p,)` float32 of unit length."""
+        parts: list[tuple[float, torch.Tensor]] = []
+        if self.text:
+            weight = 1.0 if self.image is None else 1 - self.image_weight
+            parts.append((weight, embed_text(encoder, self.text)))
+        if self.image is not None:
+            weight = self.image_weight if self.text else 1.0
+            parts.append((weight, embed_image(encoder, self.image)))
+        if self.negative:
+            parts.append((-self.negative_weight, embed_text(encoder, self.negative)))
+        joined = sum((weight * part for weight, part in parts), torch.zeros_like(parts[0][1]))
+        return F.normalize(joined, dim=-1)
+
+
+def embed_text(encoder: Encoder, text: str) -> torch.Tensor:
+    """The embedding `(p,)` of a text in the space of the images, float32, of unit length."""
+    (batch,) = encoder.encode_texts([text])
+    return F.normalize(encoder.project_texts(batch.embeddings)[0].float(), dim=-1)
+
+
+def embed_image(encoder: Encoder, image: Any) -> torch.Tensor:
+    """The embedding `(p,)` of an image (path, bytes, Pillow), float32, of unit length."""
+    return F.normalize(encoder.encode_images(encoder.prepare_images([decode_image(image)]))[0], dim=-1)
+
+
+def search(
+    index: ImageIndex,
+    embedding: torch.Tensor,
+    top: int = 12,
+    where: str | None = None,
+    words: str | None = None,
+    columns: Sequence[str] = COLUMNS,
+    exact: bool = False,
+) -> list[dict[str, Any]]:
+    """
+    The images nearest to `embedding`, best first.
+
+    Args:
+        embedding: `(p,)`, of unit length.
+        top: how many.
+        where: an SQL condition on `path`, `size` (bytes), `width`, `height` (pixels), `taken` (`2025-01-31T12:00:00`), `caption`.
+        words: words that captions and file names are searched for as well; both orders are joined by reciprocal rank.
+        columns: of the results.
+        exact: compare with every embedding even where there is an approximate index.
+
+    Returns:
+        The `columns` of each, and "score": the cosine, or with `words` the joined reciprocal rank.
+
+    Raises:
+        ValueError: If the embedding has another size, or `where` is no condition on these columns.
+    """
+    if embedding.shape != (index.settings["dim"],):
+        raise ValueError(
+            f"the embedding has the shape {tuple(embedding.shape)}, those of {index.path} ({index.settings['dim']},)"
+        )
+    vector = embedding.numpy()
+    if words:
+        query = index.images.search(query_type="hybrid", vector_column_name="embedding").vector(vector).text(words)
+        query = query.rerank(RRFReranker())
+        score = "_relevance_score"
+    else:
+        query, score = index.images.search(vector, vector_column_name="embedding"), "_distance"
+    query = query.distance_type("cosine")
+    query = query.bypass_vector_index() if exact else query.ef(_NEIGHBOURS_SEARCHED).refine_factor(_CANDIDATES)
+    if where:
+        query = query.where(where, prefilter=True)
+    if not words:
+        query = query.select([*columns, score])
+    try:
+        found = query.limit(top).to_list()
+    except (ValueError, RuntimeError, OSError) as error:
+        if where is None:
+            raise
+        reason = str(error).splitlines()[0].split(", /")[0]  # without the place in the database's own code
+        raise ValueError(f"--where {where!r} is no condition that the index understands: {reason}") from error
+    results = [
+        {name: row[name] for name in columns} | {"score": row[score] if words else 1 - row[score]} for row in found
+    ]
+    return results
+
+
+def describe(index: ImageIndex, exact: bool) -> str:
+    """How a search goes through `index`, in a sentence."""
+    approximate = any(config.name == "embedding_idx" for config in index.images.list_indices())
+    if exact or not approximate:
+        return f"exact: the question is compared with all {len(index):,} embeddings"
+    statistics = index.images.index_stats("embedding_idx")
+    return (
+        f"approximate: {statistics.num_indexed_rows:,} embeddings by a graph of neighbours (HNSW, 8 bits), the best {_CANDIDATES} times as many "
+        f"compared exactly; {statistics.num_unindexed_rows:,} new ones compared exactly"
+    )

@@ -1,0 +1,156 @@
+"""The index on the disk: a LanceDB database of two tables, and a file that says which model and folder it is of.
+
+photos.index/
+    index.json          format, folder, model, what decides an embedding, size of an embedding
+    images.lance/       a row for every image
+    unreadable.lance/   a row for every file that no image could be read from
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lancedb
+import pyarrow as pa
+from filelock import FileLock, Timeout
+
+from trainers.storage.files import write_file
+
+
+FORMAT = 1
+SETTINGS_FILE, LOCK_FILE = "index.json", "index.lock"
+_SIGNATURE = ["size", "mtime_ns", "ctime_ns", "entry"]
+_PATHS_OF_A_CALL = 500
+
+
+def _file_fields() -> list[pa.Field]:
+    return [pa.field("path", pa.string(), nullable=False), *(pa.field(name, pa.int64()) for name in _SIGNATURE)]
+
+
+def image_schema(dim: int) -> pa.Schema:
+    """The columns of an image. `taken` is text, so that `taken >= '2025-01-01'` compares dates; embeddings have unit length."""
+    return pa.schema(
+        [
+            *_file_fields(),
+            pa.field("checksum", pa.string()),
+            pa.field("width", pa.int32()),
+            pa.field("height", pa.int32()),
+            pa.field("taken", pa.string()),
+            pa.field("caption", pa.string()),
+            pa.field("words", pa.string()),  # of caption and file name, for search by words
+            pa.field("thumbnail", pa.binary()),
+            pa.field("embedding", pa.list_(pa.float32(), dim)),
+        ]
+    )
+
+
+UNREADABLE_SCHEMA = pa.schema([*_file_fields(), pa.field("reason", pa.string())])
+
+
+class ImageIndex:
+    """An index that is open.
+
+    Args:
+        path: its folder.
+
+    Raises:
+        FileNotFoundError: If there is no index; says how to make one.
+        ValueError: If what is there is no index of this release.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self.settings: dict[str, Any] = json.loads((path / SETTINGS_FILE).read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise FileNotFoundError(
+                f"{path} holds no index of images: make one by `proclip index FOLDER --model MODEL --output {path}`"
+            ) from error
+        except ValueError as error:
+            raise ValueError(
+                f"{path / SETTINGS_FILE} is damaged ({error}): delete {path} and index the folder again"
+            ) from error
+        if not isinstance(self.settings, dict) or self.settings.get("format") != FORMAT:
+            raise ValueError(
+                f"{path} is not an index of this release (format {FORMAT}): delete it and index the folder again"
+            )
+        database = lancedb.connect(str(path))
+        self.images, self.unreadable = database.open_table("images"), database.open_table("unreadable")
+
+    @classmethod
+    def create(cls, path: Path, folder: Path, model: str, identity: dict[str, Any], dim: int) -> "ImageIndex":
+        """A new, empty index at `path`, which is new or empty. `identity` is what decides an embedding."""
+        if (
+            path.exists()
+            and any(child.name != LOCK_FILE for child in path.iterdir())
+            and not (path / "images.lance").exists()
+        ):
+            raise FileExistsError(f"{path} holds other files: name a folder that is new, empty, or an index")
+        database = lancedb.connect(str(path))
+        database.create_table("images", schema=image_schema(dim), mode="overwrite")
+        database.create_table("unreadable", schema=UNREADABLE_SCHEMA, mode="overwrite")
+        # Last: with it the index is complete.
+        settings = {"format": FORMAT, "folder": str(folder), "model": model, "dim": dim, "identity": identity}
+        write_file(path / SETTINGS_FILE, json.dumps(settings, indent=2).encode())
+        return cls(path)
+
+    @property
+    def folder(self) -> Path:
+        """The folder whose images are indexed."""
+        return Path(self.settings["folder"])
+
+    def __len__(self) -> int:
+        return self.images.count_rows()
+
+    def rows(self, table: Any, columns: Sequence[str], where: str | None = None) -> pa.Table:
+        """Those `columns` of all rows of `table`, or of those that the SQL expression `where` holds for."""
+        query = table.search().select(list(columns))
+        return (query.where(where) if where else query).limit(None).to_arrow()
+
+    def signatures(self, table: Any) -> dict[str, tuple[int, ...]]:
+        """Path -> signature of every row of `table`."""
+        found = self.rows(table, ["path", *_SIGNATURE]).to_pydict()
+        return dict(zip(found["path"], zip(*(found[name] for name in _SIGNATURE))))
+
+    @staticmethod
+    def file_columns(path: str, signature: Sequence[int]) -> dict[str, Any]:
+        """The columns that say which file a row is of."""
+        return {"path": path, **dict(zip(_SIGNATURE, signature, strict=True))}
+
+    @staticmethod
+    def put(table: Any, rows: Sequence[dict[str, Any]]) -> None:
+        """Writes `rows` in one step, in place of those of the same paths."""
+        if rows:
+            data = pa.Table.from_pylist(list(rows), schema=table.schema)
+            table.merge_insert("path").when_matched_update_all().when_not_matched_insert_all().execute(data)
+
+    @staticmethod
+    def remove(table: Any, paths: Sequence[str]) -> None:
+        """Removes the rows of `paths`."""
+        for start in range(0, len(paths), _PATHS_OF_A_CALL):
+            table.delete(any_of("path", paths[start : start + _PATHS_OF_A_CALL]))
+
+
+def any_of(column: str, values: Sequence[str]) -> str:
+    """The SQL expression that holds where `column` is one of `values`."""
+    quoted = ", ".join("'" + value.replace("'", "''") + "'" for value in values)
+    return f"{column} IN ({quoted})"
+
+
+@contextmanager
+def only_writer(path: Path) -> Iterator[None]:
+    """Nobody else writes the index at `path` until the block ends, or its process does.
+
+    Raises:
+        ValueError: If somebody else is writing it.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(path / LOCK_FILE, timeout=0):
+            yield
+    except Timeout as error:
+        raise ValueError(
+            f"{path} is being written by another process: wait until it has finished, then repeat the command"
+        ) from error
