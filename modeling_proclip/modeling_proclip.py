@@ -12,13 +12,14 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
+from .attention_proof import check_bidirectional
 from .configuration_eva_clip import EvaCLIPVisionConfig
 from .configuration_proclip import TOWERS, ProCLIPConfig, check_tower_keys
 from .modeling_eva_clip import EvaCLIPVisionModel
 from .pretrained_proclip import ProCLIPPreTrainedModel
 from .pretrained_towers import absolute, of_tower, take_text, take_vision
 from .text_adapter import TextAdapter
-from .text_tower import check_bidirectional, pool_tokens
+from .pooling import pool_tokens
 
 
 logger = logging.get_logger(__name__)

@@ -6,12 +6,12 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .attention_proof import check_bidirectional
 from .configuration_proclip import ProCLIPConfig, check_tower_keys
 from .finite_weights import check_finite
 from .lean_checkpoint import record_text_model, recorded_text_model
 from .pretrained_towers import tower_dtypes
 from .publisher import find_publisher
-from .text_tower import check_bidirectional
 
 
 Model = TypeVar("Model", bound="ProCLIPPreTrainedModel")

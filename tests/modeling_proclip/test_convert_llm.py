@@ -20,7 +20,8 @@ from transformers import (
 )
 
 from modeling_proclip import ConversionError, convert
-from modeling_proclip.text_tower import check_bidirectional, pool_tokens
+from modeling_proclip.attention_proof import check_bidirectional
+from modeling_proclip.pooling import pool_tokens
 from tests import golden
 from tests.modeling_proclip import tiny
 from tests.modeling_proclip.test_golden_text import PIPELINES, assert_close_at_tokens, pipeline_case

@@ -8,7 +8,8 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModel, LlamaModel
 
 from modeling_proclip import ProCLIPModel
-from modeling_proclip.text_tower import check_bidirectional, pool_tokens
+from modeling_proclip.attention_proof import check_bidirectional
+from modeling_proclip.pooling import pool_tokens
 from tests import golden
 from tests.modeling_proclip import tiny
 

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_proclip.prompt_template import NO_TEMPLATE, templated_tokenizer
-from modeling_proclip.text_tower import check_bidirectional
+from modeling_proclip.attention_proof import check_bidirectional
 from trainers.base.checkpoints import CheckpointingTrainer
 from trainers.data.captions import DrawnCaptions
 from trainers.data.epochs import SetEpoch

@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import AutoModel, TrainerCallback
 
 from modeling_proclip import ProCLIPModel, convert
-from modeling_proclip.text_tower import pool_tokens
+from modeling_proclip.pooling import pool_tokens
 from tests.modeling_proclip import tiny
 from tests.trainers import tiny_llm
 from tests.trainers.base.test_distributed import run_on_ranks

@@ -1,12 +1,12 @@
-"""Bidirectional attention and its proof, padding, pooling."""
+"""Bidirectional attention and its proof, layer by layer, and padding that does not matter."""
 
 import pytest
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel
 
-from modeling_proclip import ProCLIPModel
-from modeling_proclip.text_tower import check_bidirectional, pool_tokens
+from modeling_proclip import ProCLIPModel, attention_proof
+from modeling_proclip.attention_proof import check_bidirectional
 from tests.modeling_proclip import tiny
 
 
@@ -35,43 +35,87 @@ def text_model(family: str, attention: str = "sdpa", causal: bool = False, **ove
 @pytest.mark.parametrize("family", FAMILIES)
 def test_accepts_families_that_obey(family, attention):
     check_bidirectional(text_model(family, attention))
-    with pytest.raises(ValueError, match=rf"Model with '{attention}' attention stays causal"):
+    with pytest.raises(ValueError, match=rf"Model with '{attention}' attention, layer 0 .*, stays causal"):
         check_bidirectional(text_model(family, attention, causal=True))
 
 
+@pytest.mark.parametrize("window", [1, 3, 4])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_accepts_a_sliding_window(attention):
+def test_accepts_a_sliding_window(attention, window):
     """A window of 4 reaches 4 tokens to either side: the five tokens of the probe."""
-    check_bidirectional(text_model("mistral", attention, sliding_window=4))
+    check_bidirectional(text_model("mistral", attention, sliding_window=window))
 
 
 @pytest.mark.parametrize(
-    "family, attention, where",
+    "family, layer_types, refused",
     [
-        ("stablelm", "sdpa", "without padding"),
-        ("nemotron", "sdpa", "without padding"),
-        ("llama4_text", "sdpa", "in a padded batch"),
-        ("llama4_text", "eager", "without padding"),
+        ("lfm2", ["conv", "full_attention"], "conv"),
+        ("qwen3_next", ["full_attention", "linear_attention"], "linear_attention"),
+        ("qwen3_5_text", ["linear_attention", "full_attention"], "linear_attention"),
+        ("llama4_text", ["chunked_attention", "full_attention"], "chunked_attention"),
     ],
 )
-def test_refuses_families_that_ignore_the_setting(family, attention, where):
-    with pytest.raises(ValueError, match=f"stays causal {where}.*Try attn_implementation"):
-        check_bidirectional(text_model(family, attention))
+def test_refuses_layers_of_another_kind_by_name(family, layer_types, refused):
+    """One layer that attends in both directions would move the first token for all of them."""
+    with pytest.raises(ValueError, match=f"has layers of type '{refused}'.*full_attention and sliding_attention"):
+        check_bidirectional(text_model(family, layer_types=layer_types))
+
+
+@pytest.mark.parametrize(
+    "family, layer_types, layer",
+    [("lfm2", ["full_attention", "conv"], 1), ("qwen3_next", ["linear_attention", "full_attention"], 0)],
+)
+def test_proves_every_layer(family, layer_types, layer, monkeypatch):
+    """Also of a hybrid whose layers have names that say nothing."""
+    monkeypatch.setattr(attention_proof, "ATTENTION_LAYERS", {"conv", "linear_attention", "full_attention"})
+    with pytest.raises(ValueError, match=rf"layer {layer} \(.*DecoderLayer\), stays causal without padding"):
+        check_bidirectional(text_model(family, layer_types=layer_types))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+def test_refuses_positions_that_count_padding(kind):
+    """An embedding would change by 88 and 74 % beside a longer text."""
+    with pytest.raises(
+        ValueError, match="gives a text other states beside padding.*Take an LLM with rotary positions"
+    ):
+        check_bidirectional(text_model(kind))
+    with pytest.raises(ValueError, match="gives a text other states beside padding"):
+        check_bidirectional(text_model(kind).bfloat16())
+
+
+def test_accepts_learned_positions_of_tokens_only():
+    """RoBERTa counts its positions over what is no padding."""
+    check_bidirectional(text_model("roberta"))
+
+
+@pytest.mark.parametrize("family", ["stablelm", "nemotron"])
+def test_refuses_families_that_ignore_the_setting(family):
+    with pytest.raises(ValueError, match="stays causal without padding.*Try attn_implementation"):
+        check_bidirectional(text_model(family))
     if family == "stablelm":
         check_bidirectional(text_model(family, "eager"))  # the remedy that the error names
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_refuses_chunks(attention, monkeypatch):
+    monkeypatch.setattr(attention_proof, "ATTENTION_LAYERS", {"chunked_attention"})
+    with pytest.raises(ValueError, match="stays causal (without padding|in a padded batch)"):
+        check_bidirectional(text_model("llama4_text", attention))
 
 
 def test_refuses_attention_to_padding():
     model = text_model("llama")
     forward = model.forward
     model.forward = lambda attention_mask=None, **inputs: forward(**inputs)
-    with pytest.raises(ValueError, match="LlamaModel with 'sdpa' attention attends to padding"):
+    with pytest.raises(ValueError, match="LlamaModel with 'sdpa' attention, layer 0 .* attends to padding"):
         check_bidirectional(model)
 
 
 def test_loading_and_pairing_prove_it(tmp_path):
     causal = {"model_type": "stablelm", **tiny.TEXT}
-    with pytest.raises(ValueError, match="StableLmModel with 'sdpa' attention stays causal"):
+    with pytest.raises(
+        ValueError, match="StableLmModel with 'sdpa' attention, layer 0 .StableLmDecoderLayer., stays causal"
+    ):
         ProCLIPModel.from_vision_text_pretrained(tiny.clip(), text_model("stablelm"))
     tiny.model(text_config=causal).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="stays causal"):
@@ -122,49 +166,3 @@ def test_padding_and_batching_do_not_matter(family, attention):
         ones = [torch.ones_like(text) for text in texts]
         mask = nn.utils.rnn.pad_sequence(ones, batch_first=True, padding_side=side)
         torch.testing.assert_close(model.get_llm_embeds(ids, mask), alone, atol=1e-5, rtol=0, msg=side)
-
-
-# Pooling
-
-
-def naive_pooling(states: torch.Tensor, mask: torch.Tensor, marked: torch.Tensor | None, pooling: str) -> torch.Tensor:
-    rows = []
-    for i in range(len(states)):
-        tokens = [j for j in range(states.shape[1]) if mask[i, j]]
-        pooled = [j for j in tokens if marked is None or marked[i, j]] or tokens
-        if pooling == "bos_token":
-            rows.append(states[i, tokens[0]])
-        elif pooling in ("last_token", "eos_token"):
-            rows.append(states[i, tokens[-1]])
-        else:
-            weights = [1.0 if pooling == "mean" else rank for rank in range(1, len(pooled) + 1)]
-            total = sum(w * states[i, j] for w, j in zip(weights, pooled, strict=True))
-            rows.append(total / sum(weights))
-    return torch.stack(rows)
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("pooling", ["mean", "weighted_mean", "last_token", "eos_token", "bos_token"])
-def test_pooling_against_a_naive_loop(pooling, side):
-    torch.manual_seed(0)
-    states = torch.randn(4, 6, 3, requires_grad=True)
-    lengths = torch.tensor([6, 4, 1, 3])
-    positions = torch.arange(6).expand(4, 6)
-    mask = (positions >= 6 - lengths[:, None] if side == "left" else positions < lengths[:, None]).long()
-    marked = mask * (torch.rand(4, 6) > 0.5)
-    marked[3] = 0  # nothing marked in a row
-    for token_type_ids in (None, marked):
-        expected = naive_pooling(states, mask, token_type_ids, pooling)
-        actual = pool_tokens(states, mask, token_type_ids, pooling)
-        torch.testing.assert_close(actual, expected)
-        (expected_gradient,) = torch.autograd.grad(expected.square().sum(), states)
-        (gradient,) = torch.autograd.grad(actual.square().sum(), states)
-        torch.testing.assert_close(gradient, expected_gradient)
-
-
-def test_pooling_sums_in_float32():
-    """256 + 1 is 256 in bfloat16: a running sum in it would stop there."""
-    states = torch.ones(1, 1000, 2, dtype=torch.bfloat16)
-    for pooling in ("mean", "weighted_mean"):
-        pooled = pool_tokens(states, torch.ones(1, 1000), None, pooling)
-        assert pooled.dtype == torch.bfloat16 and torch.equal(pooled, torch.ones(1, 2, dtype=torch.bfloat16))

@@ -1,0 +1,40 @@
+"""One embedding a text from an LLM's token states."""
+
+import torch
+
+
+def pool_tokens(
+    hidden_states: torch.Tensor,
+    attention_mask: torch.Tensor,
+    token_type_ids: torch.Tensor | None = None,
+    pooling: str = "mean",
+) -> torch.Tensor:
+    """
+    One embedding a text from the LLM's token states, as LLM2Vec does it (arXiv 2404.05961; ProCLIP uses "mean").
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): Last hidden states.
+        attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`): 1 on tokens, 0 on padding, which may be on either side.
+        token_type_ids (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+            1 on the tokens to pool (content and end of turn), 0 on BOS, template header and padding: what [`ProCLIPProcessor`] returns.
+            All tokens are pooled when it is missing, or in a row where it is 0 throughout.
+        pooling (`str`):
+            "mean": mean of the pooled tokens. "weighted_mean": the i-th of n pooled tokens weighs i / (1 + ... + n).
+            "last_token", "eos_token": the last token (the reference reads both there). "bos_token": the first token.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size, hidden_size)`, in the dtype of `hidden_states`; sums are taken in float32.
+    """
+    positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)
+    rows = torch.arange(hidden_states.shape[0], device=hidden_states.device)
+    attended = attention_mask.to(hidden_states.device).bool()
+    if pooling in ("last_token", "eos_token"):
+        return hidden_states[rows, torch.where(attended, positions, -1).argmax(dim=1)]
+    if pooling == "bos_token":
+        return hidden_states[rows, attended.int().argmax(dim=1)]
+    pooled = attended if token_type_ids is None else attended & token_type_ids.to(hidden_states.device).bool()
+    # The reference averages padding too where a row has nothing to pool; all its real tokens are the sensible reading.
+    pooled = torch.where(pooled.any(dim=1, keepdim=True), pooled, attended).float()
+    weights = pooled if pooling == "mean" else pooled.cumsum(dim=1) * pooled
+    weights = weights / weights.sum(dim=1, keepdim=True)
+    return torch.bmm(weights[:, None], hidden_states.float())[:, 0].to(hidden_states.dtype)
