@@ -16,10 +16,10 @@ from .attention_proof import check_bidirectional
 from .configuration_eva_clip import EvaCLIPVisionConfig
 from .configuration_proclip import TOWERS, ProCLIPConfig, check_tower_keys
 from .modeling_eva_clip import EvaCLIPVisionModel
+from .pooling import pool_tokens
 from .pretrained_proclip import ProCLIPPreTrainedModel
 from .pretrained_towers import absolute, of_tower, take_text, take_vision
 from .text_adapter import TextAdapter
-from .pooling import pool_tokens
 
 
 logger = logging.get_logger(__name__)

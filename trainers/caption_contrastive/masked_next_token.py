@@ -16,8 +16,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modeling_proclip.prompt_template import NO_TEMPLATE, templated_tokenizer
 from modeling_proclip.attention_proof import check_bidirectional
+from modeling_proclip.prompt_template import NO_TEMPLATE, templated_tokenizer
 from trainers.base.checkpoints import CheckpointingTrainer
 from trainers.data.captions import DrawnCaptions
 from trainers.data.epochs import SetEpoch

@@ -11,9 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerContro
 from transformers.trainer_utils import speed_metrics
 
 from modeling_proclip import ProCLIPModel, ProCLIPProcessor
-from modeling_proclip.prompt_template import choose_template
 from modeling_proclip.attention_proof import check_bidirectional
 from modeling_proclip.pooling import pool_tokens
+from modeling_proclip.prompt_template import choose_template
 from trainers.base.checkpoints import CheckpointingTrainer, last_complete_checkpoint
 from trainers.base.gradient_caching import cached_backward
 from trainers.data.epochs import SetEpoch
