@@ -61,6 +61,9 @@ class ProCLIPConfig(PreTrainedConfig):
             What the adapter does to an LLM embedding first. "l2" divides by its length (published, OpenAI and EVA02 towers), "none" nothing
             (published, SigLIP2 tower), "standardize" first centres and scales every dimension by the statistics of a text store, kept as
             buffers of the model, then divides by the length: for an LLM without caption-contrastive tuning, whose embeddings are anisotropic.
+        adapter_language_directions (`int`, defaults to 0):
+            With "standardize": how many directions, those in which the means of the texts' languages differ most, are projected out of the
+            standardised embedding, before its length. They are kept as a buffer of the model. 0 in the papers.
         adapter_output_bias (`bool`, defaults to `True`): Whether the adapter's last linear layer has a bias.
         adapter_layer_norm_eps (`float`, defaults to 1e-5): Epsilon of the adapter's layer norms.
         text_pooling (`"mean"`, `"weighted_mean"`, `"last_token"`, `"eos_token"` or `"bos_token"`, defaults to `"mean"`):
@@ -101,6 +104,7 @@ class ProCLIPConfig(PreTrainedConfig):
     adapter_num_layers: int = 4
     adapter_expansion: int | float = 2
     adapter_input_norm: Literal["l2", "none", "standardize"] = "l2"
+    adapter_language_directions: int = 0
     adapter_output_bias: bool = True
     adapter_layer_norm_eps: float = 1e-5
     text_pooling: Literal["mean", "weighted_mean", "last_token", "eos_token", "bos_token"] = "mean"
@@ -135,6 +139,15 @@ class ProCLIPConfig(PreTrainedConfig):
                 raise ValueError(f"ProCLIPConfig.{name} must be positive, got {getattr(self, name)}.")
         if self.adapter_num_layers < 0:
             raise ValueError(f"ProCLIPConfig.adapter_num_layers must not be negative, got {self.adapter_num_layers}.")
+        if self.adapter_language_directions < 0:
+            raise ValueError(
+                f"ProCLIPConfig.adapter_language_directions must not be negative, got {self.adapter_language_directions}."
+            )
+        if self.adapter_language_directions and self.adapter_input_norm != "standardize":
+            raise ValueError(
+                'ProCLIPConfig.adapter_language_directions needs adapter_input_norm="standardize", got '
+                f"{self.adapter_input_norm!r}: directions are those of standardised embeddings."
+            )
         if not math.isfinite(self.logit_scale_init_value):
             raise ValueError(
                 f"ProCLIPConfig.logit_scale_init_value is a logarithm and must be finite, got {self.logit_scale_init_value}."

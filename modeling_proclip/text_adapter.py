@@ -38,6 +38,9 @@ class TextAdapter(nn.Module):
         if self.input_norm == "standardize":
             self.register_buffer("input_mean", torch.zeros(size))
             self.register_buffer("input_std", torch.ones(size))
+        self.num_language_directions = config.adapter_language_directions
+        if self.num_language_directions:
+            self.register_buffer("language_directions", torch.zeros(self.num_language_directions, size))
 
     def set_input_statistics(self, mean: torch.Tensor, std: torch.Tensor) -> None:
         """
@@ -71,6 +74,8 @@ class TextAdapter(nn.Module):
         hidden_states = llm_embeds.to(device=weight.device, dtype=torch.float32)
         if self.input_norm == "standardize":
             hidden_states = (hidden_states - self.input_mean) / self.input_std
+        if self.num_language_directions:
+            hidden_states = hidden_states - (hidden_states @ self.language_directions.T) @ self.language_directions
         if self.input_norm != "none":
             hidden_states = F.normalize(hidden_states, dim=-1)
         hidden_states = hidden_states.to(weight.dtype)

@@ -1,6 +1,5 @@
 """What is made sure of before a training begins: what is trained, and that the stores of embeddings fit."""
 
-import logging
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
@@ -19,8 +18,6 @@ from trainers.data.pair_rows import PairRows, texts_of
 from trainers.data.pair_stream import PairStream
 from trainers.text_store.keys import text_keys
 
-
-logger = logging.getLogger(__name__)
 
 _ROWS_AT_A_TIME = 10_000
 
@@ -130,15 +127,6 @@ def _captions(dataset: Any, reader: str) -> Iterator[list[str]] | None:
     elif not isinstance(dataset, list):
         return None
     return (captions_of(row, f"row {i}", reader) for i, row in enumerate(dataset))
-
-
-def set_input_statistics(model: ProCLIPModel, text_store: Any) -> None:
-    """Give an adapter that standardises its input and was not told how yet the mean and deviation of the text store."""
-    adapter = model.text_adapter
-    if model.config.adapter_input_norm != "standardize" or adapter.input_mean.any() or (adapter.input_std != 1).any():
-        return
-    adapter.set_input_statistics(*text_store.statistics())
-    logger.warning("The adapter's input statistics were unset; they are now those of the text store.")
 
 
 def refuse_sharding(accelerator: Accelerator) -> None:

@@ -26,8 +26,9 @@ from trainers.data.pair_stream import PairStream
 from trainers.data.stream_loader import StreamLoader
 from trainers.losses import global_instance_alignment_loss, global_structure_alignment_loss
 
-from .checks import check_store, check_texts, proclip_of, refuse_sharding, set_input_statistics, train_only
+from .checks import check_store, check_texts, proclip_of, refuse_sharding, train_only
 from .config import AlignmentConfig
+from .input_statistics import set_input_statistics
 
 
 class AlignmentTrainer(CheckpointingTrainer, StreamedTrainer, PublishingTrainer):
