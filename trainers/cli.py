@@ -27,7 +27,7 @@ from trainers.commands.train import train
 # Threads that wait for each other sleep instead of spinning, unless told otherwise: with another program on one of two cores, a training
 # step took a quarter to a tenth of the time. OpenMP reads this when torch is imported, which the commands do later.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-os.environ.setdefault("LANCE_LOG", "error")  # of the database of `proclip index`, which warns of every table that it makes
+os.environ.setdefault("LANCEDB_LOG", "error")  # of the database of `proclip index`, which warns of every table that it makes
 
 # What the library raises for input that it refuses: a wrong value, a missing file or model, an extra that is not installed.
 INPUT_ERRORS = (ValueError, OSError, ImportError)
