@@ -1,4 +1,4 @@
-"""`proclip index`: a folder of images into an index that `proclip search` searches."""
+"""`proclip index`: index a folder of images for `proclip search`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,17 +10,17 @@ _SHOWN = 20  # unreadable files that are named without --list-unreadable
 
 
 def index(
-    folder: Annotated[Path, typer.Argument(help="Folder of images, with folders in it. Links are not followed.")],
-    output: Annotated[Path, typer.Option(help="Folder of the index. One that is there is brought up to date.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of images, with its subfolders. Links are not followed.")],
+    output: Annotated[Path, typer.Option(help="Folder of the index. An existing one is updated.")],
     model: Annotated[
         str | None,
         typer.Option(
-            help="Folder or Hub name of a ProCLIP checkpoint, or of a CLIP or SigLIP. By default the one that made the index."
+            help="Folder or Hub name of a ProCLIP checkpoint, or of a CLIP or SigLIP. Default: the one that made the index."
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images that are embedded together.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images in a batch.")] = 32,
     device: Annotated[
-        str | None, typer.Option(help="Such as cpu or cuda:1. By default the GPU if there is one.")
+        str | None, typer.Option(help="Such as cpu or cuda:1. Default: the GPU if there is one.")
     ] = None,
     export: Annotated[
         Path | None,
@@ -34,8 +34,8 @@ def index(
 ) -> None:
     """Index a folder of images for `proclip search`.
 
-    A second run embeds only what is new or has changed, and notices files that were moved, copied or deleted. A run that was stopped keeps what it
-    has done. Costs one forward pass of the image encoder for each image, and about 12 kB an image on the disk.
+    A second run embeds only what is new or has changed, and notices files that were moved, copied or deleted. A stopped run keeps what it
+    has done. Costs one forward pass of the image encoder for each image, and about 12 kB an image on disk.
 
     A text in UTF-8 beside an image (`photo.txt` beside `photo.jpg`) is its caption.
     """

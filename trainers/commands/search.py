@@ -1,4 +1,4 @@
-"""`proclip search`: images of an index by text, by image, or by both."""
+"""`proclip search`: find images of an index by text, by image, or by both."""
 
 import json
 from pathlib import Path
@@ -12,12 +12,12 @@ def search(
     query: Annotated[
         str | None, typer.Argument(help="What the images show, in any language and length that the model reads.")
     ] = None,
-    image: Annotated[Path | None, typer.Option(help="An image that they are like. With QUERY, both count.")] = None,
-    image_weight: Annotated[float, typer.Option(min=0, max=1, help="Share of --image beside QUERY.")] = 0.5,
-    negative: Annotated[str | None, typer.Option("--not", help="What they do not show.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Image to find similar ones of. With QUERY, both count.")] = None,
+    image_weight: Annotated[float, typer.Option(min=0, max=1, help="Weight of --image beside QUERY.")] = 0.5,
+    negative: Annotated[str | None, typer.Option("--not", help="What the images do not show.")] = None,
     words: Annotated[
         str | None,
-        typer.Option(help="Words that captions and file names are searched for as well; the two orders are joined."),
+        typer.Option(help="Also search captions and file names for these words; the two rankings are merged."),
     ] = None,
     where: Annotated[
         str | None,
@@ -25,20 +25,22 @@ def search(
             help="SQL condition on path, size (bytes), width, height (pixels), taken and caption, such as \"taken >= '2025-01-01'\"."
         ),
     ] = None,
-    top: Annotated[int, typer.Option(min=1, help="How many images.")] = 12,
+    top: Annotated[int, typer.Option(min=1, help="Number of images to print.")] = 12,
     exact: Annotated[
-        bool, typer.Option("--exact", help="Compare with every embedding even where there is an approximate index.")
+        bool, typer.Option("--exact", help="Compare with every embedding, even if there is an approximate index.")
     ] = False,
     explain: Annotated[bool, typer.Option("--explain", help="Say how the index was searched.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help='Print a list of {"path": ..., "score": ...}.')] = False,
-    model: Annotated[str | None, typer.Option(help="Where the model that made the index is, if it has moved.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder or Hub name of the model that made the index, if it has moved.")
+    ] = None,
     device: Annotated[
-        str | None, typer.Option(help="Such as cpu or cuda:1. By default the GPU if there is one.")
+        str | None, typer.Option(help="Such as cpu or cuda:1. Default: the GPU if there is one.")
     ] = None,
 ) -> None:
     """Search an index of images by text, by image, or by both.
 
-    Prints the best first: its score (cosine; with --words the joined reciprocal ranks) and its path from the indexed folder. Costs loading the
+    Prints the best first: its score (cosine; with --words the merged reciprocal ranks) and its path in the indexed folder. Costs loading the
     model, one forward pass of its text encoder, and milliseconds.
     """
     from trainers.search.build import check_model
