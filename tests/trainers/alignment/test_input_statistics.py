@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from transformers import AutoModel
 
 from modeling_proclip import ProCLIPConfig
@@ -98,5 +99,5 @@ def test_what_cannot_be_fitted_is_refused(store):
         fit_input_statistics(tiny_model(), store, TEXTS)
     for settings, message in (({"adapter_input_norm": "l2"}, 'needs adapter_input_norm="standardize"'),
                               ({"adapter_language_directions": -1}, "negative")):  # fmt: skip
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(StrictDataclassClassValidationError, match=message):
             ProCLIPConfig(**{"adapter_language_directions": 2, **settings})
