@@ -254,7 +254,8 @@ class RecipeProgress:
 
     def _count(self, field: str, number: str | None = None) -> int | None:
         """The rows of a field of `data`: as the field `number` says, or counted."""
-        source, stated = getattr(self.recipe.data, field), number and getattr(self.recipe.data, number)
+        source = getattr(self.recipe.data, field)
+        stated = None if number is None else getattr(self.recipe.data, number)
         if stated is not None or source.streaming:
             return stated
         try:
