@@ -45,15 +45,15 @@ def publish(
     DIR is checked first; only a checkpoint's own files are sent, in one commit. After an interruption, give the same command again: large
     files that the Hub has are not sent twice. The token is that of `hf auth login` or HF_TOKEN.
     """
-    import yaml
     from rich.console import Console
     from rich.table import Column, Table
     from rich.text import Text
 
     from hub_cards.publish import MESSAGE
     from hub_cards.publish import publish as run
+    from trainers.storage.yaml_files import read_yaml
 
-    said = None if card is None else yaml.safe_load(card.read_text(encoding="utf-8"))
+    said = None if card is None else read_yaml(card)
     if card is not None and not isinstance(said, dict):
         raise ValueError(f"{card} holds no keys and values: write lines such as `license: apache-2.0`")
     report = run(

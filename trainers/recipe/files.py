@@ -1,57 +1,14 @@
-"""Recipes as they lie on disk: YAML without its traps, recipes that build on others, and settings from the command line."""
+"""Recipes as they lie on disk: recipes that build on others, and settings from the command line."""
 
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
+from trainers.storage.yaml_files import parse_yaml, read_yaml
 
 
 class RecipeError(ValueError):
     """A recipe that cannot be used; says where and why."""
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML as people read it: 4e-4 is a number (YAML 1.1 takes it for text), and a key that is given twice is an error."""
-
-
-# YAML 1.2's floats. PyYAML wants a dot in front of the exponent.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
-    list("-+0123456789."),
-)
-# The last resolver that is added is asked last, so whole numbers are still integers.
-
-
-def _mapping_without_repeats(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    loader.flatten_mapping(node)
-    mapping: dict[Any, Any] = {}
-    for key_node, value_node in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if key in mapping:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", key_node.start_mark)
-        mapping[key] = loader.construct_object(value_node, deep=True)
-    return mapping
-
-
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_repeats)
-
-
-def read_yaml(text: str, where: str) -> Any:
-    """
-    The value of a YAML text.
-
-    Raises:
-        RecipeError: If it is no YAML, or gives a key twice; begins with `where` and names the line.
-    """
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = "" if mark is None else f", line {mark.line + 1}"
-        raise RecipeError(f"{where}{line}: {getattr(error, 'problem', None) or error}") from error
 
 
 def read_recipe(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
@@ -67,7 +24,7 @@ def read_recipe(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, An
         overrides: `key=value` with a dotted key, such as `data.train.source=/data/cc3m`; the value is read as YAML.
 
     Raises:
-        RecipeError: If a file is missing or no YAML mapping, a recipe builds on itself, or an override has no "=".
+        ValueError: If a file is missing or no YAML mapping, a recipe builds on itself, or an override has no "=".
     """
     settings = _read_with_base(Path(path), ())
     for override in overrides:
@@ -76,7 +33,7 @@ def read_recipe(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, An
             raise RecipeError(
                 f"{override!r} is no setting: write key=value, as in seed=1 or data.train.source=/data/cc3m"
             )
-        change: Any = read_yaml(value, f"the setting {override!r}")
+        change: Any = parse_yaml(value, f"the setting {override!r}")
         for part in reversed(key.split(".")):
             change = {part: change}
         settings = _join(settings, change)
@@ -88,13 +45,10 @@ def _read_with_base(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
     if resolved in readers:
         raise RecipeError(f"{path}: this recipe builds on itself, by way of {', '.join(map(str, readers))}")
     try:
-        text = path.read_text(encoding="utf-8")
-    except (FileNotFoundError, IsADirectoryError) as error:
+        settings = read_yaml(path)
+    except FileNotFoundError as error:
         source = f", which {readers[-1]} builds on" if readers else ""
         raise RecipeError(f"there is no recipe {path}{source}") from error
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path}: not encoded as UTF-8: {error}") from error
-    settings = read_yaml(text, str(path))
     if not isinstance(settings, Mapping) or not settings:
         raise RecipeError(f"{path}: a recipe is a mapping with keys such as output_dir, model, data and stages")
     settings = dict(settings)

@@ -1,19 +1,20 @@
 """The schema of a recipe: which keys it has, of which types, and what each is by default. `docs/recipes.md` explains them to users."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import NonNegativeInt, PositiveInt
 from transformers import TrainingArguments
 
 from trainers.caption_contrastive.config import CaptionContrastiveConfig
 from trainers.contrastive_tuning.config import PUBLISHED_BATCH, ContrastiveTuningConfig, batch_invariant_weights
 from trainers.data.pairs import PairSource
 from trainers.inheritance.config import RepresentationInheritanceConfig
+from trainers.storage.yaml_files import build, check_fields, nearest
 
 from .files import RecipeError, read_recipe
-from .strict_fields import build, check_fields, nearest
 
 
 # The stages in the order in which they run, each from the last one's result.
@@ -70,7 +71,7 @@ class ModelSettings:
     image_processor_revision: str | None = None
     prompt_template: str | None = None
     instruction: str | None = None
-    max_length: int = 512
+    max_length: PositiveInt = 512
     attn_implementation: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
 
@@ -103,10 +104,10 @@ class DataSettings:
     captions: PairSource | None = None
     plain_texts: PairSource | None = None
     eval: PairSource | None = None
-    num_pairs: int | None = None
-    num_texts: int | None = None
-    num_captions: int | None = None
-    captions_per_pair: int = 2
+    num_pairs: PositiveInt | None = None
+    num_texts: PositiveInt | None = None
+    num_captions: PositiveInt | None = None
+    captions_per_pair: PositiveInt = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +137,7 @@ class TextStores:
 
     llm: StoreSettings = field(default_factory=StoreSettings)
     teacher: StoreSettings = field(default_factory=StoreSettings)
-    token_budget: int | None = None
+    token_budget: PositiveInt | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,10 +155,10 @@ class StageSettings:
         arguments: fields of the stage's trainer config.
     """
 
-    global_batch_size: int
-    device_batch_size: int | None = None
+    global_batch_size: PositiveInt
+    device_batch_size: PositiveInt | None = None
     published_lambda: float | None = None
-    published_batch_size: int = PUBLISHED_BATCH
+    published_batch_size: PositiveInt = PUBLISHED_BATCH
     arguments: dict[str, Any] = field(default_factory=dict)
 
 
@@ -176,7 +177,7 @@ class Recipe:
     """
 
     output_dir: str
-    seed: int = 0
+    seed: NonNegativeInt = 0
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     model: ModelSettings
     data: DataSettings
@@ -200,71 +201,55 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
     Args:
         path: a .yaml file.
-        overrides: settings `key=value` that go before the file's; see [`read_recipe`].
+        overrides: settings `key=value` that override the file's; see [`read_recipe`].
 
     Raises:
         RecipeError: If a file is missing or no YAML, a key is unknown or missing, or a value has the wrong type or makes no sense. Names the
             file and the key's path.
     """
-    settings = read_recipe(path, overrides)
-    where = f"{path}: "
+    try:
+        return _checked(read_recipe(path, overrides), str(path))
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+
+
+def _checked(settings: Mapping[str, Any], where: str) -> Recipe:
     stages = settings.get("stages")
     if not isinstance(stages, Mapping) or not any(stage is not None for stage in stages.values()):
-        raise RecipeError(f"{where}stages: name at least one of {', '.join(CONFIG_OF)}")
+        raise ValueError(f"{where}: stages: name at least one of {', '.join(CONFIG_OF)}")
     for name in stages:
         if name not in CONFIG_OF:
-            raise RecipeError(f"{where}stages.{name}: unknown stage; {nearest(name, list(CONFIG_OF))}")
+            raise ValueError(f"{where}: stages.{name}: unknown stage; {nearest(name, CONFIG_OF)}")
+    recipe = build(Recipe, {**settings, "stages": {}}, where)
     built = {
-        name: _stage(name, stages[name], f"{where}stages.{name}") for name in CONFIG_OF if stages.get(name) is not None
+        name: _stage(name, stages[name], f"{where}: stages.{name}")
+        for name in CONFIG_OF
+        if stages.get(name) is not None
     }
-    recipe: Recipe = build(Recipe, {**settings, "stages": {}}, where)
-    object.__setattr__(recipe, "stages", built)
-    _check_numbers(recipe, where)
-    return recipe
+    return replace(recipe, stages=built)
 
 
 def _stage(name: str, values: Any, path: str) -> StageSettings:
     if not isinstance(values, Mapping):
-        raise RecipeError(f"{path}: must be a mapping, got {values!r}")
+        raise ValueError(f"{path}: must be a mapping, got {values!r:.80}")
     ours = [key for key in StageSettings.__dataclass_fields__ if key != "arguments"]
     if name != "contrastive_tuning":
         ours = [key for key in ours if not key.startswith("published_")]
     arguments = {key: value for key, value in values.items() if key not in ours}
     for key, remedy in ELSEWHERE.items():
         if key in arguments:
-            raise RecipeError(f"{path}.{key}: {remedy}")
+            raise ValueError(f"{path}.{key}: {remedy}")
     check_fields(CONFIG_OF[name], arguments, path, known=ours)
-    stage: StageSettings = build(StageSettings, {key: values[key] for key in ours if key in values}, path)
-    for key in ("global_batch_size", "device_batch_size", "published_batch_size"):
-        value = getattr(stage, key)
-        if value is not None and value < 1:
-            raise RecipeError(f"{path}.{key}: must be at least 1, got {value}")
+    stage = build(StageSettings, {key: values[key] for key in ours if key in values}, path)
     if arguments.get("max_steps") == 0 or arguments.get("num_train_epochs", 1) <= 0:
-        raise RecipeError(f"{path}: max_steps or num_train_epochs is 0, which trains nothing: leave the stage out")
+        raise ValueError(f"{path}: max_steps or num_train_epochs is 0, which trains nothing: leave the stage out")
     if stage.published_lambda is not None:
         for key in ("lambda_ins", "lambda_struct"):
             if key in arguments:
-                raise RecipeError(f"{path}.{key}: follows from published_lambda; give one or the other")
+                raise ValueError(f"{path}.{key}: follows from published_lambda; give one or the other")
         if arguments.get("reduction", "mean") != "mean":
-            raise RecipeError(f"{path}.reduction: published_lambda is converted for means; leave it out")
-    object.__setattr__(stage, "arguments", arguments)
-    return stage
-
-
-def _check_numbers(recipe: Recipe, where: str) -> None:
-    numbers = {
-        "model.max_length": recipe.model.max_length,
-        "data.num_pairs": recipe.data.num_pairs,
-        "data.num_texts": recipe.data.num_texts,
-        "data.num_captions": recipe.data.num_captions,
-        "data.captions_per_pair": recipe.data.captions_per_pair,
-        "text_stores.token_budget": recipe.text_stores.token_budget,
-    }
-    for key, value in numbers.items():
-        if value is not None and value < 1:
-            raise RecipeError(f"{where}{key}: must be at least 1, got {value}")
-    if recipe.seed < 0:
-        raise RecipeError(f"{where}seed: must not be negative, got {recipe.seed}")
+            raise ValueError(f"{path}.reduction: published_lambda is converted for means; leave it out")
+    return replace(stage, arguments=arguments)
 
 
 def derived_arguments(name: str, stage: StageSettings, num_processes: int) -> dict[str, Any]:

@@ -63,31 +63,31 @@ def test_a_minimal_recipe_has_every_default(tmp_path):
         ("data: {train: {source: a, stream: true}}", ": data.train.stream: unknown key; did you mean 'streaming'?"),
         ("seed: one", ": seed: must be a whole number, got the text 'one'"),
         ("seed: true", ": seed: must be a whole number, got true"),
-        ("seed: -1", ": seed: must not be negative"),
+        ("seed: -1", ": seed: must be greater than or equal to 0, got -1"),
         (
             "precision: half",
-            ": precision: must be 'auto' or 'float32' or 'bfloat16' or 'float16', got the text 'half'",
+            ": precision: must be 'auto', 'float32', 'bfloat16' or 'float16', got the text 'half'",
         ),
         ("model: clip", ": model: must be a mapping, got the text 'clip'"),
         ("model: {vision: a}", ": model.text: is missing"),
-        ("model: {vision: a, text: b, max_length: 0}", ": model.max_length: must be at least 1, got 0"),
+        ("model: {vision: a, text: b, max_length: 0}", ": model.max_length: must be greater than 0, got 0"),
         (
             "data: {train: {source: a, text_columns: [1]}}",
-            ": data.train.text_columns: must be text or a list, got [1]",
+            ": data.train.text_columns[0]: must be text, got 1",
         ),
         ("data: {train: {source: a, shuffle_buffer_size: 0}}", ": data.train: shuffle_buffer_size must be at least 1"),
         (
             "data: {train: {source: a}, texts: b.jsonl}",
-            ": data.texts: must be a mapping or null, got the text 'b.jsonl'",
+            ": data.texts: must be a mapping, got the text 'b.jsonl'",
         ),
         (
             "stages: {inheritance: {global_batch_size: 2, save_strategy: no}}",
-            ": stages.inheritance.save_strategy: must be text, got false (YAML reads no, off and yes as truth values: put text in quotes)",
+            ": stages.inheritance.save_strategy: must be 'no', 'steps', 'epoch' or 'best' or text, got false (YAML reads no, off and yes as truth values: put text in quotes)",
         ),
         ("stages: {inheritance: {}}", ": stages.inheritance.global_batch_size: is missing"),
         (
             "stages: {inheritance: {global_batch_size: 0}}",
-            ": stages.inheritance.global_batch_size: must be at least 1",
+            ": stages.inheritance.global_batch_size: must be greater than 0, got 0",
         ),
         (
             "stages: {inheritance: {global_batch_size: 2, per_device_train_batch_size: 2}}",
@@ -110,7 +110,7 @@ def test_a_minimal_recipe_has_every_default(tmp_path):
             "stages: {contrastive_tuning: {global_batch_size: 2, published_lambda: 4e-4, reduction: sum}}",
             ": stages.contrastive_tuning.reduction: published_lambda is converted for means",
         ),
-        ("text_stores: {llm: {dtype: int8}}", ": text_stores.llm.dtype: must be 'float32' or 'float16' or 'bfloat16'"),
+        ("text_stores: {llm: {dtype: int8}}", ": text_stores.llm.dtype: must be 'float32', 'float16' or 'bfloat16'"),
     ],
 )
 def test_what_is_wrong_is_named_with_its_place(tmp_path, line, message):

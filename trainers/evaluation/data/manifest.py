@@ -7,14 +7,15 @@ in it is checked against the data before a number comes out (`trainers.evaluatio
 import dataclasses
 import difflib
 import re
-import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import PositiveInt
 
 from trainers.storage.paths import path_inside
-
-from .strict_yaml import build, check_keys, read_yaml
+from trainers.storage.yaml_files import NOT_IN_FILE, build, check_keys, read_yaml
 
 
 KINDS = ("retrieval", "zero_shot", "fine_grained", "caption_retrieval", "linear_probe", "cka")
@@ -86,12 +87,12 @@ class Data:
     files: str | None = None
     num_items: int | None = None
     num_captions: int | None = None
-    layout: typing.Literal["table", "caption_file", "caption_folder", "mmvp", "openmoji"] = "table"
+    layout: Literal["table", "caption_file", "caption_folder", "mmvp", "openmoji"] = "table"
     caption_file: str | None = None
     image_folder: str = ""
     where: dict[str, str] = field(default_factory=dict)
-    first: int | None = None
-    own_captions: Path | None = field(default=None, metadata={"in_file": False})
+    first: PositiveInt | None = None
+    own_captions: Annotated[Path | None, NOT_IN_FILE] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,11 +152,11 @@ class Manifest:
     classes: Classes | None = None
     prompts: str | list[str] | None = None
     caption_separator: str | None = None
-    max_captions: int | None = None
-    variants: list[str] | dict[str, dict[str, int]] | None = None
+    max_captions: PositiveInt | None = None
+    variants: list[str] | dict[str, dict[Literal["num_items", "num_captions"], int]] | None = None
     facts: str = ""
     protocol: str = ""
-    variant_of: str | None = field(default=None, metadata={"in_file": False})
+    variant_of: Annotated[str | None, NOT_IN_FILE] = None
 
     @property
     def primary_metric(self) -> str:
@@ -167,6 +168,15 @@ class Manifest:
         if isinstance(self.prompts, str):
             return resource_lines(self.prompts.removeprefix("resource:"))
         return self.prompts or ["{}"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _SuiteFile:
+    """What a suite's file holds."""
+
+    name: str
+    title: str = ""
+    tasks: list[str | dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,23 +239,21 @@ def load_suite(name_or_path: str | Path) -> Suite:
         if not path.is_file():
             _unknown("suite", str(name_or_path), suite_names() + manifest_names())
     content = read_yaml(path)
-    if "kind" in content:
+    if isinstance(content, dict) and "kind" in content:
         manifests = parse_manifest(content, str(path))
         return Suite(name=path.stem, tasks=manifests)
-    check_keys(content, {"name", "title", "tasks"}, {"name", "tasks"}, str(path))
-    if not isinstance(content["tasks"], list) or not content["tasks"]:
-        raise ValueError(f"{path}: tasks must be a list of benchmarks that is not empty")
+    suite = build(_SuiteFile, content, str(path))
+    if not suite.tasks:
+        raise ValueError(f"{path}: tasks: name at least one benchmark")
     tasks: list[Manifest] = []
-    for number, task in enumerate(content["tasks"], 1):
+    for number, task in enumerate(suite.tasks, 1):
         if isinstance(task, dict):
             tasks += parse_manifest(task, f"{path}, task {number}")
-        elif not isinstance(task, str):
-            raise ValueError(f"{path}, task {number}: expected a benchmark's name or a manifest, found {task!r}")
         elif task.endswith((".yaml", ".yml")):
             tasks += load_manifest(_beside(path, task, f"{path}, task {number}"))
         else:
             tasks += load_manifest(task)
-    return Suite(name=str(content["name"]), title=str(content.get("title", "")), tasks=check_unique(tasks))
+    return Suite(name=suite.name, title=suite.title, tasks=check_unique(tasks))
 
 
 def own_images(images: Path, captions: Path, image_column: str, caption_column: str) -> Manifest:
@@ -292,8 +300,6 @@ def parse_manifest(content: Any, where: str) -> list[Manifest]:
     if not manifest.variants or "{variant}" not in manifest.name:
         raise ValueError(f"{where}: variants must not be empty, and need a name with {{variant}} in it")
     counts = manifest.variants if isinstance(manifest.variants, dict) else dict.fromkeys(manifest.variants, {})
-    for variant, own in counts.items():
-        check_keys(own, {"num_items", "num_captions"}, set(), f"{where}, variant {variant}")
     return [_check_name(_fill(manifest, variant, own), where) for variant, own in counts.items()]
 
 
@@ -306,7 +312,7 @@ def _check_name(manifest: Manifest, where: str) -> Manifest:
     return manifest
 
 
-def _fill(manifest: Manifest, variant: str, counts: dict[str, int]) -> Manifest:
+def _fill(manifest: Manifest, variant: str, counts: Mapping[Any, int]) -> Manifest:
     def fill(value: Any) -> Any:
         return value.replace("{variant}", variant) if isinstance(value, str) else value
 
@@ -314,7 +320,7 @@ def _fill(manifest: Manifest, variant: str, counts: dict[str, int]) -> Manifest:
         names = ("source", "split", "config", "caption_file")
         return dataclasses.replace(data, **{name: fill(getattr(data, name)) for name in names})
 
-    own_counts: dict[str, Any] = {**counts}
+    own_counts: dict[str, Any] = dict(counts)
     data = dataclasses.replace(fill_data(manifest.data), **own_counts)
     columns = {key: fill(value) for key, value in manifest.columns.items()}
     family = manifest.name.replace("{variant}", "").strip("-")
@@ -341,7 +347,7 @@ def _check(manifest: Manifest, where: str) -> None:
         metrics = METRICS["fine_grained"][1:] if pairs else METRICS["fine_grained"][:1]
         if manifest.primary_metric not in metrics:
             raise ValueError(f"{where}: with these columns, metric must be one of {', '.join(metrics)}")
-    check_keys(manifest.columns, required | optional, required, f"{where}, columns")
+    check_keys(manifest.columns, required, optional, f"{where}: columns")
     if manifest.primary_metric not in METRICS[manifest.kind]:
         raise ValueError(
             f"{where}: metric must be one of {', '.join(METRICS[manifest.kind])}, got {manifest.metric!r}"
@@ -372,9 +378,6 @@ def _check(manifest: Manifest, where: str) -> None:
             raise ValueError(f"{where}: pick must hold {classes.count} different places, got {len(set(classes.pick))}")
         if any(len(pair) != 2 for pair in classes.edit):
             raise ValueError(f"{where}: edit must be a list of pairs [regular expression, replacement]")
-    for key, value in (("first", manifest.data.first), ("max_captions", manifest.max_captions)):
-        if value is not None and value < 1:
-            raise ValueError(f"{where}: {key} must be at least 1, got {value}")
     if (manifest.data.layout == "caption_file") != (manifest.data.caption_file is not None):
         raise ValueError(f"{where}: caption_file belongs to the layout caption_file, which needs it")
 

@@ -151,17 +151,17 @@ def test_a_manifest_in_ten_lines_is_read():
         ("name: mine", "name: a/b", "name must be at most 100 letters"),
         ("name: mine", "name: .mine", "name must be at most 100 letters"),
         ("name: mine", 'name: "{variant}"\nvariants: [../a]', "name must be at most 100 letters"),
-        ("source: some/where", "source: some/where, own_captions: x.csv", "data: unknown key 'own_captions'"),
+        ("source: some/where", "source: some/where, own_captions: x.csv", "here: data.own_captions: unknown key; "),
         ('["a {}"]', "resource:../manifest.py", "there is no resource '../manifest.py'"),
-        ("title: Mine", "titel: Mine", "unknown key 'titel'; did you mean 'title'"),
-        ("title: Mine\n", "", "'title' is missing"),
-        ("num_items: 3", "num_item: 3", "here, data: unknown key 'num_item'; did you mean 'num_items'"),
-        ("num_items: 3", "num_items: three", "data, num_items: expected int"),
-        ("num_items: 3", "num_items: true", "data, num_items: expected int"),
+        ("title: Mine", "titel: Mine", "here: titel: unknown key; did you mean 'title'?"),
+        ("title: Mine\n", "", "here: title: is missing"),
+        ("num_items: 3", "num_item: 3", "here: data.num_item: unknown key; did you mean 'num_items'?"),
+        ("num_items: 3", "num_items: three", "here: data.num_items: must be a whole number, got the text 'three'"),
+        ("num_items: 3", "num_items: true", "here: data.num_items: must be a whole number, got true"),
         ("kind: zero_shot", "kind: zeroshot", "kind must be one of retrieval, zero_shot"),
-        ("label: label}", "labels: label}", "columns: unknown key 'labels'; did you mean 'label'"),
-        ("label: label}", "image_2: label}", "columns: unknown key 'image_2'"),
-        ("names: [cat, dog]", "names: [cat, no]", "classes, names: expected"),
+        ("label: label}", "labels: label}", "here: columns.labels: unknown key; did you mean 'label'?"),
+        ("label: label}", "image_2: label}", "here: columns.image_2: unknown key"),
+        ("names: [cat, dog]", "names: [cat, no]", "here: classes.names[1]: must be text, got false"),
         ("names: [cat, dog]", "names: labels", "names must be a list, feature"),
         ("count: 2", "count: 1", "at least 2 classes"),
         ("count: 2", "count: 2, pick: [1]", "pick must hold 2 different places"),
@@ -169,9 +169,18 @@ def test_a_manifest_in_ten_lines_is_read():
         ('["a {}"]', "resource:nothing.txt", "there is no resource 'nothing.txt'"),
         ("group: own", "group: own\nmetric: recall", "metric must be one of top1"),
         ("group: own", "group: own\nvariants: [a, b]", "a name with {variant} in it"),
-        ("group: own", "group: own\nmax_captions: 0", "max_captions must be at least 1"),
-        ("group: own", "group: own\nvariant_of: x", "unknown key 'variant_of'"),
-        ("source: some/where", "source: some/where, layout: tables", "expected 'table' or 'caption_file'"),
+        ("group: own", "group: own\nmax_captions: 0", "here: max_captions: must be greater than 0, got 0"),
+        (
+            "name: mine",
+            'name: "{variant}"\nvariants: {a: {num_item: 3}}',
+            "here: variants.a.num_item: must be 'num_items'",
+        ),
+        ("group: own", "group: own\nvariant_of: x", "here: variant_of: unknown key; "),
+        (
+            "source: some/where",
+            "source: some/where, layout: tables",
+            "here: data.layout: must be 'table', 'caption_file', ",
+        ),
         ("source: some/where", "source: some/where, caption_file: x.csv", "caption_file belongs to the layout"),
     ],
 )
@@ -195,20 +204,23 @@ def test_suites_of_ones_own(tmp_path):
 
     def refused(content: str) -> str:
         (tmp_path / "wrong.yaml").write_text(content)
-        with pytest.raises(ValueError) as error:
+        with pytest.raises((ValueError, FileNotFoundError)) as error:
             load_suite(tmp_path / "wrong.yaml")
         return str(error.value)
 
     assert "several tasks are called 'dtd'" in refused("name: x\ntasks: [dtd, dtd]")
-    assert "tasks must be a list" in refused("name: x\ntasks: dtd")
+    assert "wrong.yaml: tasks: must be a list, got the text 'dtd'" in refused("name: x\ntasks: dtd")
+    assert "wrong.yaml: tasks: name at least one" in refused("name: x\ntasks: []")
+    assert "wrong.yaml: tasks[0]: must be text or a mapping, got 3" in refused("name: x\ntasks: [3]")
+    assert "wrong.yaml: must be a mapping, got ['x']" in refused("[x]")
     assert "there is no benchmark 'dtds'; did you mean 'dtd'?" in refused("name: x\ntasks: [dtds]")
     assert "there is no file" in refused("name: x\ntasks: [other.yaml]")
     assert "lies outside of" in refused(f"name: x\ntasks: [{tmp_path.parent}/other.yaml]")
     assert "lies outside of" in refused("name: x\ntasks: [../other.yaml]")
     (tmp_path / "link.yaml").symlink_to(MANIFESTS / "dtd.yaml")
     assert "lies outside of" in refused("name: x\ntasks: [link.yaml]")
-    assert "unknown key 'task'" in refused("name: x\ntask: [dtd]")
-    assert "cannot be read as YAML" in refused("name: [")
+    assert "wrong.yaml: task: unknown key; did you mean 'tasks'?" in refused("name: x\ntask: [dtd]")
+    assert "wrong.yaml, line 1: expected the node content" in refused("name: [")
     with pytest.raises(ValueError, match="there is no suite 'zero-shots'; did you mean 'zero-shot'"):
         load_suite("zero-shots")
 
