@@ -1,7 +1,7 @@
-# ProCLIP for Transformers. `make help` says what there is; `make quickstart` and `make test` need nothing done before them.
+# ProCLIP for Transformers. `make help` lists the targets; `make quickstart` and `make test` need no preparation.
 #
 # Variables, from the environment or the command line:
-#   PYTHON  the Python that makes the environments, 3.10 or newer            PYTHON=python3.12 make test
+#   PYTHON  the Python for the environments, 3.10 or newer                   PYTHON=python3.12 make test
 #   TORCH   the version of torch; without +cpu it carries CUDA on Linux      TORCH=2.13.0 make quickstart
 #   VENV    the folder of the environments                                   VENV=/tmp/environments make test
 #   ARGS    passed on to `proclip quickstart` or to pytest                   ARGS="--size small" make quickstart
@@ -11,7 +11,7 @@ TORCH ?= 2.13.0+cpu
 VENV ?= .venv
 ARGS ?=
 
-# Exact releases with hashes, so that what works today works in a year: locks/renew.sh writes them (`make lock`).
+# Exact releases with hashes, so that what works today works in a year. `make lock` renews them.
 LOCKS_quickstart := locks/quickstart.txt locks/language_models.txt
 LOCKS_test := locks/test.txt locks/language_models.txt
 LOCKS_oldest := locks/oldest.txt
@@ -61,7 +61,7 @@ docs: $(VENV)/docs/$(STAMP) ## build the documentation site into site/ and check
 	@NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/python -m mkdocs build --quiet --strict $(ARGS)
 	@echo "site/index.html is there; with search: python -m http.server --directory site"
 
-lock: ## write the lock files anew, with the newest releases that pyproject.toml admits (needs uv)
+lock: ## renew the lock files with the newest releases that pyproject.toml admits (needs uv)
 	@locks/renew.sh $(TORCH:+cpu=)
 
 clean: ## remove the environments, build leftovers and caches (quickstart-output/ stays)

@@ -8,13 +8,13 @@ import torch
 from trainers.evaluation import retrieval_recall
 
 
-_DESCRIPTION = "Recall@k of image-to-text and text-to-image retrieval, exact, with any number of captions a picture."
+_DESCRIPTION = "Recall@k of image-to-text and text-to-image retrieval, exact, with any number of captions an image."
 
 _INPUTS = """
 Args:
     predictions: embeddings of the texts, `(num_texts, dim)`, of any length and floating dtype.
     references: `(num_texts,)` whole numbers, the row in `image_embeddings` that each text describes.
-    image_embeddings: `(num_images, dim)`, all at once: pictures are fewer than texts, and are not collected in batches.
+    image_embeddings: `(num_images, dim)`, all at once: images are fewer than texts, and are not collected in batches.
     ks: the k to report, (1, 5, 10) unless told otherwise.
 Returns:
     `i2t_r@k` and `t2i_r@k` for every k, fractions between 0 and 1.

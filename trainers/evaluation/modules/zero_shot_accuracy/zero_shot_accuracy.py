@@ -10,17 +10,17 @@ from trainers.evaluation.scoring.metrics import mean_per_class_accuracy, zero_sh
 
 
 _DESCRIPTION = (
-    "Share of the pictures whose class is among the k nearest class embeddings, and its mean over the classes."
+    "Share of the images whose class is among the k nearest class embeddings, and its mean over the classes."
 )
 
 _INPUTS = """
 Args:
-    predictions: embeddings of the pictures, `(num_images, dim)`, of any length and floating dtype.
-    references: `(num_images,)` whole numbers, the row in `class_embeddings` that each picture belongs to.
+    predictions: embeddings of the images, `(num_images, dim)`, of any length and floating dtype.
+    references: `(num_images,)` whole numbers, the row in `class_embeddings` that each image belongs to.
     class_embeddings: `(num_classes, dim)`, one for each class, such as `trainers.evaluation.zero_shot_classifier` makes of prompts.
     ks: the k to report, (1, 5) unless told otherwise.
 Returns:
-    `topk` for every k, and `mean_per_class`, the mean over the classes that have pictures of their top-1 accuracy; fractions between 0 and 1.
+    `topk` for every k, and `mean_per_class`, the mean over the classes that have images of their top-1 accuracy; fractions between 0 and 1.
 """
 
 _CITATION = """
