@@ -29,6 +29,7 @@ from trainers.losses import global_instance_alignment_loss, global_structure_ali
 from .checks import check_store, check_texts, proclip_of, refuse_sharding, train_only
 from .config import AlignmentConfig
 from .input_statistics import set_input_statistics
+from .store_identity import check_made_by_llm
 
 
 class AlignmentTrainer(CheckpointingTrainer, StreamedTrainer, PublishingTrainer):
@@ -90,6 +91,7 @@ class AlignmentTrainer(CheckpointingTrainer, StreamedTrainer, PublishingTrainer)
         self._earlier_stages = model.config.training or []
         self._check_sizes()
         hidden_size = model.config.text_config.hidden_size
+        check_made_by_llm("text_store", text_store, proclip_of(model), self.processing_class)
         self.check_store("text_store", text_store, hidden_size, "build it with this model's LLM, by `proclip embed`.")
         set_input_statistics(model, text_store)
         # Each batch's loss is a mean, which Trainer divides by the number of accumulated batches, or a sum, which it must not.

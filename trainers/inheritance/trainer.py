@@ -7,6 +7,7 @@ from torch import nn
 
 from modeling_proclip import ProCLIPModel
 from trainers.alignment.collators import InheritanceCollator
+from trainers.alignment.store_identity import check_made_by_teacher
 from trainers.alignment.trainer import AlignmentTrainer, distillation_loss, unit
 
 from .config import RepresentationInheritanceConfig
@@ -76,6 +77,7 @@ class RepresentationInheritanceTrainer(AlignmentTrainer):
             data_collator=InheritanceCollator(text_store, teacher_store),
             **kwargs,
         )
+        check_made_by_teacher("teacher_store", teacher_store)
         self.check_store(
             "teacher_store",
             teacher_store,

@@ -16,6 +16,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .encoding import encode_texts, shorten
+from .fingerprint import check_same_encoder
 from .keys import find_keys, sort_order, text_keys
 from .layout import DTYPES, Writer, read_settings
 
@@ -232,15 +233,3 @@ def stored_as(dtype: torch.dtype, embeddings: torch.Tensor, texts: Sequence[str]
             remedy = f"its largest value {embeddings[row].abs().max():.3g} does not fit into {dtype}: store bfloat16 or float32"
         raise ValueError(f"the embedding of {shorten(texts[row])} is not finite ({remedy})")
     return stored
-
-
-def check_same_encoder(path: Path, settings: dict[str, Any], dtype: str, fingerprint: dict[str, Any]) -> None:
-    """ValueError that names the first field in which the encoder differs from the one that made the store, with both values."""
-    there, here = {"dtype": settings["dtype"], **settings["fingerprint"]}, {"dtype": dtype, **fingerprint}
-    for field in there | here:
-        # A model that was moved or renamed is still the same: its weights decide.
-        if field not in ("model", "revision") and there.get(field) != here.get(field):
-            raise ValueError(
-                f"the text store {path} was made with {field} = {there.get(field)!r} (model {there['model']!r}), but now {field} = "
-                f"{here.get(field)!r} (model {here['model']!r}): build a store of its own for it, in another directory"
-            )

@@ -10,7 +10,15 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase
 
 from modeling_proclip import ProCLIPModel, ProCLIPProcessor
-from modeling_proclip.identity import module_sha256
+from modeling_proclip.identity import (
+    config_values,
+    library_versions,
+    llm_config_values,
+    module_sha256,
+    state_sha256,
+    tokenizer_values,
+)
+from modeling_proclip.lean_checkpoint import text_model_sha256
 from trainers.compute.onednn import fastest_linear
 
 
@@ -20,6 +28,15 @@ GPU_TOKEN_BUDGET = 16_384
 
 # These were trained on texts padded to full length, without a mask, and pool the last position: a shorter padding changes the embedding.
 _PADDED_TO_FULL_LENGTH = ("siglip", "siglip2")
+
+# Raised when our own code (template, tokenisation, pooling) gives other embeddings of the same text than the release before.
+ENCODING_VERSION = 1
+
+# Fields of a fingerprint that say where the text model came from. They decide no embedding: a model that was moved is still the same.
+PROVENANCE = ("model", "revision", "text_model_sha256")
+
+# The "pooling" of a model with two towers, whose projected embeddings are stored.
+OF_TWO_TOWERS = "get_text_features"
 
 # Their tokens tell two tokenisations apart: another script, white space at both ends, a spelled-out special token. They are short, so
 # that none is cut.
@@ -126,33 +143,64 @@ def encoder_fingerprint(model: torch.nn.Module, processor: Any) -> dict[str, Any
     """What decides the embeddings that [`encode_texts`] gives, as JSON: two encoders with the same fingerprint give the same.
 
     Returns:
-        "model" and "revision" (where the text model came from, for people), "weights_sha256" (of the text model's weights in memory, see
-        [`module_sha256`]), "pooling", "prompt_template", "instruction", "max_length" (tokens) and
-        "tokens_sha256" (of the tokens of a few probe texts, because a tokenizer's files can differ where its tokens do not).
+        - "model" and "revision": where the text model came from; "text_model_sha256": of a ProCLIP, the hash of the LLM's files, whatever
+          dtype it was loaded in, as its checkpoints record it. These three tell people and trainers which model it was, and are not
+          compared ([`PROVENANCE`]).
+        - "weights_sha256": of the text model's weights in memory, see [`module_sha256`].
+        - "config": the values of its configuration, see [`config_values`].
+        - "pooling", and what [`tokenization_values`] says of `processor`.
+        - "encoding": [`ENCODING_VERSION`]; "versions": see [`library_versions`].
 
     Raises:
         ValueError: If the model has no text side or the processor does not fit it.
     """
     _text_tower(model, processor)
     if isinstance(model, ProCLIPModel):
-        weights = module_sha256(model.text_model)
-        source, revision = model.config.text_model_name_or_path, model.config.text_model_revision
-        pooling, template, instruction = model.config.text_pooling, processor.prompt_template, processor.instruction
+        state = model.text_model.state_dict()
+        weights, recorded = state_sha256(state), model.config.text_model_sha256
+        values = {
+            "model": model.config.text_model_name_or_path,
+            "revision": model.config.text_model_revision,
+            "text_model_sha256": weights if weights == recorded else text_model_sha256(model.config, state),
+            "weights_sha256": weights,
+            "config": llm_config_values(model.text_model.config),
+            "pooling": model.config.text_pooling,
+        }
     else:
-        parts = [module_sha256(part) for name, part in model.named_children() if name.startswith("text_")]
-        weights = hashlib.sha256(
-            "".join(parts).encode()
-        ).hexdigest()  # of the text tower and of its projection, if it has one
-        source, revision = getattr(model, "name_or_path", None) or None, None
-        pooling, template, instruction = "get_text_features", None, None
+        # The text tower, and its projection if it has one; all of a model that names its parts otherwise.
+        parts = [part for name, part in model.named_children() if name.startswith("text_")] or [model]
+        config = getattr(model, "config", None)  # a module of your own need not have one
+        values = {
+            "model": getattr(model, "name_or_path", None) or None,
+            "revision": None,
+            "weights_sha256": hashlib.sha256("".join(map(module_sha256, parts)).encode()).hexdigest(),
+            "config": {key: value for key, value in config_values(config).items() if key != "vision_config"}
+            if config is not None
+            else {},
+            "pooling": OF_TWO_TOWERS,
+        }
     return {
-        "model": source,
-        "revision": revision,
-        "weights_sha256": weights,
-        "pooling": pooling,
-        "prompt_template": template,
-        "instruction": instruction,
+        **values,
+        **tokenization_values(model, processor),
+        "encoding": ENCODING_VERSION,
+        "versions": library_versions(),
+    }
+
+
+def tokenization_values(model: torch.nn.Module, processor: Any) -> dict[str, Any]:
+    """
+    What makes tokens of a text, as JSON; of a ProCLIP also without its LLM.
+
+    Returns:
+        "prompt_template", "instruction", "max_length" (tokens), "tokenizer" (see [`tokenizer_values`]) and "tokens_sha256", of the tokens
+        of a few texts: what all of this, in the installed release of the libraries, makes of them.
+    """
+    proclip = isinstance(model, ProCLIPModel)
+    return {
+        "prompt_template": processor.prompt_template if proclip else None,
+        "instruction": processor.instruction if proclip else None,
         "max_length": _max_length(model, processor),
+        "tokenizer": tokenizer_values(_tokenizer(processor)),
         "tokens_sha256": hashlib.sha256(json.dumps(_tokenize(_PROBE_TEXTS, model, processor)[0]).encode()).hexdigest(),
     }
 

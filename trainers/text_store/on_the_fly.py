@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch.utils.data import get_worker_info
 
-from .build import check_same_encoder, stored_as
+from .build import stored_as
 from .encoding import encode_texts, encoder_fingerprint
+from .fingerprint import check_same_encoder
 from .keys import text_keys
 from .store import TextEmbeddingStore
 

@@ -226,13 +226,14 @@ class TextEmbeddingStore:
             The opened store; its `build_summary` tells what this process did.
 
         Raises:
-            ValueError: If the store was made by another model, template, pooling, length or dtype (names the field and both values), if
+            ValueError: If the store was made by another encoder or has another dtype (names what differs, see [`encoder_fingerprint`]), if
                 an embedding is not finite (names the text), if other processes fill it as another number of processes, or if there are no
                 texts and no store.
             OSError: If the disk has too little room, or becomes full; the shards that were finished stay.
         """
         from . import build as store_build
         from .encoding import encoder_fingerprint
+        from .fingerprint import check_same_encoder
 
         if isinstance(texts, str):
             raise TypeError("build takes an iterable of texts, not one string")
@@ -247,7 +248,7 @@ class TextEmbeddingStore:
         with writer(path, process_index, num_processes) as this:
             settings, stored = read_settings(path), None
             if settings is not None:
-                store_build.check_same_encoder(path, settings, dtype, fingerprint)
+                check_same_encoder(path, settings, dtype, fingerprint)
                 stored = cls(path)
             summary = store_build.build_store(
                 this,

@@ -11,9 +11,10 @@ import torch
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from .build import check_same_encoder, stored_as
+from .build import stored_as
 from .encoding import encode_texts, encoder_fingerprint, shorten
 from .files import MappedSafetensors
+from .fingerprint import check_same_encoder
 from .index import map_index, open_index, shards_digest
 from .keys import find_keys, text_keys
 from .layout import checksum, open_shard, read_settings, shard_checksums, shard_paths

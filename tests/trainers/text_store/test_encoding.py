@@ -1,8 +1,10 @@
+import json
+
 import pytest
 import torch
 from transformers import CLIPVisionModel
 
-from modeling_proclip import ProCLIPProcessor
+from modeling_proclip import ProCLIPModel, ProCLIPProcessor
 from modeling_proclip.identity import weights_sha256
 from tests.trainers.tiny_encoders import make_texts, tiny_clip, tiny_proclip
 from trainers.compute import onednn
@@ -130,14 +132,14 @@ def test_fingerprint_tells_encoders_apart():
         return {field for field in fingerprint if fingerprint[field] != other[field]}
 
     assert changed(*tiny_proclip()) == set()
-    assert changed(*tiny_proclip(seed=1)) == {"weights_sha256"}
+    assert changed(*tiny_proclip(seed=1)) == {"weights_sha256", "text_model_sha256"}
     assert changed(*tiny_proclip(max_length=32)) == {"max_length"}
     assert changed(*tiny_proclip(text_pooling="last_token")) == {"pooling"}
-    assert changed(*tiny_proclip(template="{text}")) == {"prompt_template", "tokens_sha256"}
+    assert changed(*tiny_proclip(template="{text}")) == {"prompt_template", "tokens_sha256", "tokenizer"}
     instructed = ProCLIPProcessor(
         processor.image_processor, tiny_proclip()[1].tokenizer, processor.prompt_template, "Describe:", 64
     )
-    assert changed(model, instructed) == {"instruction", "tokens_sha256"}
+    assert changed(model, instructed) == {"instruction", "tokens_sha256", "tokenizer"}
     model.text_adapter.projection.weight.data.zero_()
     assert changed(model, processor) == set(), "the adapter comes after the stored embedding"
 
@@ -150,6 +152,19 @@ def test_fingerprint_survives_saving_and_is_the_checkpoint_s_own_hash(tmp_path):
     fingerprint = encoder_fingerprint(model, processor)
     assert encoder_fingerprint(*load_encoder(str(tmp_path / "model"), "cpu")) == fingerprint
     assert fingerprint["weights_sha256"] == weights_sha256(tmp_path / "llm")
+    json.dumps(fingerprint)
+
+
+def test_fingerprint_names_the_files_of_an_llm_in_another_dtype(tmp_path):
+    """Trainers know the LLM by the hash of its files, and a store may be made in half precision."""
+    model, processor = tiny_proclip()
+    model.text_model.save_pretrained(tmp_path / "llm")
+    vision = CLIPVisionModel(model.config.vision_config)
+    half = ProCLIPModel.from_vision_text_pretrained(
+        vision, tmp_path / "llm", dtype={"text_config": torch.bfloat16, "vision_config": torch.float32}
+    )
+    fingerprint = encoder_fingerprint(half, processor)
+    assert fingerprint["text_model_sha256"] == weights_sha256(tmp_path / "llm") != fingerprint["weights_sha256"]
 
 
 def test_load_encoder_of_a_clip_and_of_a_model_without_texts(tmp_path):

@@ -60,7 +60,7 @@ def test_data_workers_embed_on_the_cpu(on_the_fly):
 
 def test_another_encoder_is_refused(on_the_fly):
     model, processor = tiny_proclip(seed=1)
-    with pytest.raises(ValueError, match="was made with weights_sha256"):
+    with pytest.raises(ValueError, match="made by another encoder: weights_sha256 is"):
         OnTheFlyStore(on_the_fly.store, model, processor)
 
 

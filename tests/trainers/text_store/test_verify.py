@@ -111,7 +111,7 @@ def test_embeddings_are_compared_with_what_the_model_says(tmp_path):
     assert (found.problems, found.num_compared) == ([], 10) and 0.999 < found.smallest_cosine <= 1
     (problem,) = problems(tmp_path, [*TEXTS, "unheard of"], model, processor)
     assert problem.startswith("1 of the texts are not in the text store")
-    with pytest.raises(ValueError, match="was made with pooling = 'mean'"):
+    with pytest.raises(ValueError, match="made by another encoder: pooling is 'mean' there"):
         problems(tmp_path, TEXTS, tiny_proclip(text_pooling="last_token")[0], processor)
 
     (file,) = tmp_path.glob("shard-*")

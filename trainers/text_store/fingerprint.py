@@ -1,0 +1,68 @@
+"""Whether a text store holds what an encoder would give: fingerprints are compared field by field, and what differs is named."""
+
+import logging
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from modeling_proclip.identity import differences
+
+from .encoding import PROVENANCE
+
+
+logger = logging.getLogger(__name__)
+
+# What fingerprints record only since ... of these a store that was written before says nothing.
+_ADDED = ("config", "tokenizer", "encoding", "versions")
+
+
+def check_same_encoder(path: Path, settings: Mapping[str, Any], dtype: str, fingerprint: Mapping[str, Any]) -> None:
+    """
+    Raises ValueError if the store at `path` was made by another encoder than the one with this `fingerprint`, or holds another dtype.
+
+    Args:
+        settings: "dtype" and "fingerprint" of the store.
+    """
+    there = {"dtype": settings["dtype"], **settings["fingerprint"]}
+    check_fingerprint(
+        f"the text store {path}",
+        there,
+        {"dtype": dtype, **fingerprint},
+        f"its model is {there.get('model')!r}, and this one {fingerprint.get('model')!r}. Build a store of its own for it, in another directory",
+    )
+
+
+def check_fingerprint(name: str, there: Mapping[str, Any], here: Mapping[str, Any], remedy: str) -> None:
+    """
+    Compares what a store was made by with what is expected `here`, field by field. Warns once of what cannot be compared.
+
+    Args:
+        name: of the store, for messages.
+        remedy: what a refusal says beside what differs.
+
+    Raises:
+        ValueError: If they differ; names the fields with both values.
+    """
+    unknown = [field for field in _ADDED if field in here and field not in there]
+    compared = [field for field in {**there, **here} if field not in (*PROVENANCE, *unknown, "versions")]
+    changes = list(differences(*({f: side[f] for f in compared if f in side} for side in (there, here))))
+    if changes:
+        more = f" (and {len(changes) - 3} more)" if len(changes) > 3 else ""
+        raise ValueError(f"{name} was made by another encoder: {'; '.join(changes[:3])}{more}; {remedy}")
+    if unknown:
+        warn_once(
+            f"{name} was written by an earlier release, which did not record {', '.join(unknown)} of the encoder: whether these are the same "
+            "cannot be checked. `proclip embed TEXTS --model DIR --verify STORE` embeds some of its texts again and compares"
+        )
+    elif releases := list(differences(there.get("versions", {}), here.get("versions", {}))):
+        warn_once(
+            f"{name} was made with other releases of libraries: {'; '.join(releases)}. As a rule that changes nothing; `proclip embed TEXTS "
+            "--model DIR --verify STORE` embeds some of its texts again and compares"
+        )
+
+
+@cache
+def warn_once(message: str) -> None:
+    """Logs a warning the first time."""
+    logger.warning("%s", message)
