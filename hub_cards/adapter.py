@@ -8,14 +8,15 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from modeling_proclip.conversion.json_files import read_json
 
-from .checkpoint_facts import is_hub_name, read_header, shown_name
+from .checkpoint_facts import is_hub_name, read_header, read_training, shown_name
 from .citations import citations
 from .measurements import model_index, not_measured, read_measurements
 from .model import PLACEHOLDER, UNKNOWN, rows_of_tasks
-from .rendering import render
+from .rendering import Markdown, render
+from .scrubbing import scrub
 
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS, TRAINING_FILE = "adapter_config.json", "adapter_model.safetensors", "training.json"
 
 
 def adapter_card(
@@ -44,14 +45,14 @@ def adapter_card(
         ValueError: If the folder holds no adapters, or the Hub would refuse the metadata.
     """
     folder = Path(folder)
-    if not (folder / "adapter_config.json").is_file() or not (folder / ADAPTER_WEIGHTS).is_file():
-        raise ValueError(f"{folder} holds no PEFT adapters: it needs adapter_config.json and {ADAPTER_WEIGHTS}")
-    config = read_json(folder / "adapter_config.json")
+    if not (folder / ADAPTER_CONFIG).is_file() or not (folder / ADAPTER_WEIGHTS).is_file():
+        raise ValueError(f"{folder} holds no PEFT adapters: it needs {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}")
+    config = read_json(folder / ADAPTER_CONFIG)
     base = base_model or config.get("base_model_name_or_path")
     header = read_header(folder / ADAPTER_WEIGHTS)
     measured = [result for file in results for result in read_measurements(file)]
-    record = folder / "training.json"
-    training = read_json(record, list) if record.is_file() else []
+    record = folder / TRAINING_FILE
+    training = read_training(read_json(record, list), record) if record.is_file() else []
     name, title = repo_id or PLACEHOLDER, (repo_id or folder.resolve().name).split("/")[-1]
     data = ModelCardData(
         model_name=title,
@@ -86,7 +87,11 @@ def adapter_card(
         tasks=rows_of_tasks(measured),
         weights_checked=False,
         not_measured=not_measured(measured),
-        datasets=list(datasets),
-        limits=list(limits),
-        citations=citations({stage["settings"]["method"] for stage in training if "method" in stage["settings"]}, ""),
+        datasets=scrub(list(datasets)),
+        limits=[Markdown(" ".join(limit.split())) for limit in limits],
+        citations=Markdown(
+            "\n\n".join(
+                citations({str(stage.settings["method"]) for stage in training if "method" in stage.settings}, "")
+            )
+        ),
     )

@@ -8,10 +8,16 @@ from typing import Any
 from huggingface_hub import metadata_load, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
+from transformers.utils import logging
 
 from modeling_proclip.conversion.json_files import read_json
 
+from .scrubbing import scrub
+
+
+logger = logging.get_logger(__name__)
 
 PARTS = {
     "vision_model": "image encoder",
@@ -19,6 +25,32 @@ PARTS = {
     "text_model": "LLM",
     "text_adapter": "adapter",
 }
+
+
+@dataclass
+class StageRecord:
+    """
+    What a trainer recorded of one stage of the training; see `training_record` in `trainers.base`.
+
+    Attributes:
+        stage, trainer: Names of the stage and of the trainer's class.
+        steps, num_epochs, batch_size, num_processes: How long it took; rows of a step, of all processes.
+        num_rows: Rows that it was trained on, None of a stream.
+        settings, final, versions: Settings by name, what was logged last, versions by package.
+        data: "source", "split" and "revision" of the data, where they are known.
+    """
+
+    stage: str
+    trainer: str
+    steps: int
+    num_epochs: int | float
+    batch_size: int
+    num_processes: int
+    num_rows: int | None
+    settings: dict[str, Any]
+    final: dict[str, Any]
+    versions: dict[str, str]
+    data: dict[str, Any] | None = None
 
 
 @dataclass
@@ -33,6 +65,7 @@ class CheckpointFacts:
         num_parameters: Of "image encoder", "LLM" and "adapter", as far as their tensors are there.
         num_bytes: Of all its safetensors files.
         dtypes: Of its tensors, as safetensors names them ("F32", "BF16").
+        training: A record of each stage of its training; empty where nothing is recorded.
     """
 
     folder: Path
@@ -41,6 +74,7 @@ class CheckpointFacts:
     num_parameters: dict[str, int] = field(default_factory=dict)
     num_bytes: int = 0
     dtypes: list[str] = field(default_factory=list)
+    training: list[StageRecord] = field(default_factory=list)
 
     @property
     def lean(self) -> bool:
@@ -50,11 +84,6 @@ class CheckpointFacts:
     def loads_text(self) -> bool:
         """Whether the folder, or what it names, is enough to embed texts: the LLM is inside or named, and there is a processor."""
         return bool(self.processor) and (not self.lean or self.config.get("text_model_name_or_path") is not None)
-
-    @property
-    def training(self) -> list[dict[str, Any]]:
-        """One record a training stage, as the trainers wrote them; empty where nothing is recorded."""
-        return self.config.get("training") or []
 
     @property
     def base_models(self) -> dict[str, str]:
@@ -84,6 +113,7 @@ def read_facts(folder: str | Path) -> CheckpointFacts:
         raise ValueError(f"{folder} is no ProCLIP checkpoint: {kind}. Write one with model.save_pretrained")
     processor = folder / "processor_config.json"
     checkpoint = CheckpointFacts(folder, config, read_json(processor) if processor.is_file() else {})
+    checkpoint.training = read_training(config.get("training"), folder / "config.json")
     dtypes = set()
     for file in sorted(folder.glob("model*.safetensors")):
         checkpoint.num_bytes += file.stat().st_size
@@ -94,6 +124,16 @@ def read_facts(folder: str | Path) -> CheckpointFacts:
                 checkpoint.num_parameters[part] = checkpoint.num_parameters.get(part, 0) + math.prod(tensor["shape"])
     checkpoint.dtypes = sorted(dtypes)
     return checkpoint
+
+
+def read_training(records: Any, file: Path) -> list[StageRecord]:
+    """The records of training that `file` holds; ValueError that names it if they are none."""
+    try:
+        return TypeAdapter(list[StageRecord]).validate_python(records or [])
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{file}: the record of the training, {place}: {first['msg']}") from error
 
 
 def own_weights(folder: str | Path) -> set[str]:
@@ -132,7 +172,7 @@ def is_hub_name(name: str) -> bool:
 
 def shown_name(name: str) -> str:
     """A Hub name as it is; of a folder the last part, as the rest is of no use to others."""
-    return name if is_hub_name(name) else Path(name).name
+    return name if is_hub_name(name) else Path(scrub(name)).name
 
 
 def base_card(name_or_path: str, revision: str | None = None) -> dict[str, Any]:
@@ -148,7 +188,13 @@ def base_card(name_or_path: str, revision: str | None = None) -> dict[str, Any]:
         return {}
     if not isinstance(file, (str, Path)) or not Path(file).is_file():
         return {}
-    return metadata_load(file) or {}
+    try:
+        return metadata_load(file) or {}
+    except Exception as error:  # YAML's own errors: of somebody else's card nothing depends
+        logger.warning(
+            f"The card of {name_or_path} cannot be read, so nothing is taken from it: {' '.join(str(error).split())}"
+        )
+        return {}
 
 
 def read_header(file: Path) -> dict[str, dict[str, Any]]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from .quickstart import TEMPLATES
+from .rendering import render
 
 
 def converted_card(source: str, facts: Mapping[str, str], notes: Sequence[str]) -> ModelCard:
@@ -17,9 +17,10 @@ def converted_card(source: str, facts: Mapping[str, str], notes: Sequence[str]) 
         notes: What the person should know.
     """
     metadata = ModelCardData(library_name="transformers", tags=["proclip", "llm2clip", "clip"])
-    return ModelCard.from_template(
+    return render(
+        ModelCard,
+        "converted_card.md",
         metadata,
-        template_path=str(TEMPLATES / "converted_card.md"),
         source=source,
         facts=dict(facts),
         notes=list(notes),

@@ -11,7 +11,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
 )
 
-from .staging import PublishError
+from .errors import PublishError
 
 
 LOG_IN = (

@@ -1,14 +1,17 @@
 """Evaluation results as a card shows them: rows of a table and the entries of `model-index`."""
 
-import json
-import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from huggingface_hub import EvalResult
+from pydantic import FiniteFloat, TypeAdapter, ValidationError
+
+from modeling_proclip.conversion.json_files import read_json
+
+from .scrubbing import scrub
 
 
 RESULTS_FILE = "results.json"
@@ -79,27 +82,21 @@ def read_measurements(path: str | Path) -> list[Measurement]:
         ValueError: If it is of another format or holds a number that is not finite; names the file and the entry.
     """
     file = _results_file(path)
-    content = _load(file)
-    if isinstance(content, dict) and "tasks" in content:
-        limit = (content.get("partial") or {}).get("limit")
-        results = [result for task in content["tasks"] for result in _read_task(task, limit, file)]
-    elif isinstance(content, dict) and "rows" in content:
-        results = _read_quickstart(content, file)
-    else:
-        raise ValueError(
-            f'{file} is no result of `proclip evaluate` or `proclip quickstart`: it has neither "tasks" nor "rows"'
-        )
-    for result in results:
-        if not math.isfinite(result.value):
-            raise ValueError(
-                f"{file}: {result.metric!r} of {result.task!r} is {result.value}, which is no measurement"
-            )
-    return results
+    content = read_json(file)
+    if "tasks" in content:
+        evaluation = _checked(_Evaluation, content, file)
+        limit = evaluation.partial.limit if evaluation.partial else None
+        return [measurement for task in evaluation.tasks for measurement in _of_task(task, limit)]
+    if "rows" in content:
+        return _of_quickstart(_checked(_Quickstart, content, file), file)
+    raise ValueError(
+        f'{file} is no result of `proclip evaluate` or `proclip quickstart`: it has neither "tasks" nor "rows"'
+    )
 
 
 def evaluated_weights(path: str | Path) -> str | None:
     """Hash of the weights that were evaluated, the LLM's aside (`own_weights_sha256`), where the results name it."""
-    model = _load(_results_file(path)).get("model")
+    model = read_json(_results_file(path)).get("model")
     return model.get("own_weights_sha256") if isinstance(model, dict) else None
 
 
@@ -133,13 +130,22 @@ def not_measured(results: Iterable[Measurement]) -> list[str]:
     return [words for group, words in GROUPS.items() if group not in measured]
 
 
-def shown_dataset(source: str) -> str:
-    """A Hub name as it is; of a file or folder the last part, as the rest is of no use to others."""
-    return source if re.fullmatch(r"[\w.-]+/[\w.-]+", source) else Path(source).name or source
+def shown_source(data: Mapping[str, Any]) -> str:
+    """
+    What others are told of where data came from: its name on the Hub, an address without a password, or the last part of a path.
+
+    Args:
+        data: "source" of a record of training or evaluation, with the "revision" that data of the Hub have and "read_from" where there was a
+            local copy of what has a name.
+    """
+    source = data["source"]
+    shown = scrub(source)
+    named = data.get("revision") is not None or data.get("read_from") == "local copy" or "://" in shown
+    return shown if named or not shown else Path(shown).name
 
 
 def _identifier(name: str) -> str:
-    return re.sub(r"[^\w./@-]+", "-", shown_dataset(name)).strip("-").lower()
+    return re.sub(r"[^\w./@-]+", "-", name).strip("-").lower()
 
 
 def _metric_type(metric: str) -> str:
@@ -156,47 +162,87 @@ def _results_file(path: str | Path) -> Path:
     return file
 
 
-def _load(file: Path) -> Any:
+@dataclass
+class _Data:
+    source: str
+    split: str | None = None
+    revision: str | None = None
+    num_items: int | None = None
+    read_from: str | None = None
+
+
+@dataclass
+class _Task:
+    name: str
+    kind: str
+    group: str
+    dataset: _Data
+    metric: str
+    value: FiniteFloat
+    metrics: dict[str, FiniteFloat]
+    title: str = ""
+
+
+@dataclass
+class _Partial:
+    limit: int | None = None
+
+
+@dataclass
+class _Evaluation:
+    tasks: list[_Task]
+    partial: _Partial | None = None
+
+
+@dataclass
+class _Quickstart:
+    rows: list[dict[str, Any]]
+
+
+_Format = TypeVar("_Format")
+
+
+def _checked(kind: type[_Format], content: Any, file: Path) -> _Format:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is no JSON: {error}") from error
+        return TypeAdapter(kind).validate_python(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{file} is no result that a card can show: {place}: {first['msg']}") from error
 
 
-def _read_task(task: dict[str, Any], limit: int | None, file: Path) -> list[Measurement]:
-    try:
-        dataset = task["dataset"]
-        metrics = {task["metric"]: task["value"], **task["metrics"]}
-        return [
-            Measurement(
-                task=task.get("title") or task["name"],
-                kind=task["kind"],
-                group=task["group"],
-                dataset=dataset["source"],
-                split=dataset.get("split"),
-                revision=dataset.get("revision"),
-                num_items=dataset.get("num_items"),
-                metric=metric,
-                value=float(value),
-                primary=metric == task["metric"],
-                limit=limit,
-            )
-            for metric, value in metrics.items()
-        ]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{file}: the task {task.get('name')!r} has no usable entry {error}") from error
+def _of_task(task: _Task, limit: int | None) -> list[Measurement]:
+    data, own = task.dataset, task.group == "own"  # of a person's own images the title is their folder
+    source = Path(data.source).name if own else shown_source(vars(data))
+    return [
+        Measurement(
+            task=scrub(task.name if own else task.title or task.name),
+            kind=task.kind,
+            group=task.group,
+            dataset=source,
+            split=data.split,
+            revision=data.revision,
+            num_items=data.num_items,
+            metric=metric,
+            value=value,
+            primary=metric == task.metric,
+            limit=limit,
+        )
+        for metric, value in {task.metric: task.value, **task.metrics}.items()
+    ]
 
 
-def _read_quickstart(content: dict[str, Any], file: Path) -> list[Measurement]:
-    rows = [row for row in content["rows"] if row.get("model") == "proclip"]
-    if not rows:
+def _of_quickstart(content: _Quickstart, file: Path) -> list[Measurement]:
+    row = next((row for row in content.rows if row.get("model") == "proclip"), None)
+    if row is None:
         raise ValueError(f'{file} has no row "proclip"')
-    results = [
-        Measurement(f"OpenMoji, {what}", kind, group, "OpenMoji", metric, rows[0][key])
+    numbers = _checked(dict[str, FiniteFloat], {key: row.get(key) for key in _QUICKSTART}, file)
+    by_language = _checked(dict[str, FiniteFloat], row.get("zero_shot_by_language"), file)
+    measurements = [
+        Measurement(f"OpenMoji, {what}", kind, group, "OpenMoji", metric, numbers[key])
         for key, (kind, group, what, metric) in _QUICKSTART.items()
     ]
-    by_language = rows[0]["zero_shot_by_language"]
-    results += [
+    measurements += [
         Measurement(
             f"OpenMoji, concepts named in {language!r}",
             "zero_shot",
@@ -207,4 +253,4 @@ def _read_quickstart(content: dict[str, Any], file: Path) -> list[Measurement]:
         )
         for language, value in by_language.items()
     ]
-    return results
+    return measurements

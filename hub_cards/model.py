@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from transformers.utils import logging
 
 from .checkpoint_facts import base_card, is_hub_name, own_weights, read_facts, shown_name
 from .citations import citations
@@ -15,10 +16,14 @@ from .measurements import (
     model_index,
     not_measured,
     read_measurements,
-    shown_dataset,
+    shown_source,
 )
-from .rendering import render, signed
+from .rendering import Markdown, render, signed
+from .scrubbing import scrub
+from .validity import is_language
 
+
+logger = logging.get_logger(__name__)
 
 UNKNOWN = "unknown"
 PLACEHOLDER = "path/of/this/folder"  # what cards call a checkpoint that has no name yet
@@ -88,12 +93,12 @@ def model_card(
     base_cards = {
         tower: base_card(name, checkpoint.config.get(f"{tower}_model_revision")) for tower, name in bases.items()
     }
-    recorded = [stage["data"] for stage in checkpoint.training if stage.get("data")]
-    trained_on = {**{shown_dataset(data["source"]): None for data in recorded}, **(datasets or {})}
+    recorded = [stage.data for stage in checkpoint.training if stage.data]
+    trained_on = {**{shown_source(data): None for data in recorded}, **scrub(dict(datasets or {}))}
     # A recorded source may be a path; only of a data set on the Hub there is a revision.
-    on_hub = {data["source"] for data in recorded if data["revision"]} | {*filter(is_hub_name, datasets or {})}
+    on_hub = {data["source"] for data in recorded if data.get("revision")} | {*filter(is_hub_name, datasets or {})}
     if languages is None:
-        languages = _listed(base_cards.get("text", {}).get("language"))
+        languages = [code for code in _listed(base_cards.get("text", {}).get("language")) if is_language(code)]
     name = repo_id or PLACEHOLDER
     title = title or (repo_id or Path(folder).resolve().name).split("/")[-1]
     data = ModelCardData(
@@ -109,7 +114,7 @@ def model_card(
         tags=["proclip", "clip", "image-text-retrieval", "feature-extraction", "sentence-transformers"],
         eval_results=model_index(measured) or None,
     )
-    methods = {stage["settings"]["method"] for stage in checkpoint.training if "method" in stage["settings"]}
+    methods = {str(stage.settings["method"]) for stage in checkpoint.training if "method" in stage.settings}
     card = render(
         ModelCard,
         "model_card.md",
@@ -128,16 +133,16 @@ def model_card(
             for tower, title in _TOWERS.items()
         ],
         remote_code=remote_code,
-        trust=", trust_remote_code=True" if remote_code else "",
+        trust=Markdown(", trust_remote_code=True" if remote_code else ""),
         loads_text=checkpoint.loads_text,
         checkpoint_license=license_name or license or UNKNOWN,
-        datasets={shown_dataset(name): licence or UNKNOWN for name, licence in trained_on.items()},
+        datasets={name: licence or UNKNOWN for name, licence in trained_on.items()},
         languages=list(languages),
         tasks=rows_of_tasks(measured),
         weights_checked=all(evaluated_weights(file) is not None for file in results),
         not_measured=not_measured(measured),
-        limits=list(limits),
-        citations=citations(methods, checkpoint.config["vision_config"]["model_type"]),
+        limits=[Markdown(" ".join(limit.split())) for limit in limits],
+        citations=Markdown("\n\n".join(citations(methods, checkpoint.config["vision_config"]["model_type"]))),
     )
     told = (
         license,
@@ -154,10 +159,25 @@ def model_card(
 
 
 def results_in(folder: str | Path) -> list[Path]:
-    """Every `results.json` in a checkpoint's folder or directly in a sub-folder, without those that name other weights than it holds."""
-    files = [file for pattern in ("", "*/") for file in sorted(Path(folder).glob(pattern + RESULTS_FILE))]
+    """
+    Every `results.json` in a checkpoint's folder or directly in a sub-folder, without those that name other weights than it holds, and without
+    those of other programs.
+    """
+    files = [
+        file
+        for file in sorted(Path(folder).glob(RESULTS_FILE)) + sorted(Path(folder).glob(f"*/{RESULTS_FILE}"))
+        if _is_ours(file)
+    ]
     others = _of_other_weights(files, folder)
     return [file for file in files if file not in others]
+
+
+def _is_ours(file: Path) -> bool:
+    try:
+        return bool(read_measurements(file))
+    except ValueError as error:
+        logger.warning(f"The card does not show {file}: {error}")
+        return False
 
 
 def _checked(results: Iterable[str | Path], folder: str | Path) -> list[str | Path]:
@@ -188,7 +208,7 @@ def rows_of_tasks(results: Iterable[Measurement]) -> list[dict[str, Any]]:
             (result.task, result.dataset),
             {
                 "task": result.task,
-                "dataset": shown_dataset(result.dataset),
+                "dataset": result.dataset,
                 "split": result.split,
                 "num_items": result.num_items,
                 "limit": result.limit,

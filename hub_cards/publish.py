@@ -1,25 +1,31 @@
 """`publish`: a checkpoint becomes a repository on the Hub that anybody can load, with or without this package."""
 
 import errno
-import json
 import os
-import shutil
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 from transformers.utils.hub import convert_file_size_to_int
 
+from modeling_proclip.conversion.output import scratch_folder
+
+from .errors import PublishError
 from .hub_errors import readable_hub_errors
-from .remote_code import PROCESSOR_AUTO_MAP, code_files
-from .staging import PublishError, Staged, file_sizes, stage, write_json
+from .other_staging import stage_adapters, stage_processor
+from .remote_code import code_files
+from .scrubbing import scrub
+from .sent_files import PROCESSOR_FILES
+from .staging import Staged, stage
 
 
 logger = logging.get_logger(__name__)
@@ -73,6 +79,7 @@ def publish(
     message: str = MESSAGE,
     max_shard_size: int | str | None = None,
     with_code: bool = True,
+    needs_processor: bool = True,
     text_model: str | None = None,
     text_model_revision: str | None = None,
     card: Mapping[str, Any] | None = None,
@@ -88,17 +95,18 @@ def publish(
     interrupted or killed finishes when it is repeated.
 
     Args:
-        folder: What `model.save_pretrained` and `processor.save_pretrained` wrote. Its README.md is the card; without one, or if it is
-            still what [`model_card`] wrote from the checkpoint alone, the card is rendered.
+        folder: What `model.save_pretrained` and `processor.save_pretrained` wrote, or the PEFT adapters that `ProCLIPPeftModel` wrote. Its
+            README.md is the card; without one, or if it is still what [`model_card`] wrote from the checkpoint alone, the card is rendered.
         repo_id: `owner/name` on the Hub; a name alone is the user's own.
         private: Whether only its owner sees a new repository: `None` means yes. One that is there keeps what it is, and is refused if it is
             public and this is not `False`.
         lean: Leave the LLM out (`True`) or put it in (`False`); by default as the checkpoint is. See [`ProCLIPModel.save_pretrained`].
         revision: Branch, made if it is not there. By default "main".
-        message: Of the commit.
+        message: Commit message.
         max_shard_size: Split the weights into files of at most this size, such as `"2GB"`: what an interruption can lose of a file. By
             default they are as in `folder`.
         with_code: Send the code. Without it the checkpoint loads only where this package is installed.
+        needs_processor: Refuse a checkpoint without its processor; otherwise the repository keeps the one that it has.
         text_model, text_model_revision: Name on the Hub of the LLM of a lean checkpoint that names a folder of this machine. Its weights are
             fetched and compared.
         card: Arguments of [`model_card`], such as `license`, `base_licenses`, `datasets`, `languages` and `results`: the card is rendered with
@@ -113,22 +121,32 @@ def publish(
     Raises:
         PublishError: If the checkpoint is not complete, or the Hub does not take it; says which and what to do.
     """
+    check_name(repo_id)
     if not dry_run:
         repo_id = full_name(repo_id, token)  # before anything that takes long: it tells whether the token is good
-    rewrites = lean is not None or max_shard_size is not None
-    with _staging_folder(Path(folder), beside=rewrites and not dry_run) as staging:
-        staged = stage(
-            Path(folder),
-            staging,
-            repo_id,
-            lean=lean,
-            max_shard_bytes=None if max_shard_size is None else convert_file_size_to_int(max_shard_size),
-            with_code=with_code,
-            text_model=text_model,
-            text_model_revision=text_model_revision,
-            card=card,
-            sketch=dry_run,
+    folder, rewrites = Path(folder), lean is not None or max_shard_size is not None
+    adapters = (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+    if adapters and (rewrites or text_model is not None):
+        raise PublishError(
+            f"{folder} holds PEFT adapters: lean, max_shard_size and text_model are for whole checkpoints."
         )
+    with _staging_folder(folder, beside=rewrites and not dry_run) as staging:
+        if adapters:
+            staged = stage_adapters(folder, staging, repo_id, card=card)
+        else:
+            staged = stage(
+                folder,
+                staging,
+                repo_id,
+                lean=lean,
+                max_shard_bytes=None if max_shard_size is None else convert_file_size_to_int(max_shard_size),
+                with_code=with_code,
+                needs_processor=needs_processor,
+                text_model=text_model,
+                text_model_revision=text_model_revision,
+                card=card,
+                sketch=dry_run,
+            )
         if dry_run:
             return _report(staged, repo_id)
         if announce is not None:
@@ -142,32 +160,35 @@ def publish_model(
     *,
     processor: Any = None,
     lean: bool | None = None,
-    private: bool | None = None,
-    revision: str | None = None,
-    commit_message: str | None = None,
     max_shard_size: int | str | None = None,
+    commit_message: str | None = None,
     token: str | None = None,
+    **settings: Any,
 ) -> PublishReport:
     """
-    [`publish`] of a model in memory, as [`ProCLIPModel.push_to_hub`] does. Without `processor` the repository keeps the one that it has.
+    [`publish`] of a model in memory, as [`ProCLIPModel.push_to_hub`] does. Without `processor` the repository keeps the one that it has. Of
+    a model with PEFT adapters (`add_adapter`) these are sent.
+
+    Args:
+        settings: `private`, `revision` and `card`, as [`publish`].
 
     Raises:
         PublishError: As [`publish`].
     """
     repo_id = full_name(repo_id, token)
-    with TemporaryDirectory() as saved, TemporaryDirectory() as staging:
-        sharding = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
-        model.save_pretrained(saved, lean=lean, **sharding)
+    with TemporaryDirectory() as saved:
+        kwargs = {"lean": lean, "max_shard_size": max_shard_size}
+        model.save_pretrained(saved, **{key: value for key, value in kwargs.items() if value is not None})
         if processor is not None:
             processor.save_pretrained(saved)
-        staged = stage(
-            Path(saved),
-            Path(staging),
+        return publish(
+            saved,
             repo_id,
-            with_processor=processor is not None,
+            needs_processor=processor is not None,
+            message=commit_message or MESSAGE,
+            token=token,
+            **settings,
         )
-        message = commit_message or MESSAGE
-        return upload(staged, repo_id, private=private, revision=revision, message=message, token=token)
 
 
 def publish_processor(
@@ -176,7 +197,7 @@ def publish_processor(
     *,
     private: bool | None = None,
     revision: str | None = None,
-    commit_message: str = "ProCLIP processor",
+    commit_message: str | None = None,
     token: str | None = None,
 ) -> PublishReport:
     """
@@ -186,14 +207,11 @@ def publish_processor(
         PublishError: If the Hub does not take it.
     """
     repo_id = full_name(repo_id, token)
-    with TemporaryDirectory() as folder:
-        processor.save_pretrained(folder)
-        file = Path(folder, "processor_config.json")
-        write_json(file, json.loads(file.read_text(encoding="utf-8")), PROCESSOR_AUTO_MAP)
-        for code in code_files():
-            shutil.copyfile(code, Path(folder, code.name))
-        staged = Staged(Path(folder), lean=True, files=file_sizes(Path(folder)))
-        return upload(staged, repo_id, private=private, revision=revision, message=commit_message, token=token)
+    with TemporaryDirectory() as saved, TemporaryDirectory() as staging:
+        processor.save_pretrained(saved)
+        staged = stage_processor(Path(saved), Path(staging))
+        message = commit_message or "ProCLIP processor"
+        return upload(staged, repo_id, private=private, revision=revision, message=message, token=token)
 
 
 def upload(
@@ -216,7 +234,7 @@ def upload(
         operations: list[Any] = [CommitOperationAdd(name, staged.folder / name) for name in staged.files]
         operations += [CommitOperationDelete(name) for name in removed]
         commit = api.create_commit(repo_id, operations, commit_message=message, revision=revision, parent_commit=head)
-    if not {"processor_config.json", "preprocessor_config.json"} & {*there, *staged.files}:
+    if "config.json" in staged.files and not set(PROCESSOR_FILES) & {*there, *staged.files}:
         logger.warning(f"{repo_id} has no processor yet: processor.push_to_hub({repo_id!r}) sends it.")
     return _report(staged, repo_id, f"{api.endpoint}/{repo_id}", commit.oid, removed)
 
@@ -228,9 +246,28 @@ def full_name(repo_id: str, token: str | None = None) -> str:
     Raises:
         PublishError: If the Hub does not know the token.
     """
+    check_name(repo_id)
     with readable_hub_errors(repo_id, token):
         owner = HfApi(token=token, library_name=LIBRARY).whoami()["name"]
     return repo_id if "/" in repo_id else f"{owner}/{repo_id}"
+
+
+def check_name(repo_id: str) -> None:
+    """
+    Refuse what is no name of a repository, such as its address.
+
+    Raises:
+        PublishError: With the name that was meant, where it can be seen.
+    """
+    address = re.match(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?:models/)?([^/?#]+/[^/?#]+)", repo_id)
+    if address:
+        raise PublishError(f"{repo_id!r} is an address: give the repository's name, {address[1]!r}.")
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise PublishError(
+            f"{scrub(repo_id)!r} is no name of a repository: give OWNER/NAME, or NAME for one of your own; letters, digits, -, _ and . are allowed."
+        ) from error
 
 
 def make_repository(repo_id: str, private: bool | None = None, token: str | None = None) -> None:
@@ -268,24 +305,17 @@ def _stale(there: list[str], staged: Staged) -> list[str]:
 
 @contextmanager
 def _staging_folder(folder: Path, beside: bool) -> Iterator[Path]:
-    """An empty folder, removed at the end: `beside` the checkpoint where it takes weights, so that a killed run's is found and removed."""
-    if not beside:
-        with TemporaryDirectory(prefix="proclip-publish-") as temporary:
-            yield Path(temporary)
-        return
-    staging = folder.resolve().with_name(f".{folder.resolve().name}.publish")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
+    """An empty folder, removed at the end: `beside` the checkpoint where it takes weights, else where temporary files are."""
+    parent = folder.resolve().parent if beside else Path(gettempdir())
     try:
-        yield staging
+        with scratch_folder(parent, f".{folder.resolve().name}.publish-") as staging:
+            yield staging
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
         raise PublishError(
-            f"The disk of {staging} has no space left for the weights as they are to be sent."
+            f"The disk of {parent} has no space left for the weights as they are to be sent."
         ) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _report(

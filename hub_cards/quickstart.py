@@ -1,13 +1,13 @@
 """Cards rendered from what a run measured: a card states no number that its results do not hold."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .rendering import render
 
-TEMPLATES = Path(__file__).parent / "templates"
+
 # The quickstart's LLMs: title, base model on the Hub, licence of the whole checkpoint. The drawings' licence covers the image encoder, which
 # learned from nothing else; Gemma's terms bind as well.
 _SMOLLM2: tuple[str, str, dict[str, Any]] = (
@@ -76,9 +76,10 @@ def quickstart_card(results: Mapping[str, Any]) -> ModelCard:
         tags=["proclip", "llm2clip", "clip", "openmoji"],
         eval_results=evaluations,
     )
-    return ModelCard.from_template(
+    return render(
+        ModelCard,
+        "quickstart_card.md",
         metadata,
-        template_path=str(TEMPLATES / "quickstart_card.md"),
         rows=results["rows"],
         num_concepts=results["num_concepts"],
         num_seen=results["num_seen"],

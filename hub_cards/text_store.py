@@ -7,7 +7,8 @@ from huggingface_hub import DatasetCard, DatasetCardData
 
 from .checkpoint_facts import shown_name
 from .citations import CITATIONS
-from .rendering import render
+from .rendering import Markdown, render
+from .scrubbing import scrub
 
 
 # The Hub's names of sizes, and the number of rows that each ends before.
@@ -64,6 +65,6 @@ def text_store_card(
         dtype=str(store.dtype).removeprefix("torch."),
         model="unknown" if model is None else shown_name(model),
         fingerprint=store.fingerprint,
-        texts=texts,
-        citation=CITATIONS["proclip"],
+        texts=None if texts is None else scrub(texts),
+        citation=Markdown(CITATIONS["proclip"]),
     )

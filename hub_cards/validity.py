@@ -50,7 +50,7 @@ def check_metadata(data: CardData) -> None:
                 '"unknown", or "other" with license_name and license_link'
             )
     for code in _listed(data.get("language")):
-        if not isinstance(code, str) or not _LANGUAGE.fullmatch(code):
+        if not is_language(code):
             raise ValueError(f"language {code!r} is no ISO 639 code of two or three letters, such as 'en'")
     for key in ("base_model", "datasets"):
         for name in _listed(data.get(key)):
@@ -68,6 +68,11 @@ def check_metadata(data: CardData) -> None:
                 f"the results on {names[result.unique_identifier]!r} and on {result.dataset_name!r} agree in task, type, configuration, split "
                 "and revision of their data set, so the Hub's library would merge them: name their configurations differently"
             )
+
+
+def is_language(code: Any) -> bool:
+    """Whether `code` reads as an ISO 639 code of a language, such as "en" or "zh-Hant"."""
+    return isinstance(code, str) and _LANGUAGE.fullmatch(code) is not None
 
 
 def _results_of(data: CardData) -> list[EvalResult]:

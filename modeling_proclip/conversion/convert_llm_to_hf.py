@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
+from .code_references import without_code
 from .errors import ConversionError
-from .json_files import read_json
+from .json_files import read_config, read_json
 from .rules import Rule, Rules, build_config, check, count_layers
 from .stored_tensors import StoredTensor, read_tensors
 
 
 EMBEDDINGS = "embed_tokens.weight"
+_MAX_ALPHA = 1e6  # real ones are below 1,000
 # Beside the base model's tensors: the language-modelling head.
 IGNORED = (r"(model\.)?lm_head\.weight",)
 TOKENIZER_FILES = (
@@ -53,7 +55,7 @@ def convert_llm(
     Raises:
         ConversionError: If the weights do not fit the configuration, or an adapter is more than plain LoRA.
     """
-    values = read_json(folder / "config.json")
+    values = read_config(folder / "config.json")
     prefix = "model." if f"model.{EMBEDDINGS}" in tensors else ""
     num_layers = count_layers(tensors, f"{prefix}layers.")
     if values.get("num_hidden_layers") != num_layers:
@@ -71,7 +73,9 @@ def convert_llm(
 
 def _plain_config(file: Path, values: Mapping[str, Any]) -> tuple[PreTrainedConfig, dict[str, tuple[int, ...]]]:
     """The configuration without its remote code, and the shapes of the base model's tensors."""
-    plain = {key: value for key, value in values.items() if key not in ("auto_map", "architectures", "_name_or_path")}
+    plain = {
+        key: value for key, value in without_code(values).items() if key not in ("architectures", "_name_or_path")
+    }
     if not isinstance(plain.get("model_type"), str):
         raise ConversionError(f"{file} has no model_type.")
     config = build_config(AutoConfig.for_model, **plain)
@@ -94,8 +98,10 @@ def _merged(rules: Rules, tensors: dict[str, StoredTensor], adapter: Path, label
     if unknown := [key for key in ("use_dora", "fan_in_fan_out", "alpha_pattern") if settings.get(key)]:
         raise ConversionError(f"{adapter} has {unknown[0]} in its adapter_config.json: merge it with PEFT.")
     alpha, root = settings.get("lora_alpha"), bool(settings.get("use_rslora"))
-    if not isinstance(alpha, (int, float)):
-        raise ConversionError(f"{adapter / 'adapter_config.json'} has no lora_alpha.")
+    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not -_MAX_ALPHA < alpha < _MAX_ALPHA:
+        raise ConversionError(
+            f"{adapter / 'adapter_config.json'}: lora_alpha is {alpha!r}, and should be a number such as 16."
+        )
     file = next((f for f in ("adapter_model.safetensors", "adapter_model.bin") if (adapter / f).is_file()), None)
     if file is None:
         raise ConversionError(f"{adapter} holds no adapter_model.safetensors.")
@@ -109,6 +115,8 @@ def _merged(rules: Rules, tensors: dict[str, StoredTensor], adapter: Path, label
         match = re.fullmatch(re.escape(label) + r"base_model\.model\.(?:model\.)?(.+)\.lora_A\.weight", name)
         if match and f"{match[1]}.weight" in merged:
             base = merged[f"{match[1]}.weight"]
+            if 0 in stored[name].shape:
+                raise ConversionError(f"{stored[name].file}: tensor {stored[name].name!r} has rank 0.")
             up = name.replace(".lora_A.", ".lora_B.")
             merged[f"{match[1]}.weight"] = Rule((*base.sources, name, up), _add_low_rank(base, float(alpha), root))
     return merged

@@ -13,9 +13,11 @@ import torch
 from transformers import LlamaConfig, PreTrainedConfig
 
 from ..configuration_proclip import ProCLIPConfig
+from ..finite_weights import is_finite
 from ..modeling_proclip import ProCLIPModel
 from ..prompt_template import NO_TEMPLATE
 from ..publisher import find_publisher
+from .code_references import remove_code
 from .convert_adapter_to_hf import Adapter, convert_adapter
 from .convert_eva_to_hf import convert_eva
 from .convert_llm_to_hf import TOKENIZER_FILES, convert_llm, is_llm
@@ -180,6 +182,7 @@ def convert(
             config.architectures = [ProCLIPModel.__name__]
             config.save_pretrained(folder)
             processor.save_pretrained(folder)
+            remove_code(folder)
             _write_card(folder, report)
     return report
 
@@ -239,11 +242,15 @@ def _plan(
         target = torch.float32 if ours == "logit_scale" else dtype
 
         def make() -> torch.Tensor:
-            made = rule.transform(*(tensors[name].read() for name in rule.sources)).to(target)
-            narrowed = target == torch.float16 and any(tensors[name].dtype != target for name in rule.sources)
-            if narrowed and not all(math.isfinite(value) for value in torch.aminmax(made)):
-                raise ConversionError(f"{', '.join(rule.sources)} overflows in float16: pass another dtype.")
-            return made
+            made = rule.transform(*(tensors[name].read() for name in rule.sources))
+            if not is_finite(made):
+                raise ConversionError(f"{ours}, made of {', '.join(rule.sources)}, would hold NaN or infinity.")
+            narrowed = made.to(target)
+            if narrowed.dtype != made.dtype and not is_finite(narrowed):
+                raise ConversionError(
+                    f"{', '.join(rule.sources)} overflows in {_dtype_name(target)}: pass another dtype."
+                )
+            return narrowed
 
         return PlannedTensor(ours, target, shapes[ours], make)
 
@@ -261,8 +268,13 @@ def _facts(tower: Tower, adapter: Adapter, config: ProCLIPConfig, planned: list[
         "embedding": f"{config.projection_dim} dimensions",
         "text adapter": f"{adapter.num_layers} block{'s' * (adapter.num_layers != 1)}, expansion {adapter.expansion:g}, LLM embedding of {adapter.llm_size}, {norm}",
         "parameters": f"{sum(torch.Size(t.shape).numel() for t in planned):,}",
-        "dtype": str(config.dtype).removeprefix("torch."),
+        "dtype": _dtype_name(config.dtype),
     }
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    """Such as "float16"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _report(path, output, written, facts, config, planned, ignored, notes) -> ConversionReport:
@@ -289,7 +301,7 @@ def _convert_llm(
         "LLM": f"{config.architectures[0]}, bidirectional, width {config.hidden_size}, {config.num_hidden_layers} layers",
         "merged adapters": ", ".join(map(str, lora_adapters)) or "none",
         "parameters": f"{sum(torch.Size(t.shape).numel() for t in planned):,}",
-        "dtype": str(config.dtype).removeprefix("torch."),
+        "dtype": _dtype_name(config.dtype),
         "tokenizer": ", ".join(tokenizer_files) or "none in the folder",
     }
     report = _report(path, output, not dry_run, facts, config, planned, ignored, [])
@@ -299,6 +311,7 @@ def _convert_llm(
             config.save_pretrained(folder)
             for name in tokenizer_files:
                 shutil.copyfile(path / name, folder / name)
+            remove_code(folder)
             _write_card(folder, report)
     return report
 

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
 from .errors import ConversionError
 from .stored_tensors import DTYPES
 
 
 MAX_SHARD_BYTES = 5 * 10**9
+_LOCK = "lock"
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -37,25 +39,60 @@ class PlannedTensor:
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
     """
-    A folder beside `output` to write in, renamed to `output` at the end, and removed where anything raises.
+    A folder to write in, which becomes `output` when the block ends, and is removed where anything raises.
+
+    A new `output` appears by renaming, complete. One that is there and empty may be a mount point, the current folder or behind a link, which
+    renaming cannot replace: it is filled, config.json last, without which nothing takes it for a checkpoint.
 
     Raises:
         ConversionError: If `output` is there and is no empty folder.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConversionError(f"{output} is there already: name another output, or remove it.")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
+    output = output.resolve()
+    parent, prefix = (output if output.is_dir() else output.parent), f".{output.name}.partial-"
+    remove_leftovers(parent, prefix)
+    if output.exists() and (not output.is_dir() or {entry.name for entry in output.iterdir()} - {"lost+found"}):
+        raise ConversionError(f"{output} is there already, and is no empty folder: name another output, or remove it.")
+    parent.mkdir(parents=True, exist_ok=True)
+    with scratch_folder(parent, prefix) as files:
+        yield files
+        for file in files.rglob("*"):
+            if file.is_file():
+                with file.open("r+b") as stream:
+                    os.fsync(stream.fileno())
+        if parent == output:
+            for file in sorted(files.iterdir(), key=lambda file: file.name == "config.json"):
+                file.rename(output / file.name)
+        else:
+            files.rename(output)
+
+
+@contextmanager
+def scratch_folder(parent: Path, prefix: str) -> Iterator[Path]:
+    """
+    An empty folder in a new one in `parent`, whose name begins with `prefix`; both are removed at the end.
+
+    What killed runs left under the same prefix is removed first. A lock beside the folder tells it from that of a run that goes on, which is
+    let alone.
+    """
+    remove_leftovers(parent, prefix)
+    scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
     try:
-        yield folder
-        umask = os.umask(0)
-        os.umask(umask)
-        folder.chmod(0o777 & ~umask)  # mkdtemp's folders are for their owner alone
-        if output.exists():
-            output.rmdir()
-        folder.rename(output)
+        with FileLock(scratch / _LOCK, timeout=0):
+            (scratch / "files").mkdir()
+            yield scratch / "files"
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def remove_leftovers(parent: Path, prefix: str) -> None:
+    """Remove the folders of [`scratch_folder`] whose run is over."""
+    for scratch in parent.iterdir() if parent.is_dir() else ():
+        if scratch.name.startswith(prefix) and (scratch / _LOCK).is_file():
+            try:
+                with FileLock(scratch / _LOCK, timeout=0):
+                    shutil.rmtree(scratch, ignore_errors=True)
+            except Timeout:
+                continue
 
 
 def plan_shards(tensors: list[PlannedTensor], max_bytes: int = MAX_SHARD_BYTES) -> dict[str, list[PlannedTensor]]:

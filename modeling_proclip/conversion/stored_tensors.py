@@ -1,6 +1,5 @@
 """Reading published checkpoints: pickles and safetensors, one file or shards, without running or copying what is in them."""
 
-import math
 import pickle
 import pickletools
 import re
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from ..finite_weights import is_finite
 from .errors import ConversionError, first_line
 from .json_files import read_json
 
@@ -52,8 +52,7 @@ class StoredTensor:
         """
         try:
             tensor = self.load()
-            # The smallest and the largest element tell: NaN is either, and no temporary as large as the tensor is needed.
-            finite = not tensor.numel() or all(math.isfinite(value) for value in torch.aminmax(tensor))
+            finite = is_finite(tensor)
         except Exception as error:  # corrupt files fail in the reader in many ways
             raise ConversionError(f"{self.file}: tensor {self.name!r} cannot be read: {first_line(error)}") from error
         if tuple(tensor.shape) != self.shape or tensor.dtype != self.dtype:

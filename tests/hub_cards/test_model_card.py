@@ -213,7 +213,11 @@ def test_other_folders_are_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "no JSON"), ("{}", 'neither "tasks" nor "rows"'), ('{"tasks": [{"name": "x"}]}', "'x'")],
+    [
+        ("{", "JSON"),
+        ("{}", 'neither "tasks" nor "rows"'),
+        ('{"tasks": [{"name": "x"}]}', "tasks.0.kind: Field required"),
+    ],
 )
 def test_damaged_results_are_named(trained, tmp_path, content, message):
     (tmp_path / "results.json").write_text(content)
@@ -225,7 +229,7 @@ def test_damaged_results_are_named(trained, tmp_path, content, message):
 def test_a_number_that_is_none_is_refused(trained, tmp_path):
     task = {**RESULTS["tasks"][0], "value": float("nan"), "metrics": {}}
     (tmp_path / "results.json").write_text(json.dumps({**RESULTS, "tasks": [task]}))
-    with pytest.raises(ValueError, match="Flickr30k"):
+    with pytest.raises(ValueError, match="tasks.0.value: Input should be a finite number"):
         model_card(trained, results=[tmp_path])
 
 

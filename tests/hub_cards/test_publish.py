@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from huggingface_hub import ModelCard, snapshot_download
+from PIL import Image
 from transformers import AutoModel
 
 from hub_cards import model_card
@@ -94,11 +95,11 @@ def test_card_of_the_folder_is_sent_with_its_pictures_and_the_repository_s_name(
     text = "---\nlicense: mit\n---\n![a](images/a.png) [b](../secret.png) [c](.env)\nfrom_pretrained('path/of/this/folder')"
     (copy / "README.md").write_text(text)
     (copy / "images").mkdir()
-    (copy / "images" / "a.png").write_bytes(b"a picture")
+    Image.new("RGB", (4, 4)).save(copy / "images" / "a.png")
     (copy.parent / "secret.png").write_bytes(b"another")
     publish(copy, "alice/x")
     assert hub.read("alice/x", "README.md").decode() == text.replace("path/of/this/folder", "alice/x")
-    assert hub.read("alice/x", "images/a.png") == b"a picture"
+    assert hub.read("alice/x", "images/a.png") == (copy / "images" / "a.png").read_bytes()
     assert not [name for name in hub.files("alice/x") if "secret" in name or "env" in name]
 
 

@@ -62,8 +62,11 @@ REFUSALS = {
         "no processor, so nobody could use it: processor.save_pretrained",
     ),
     "no tokenizer": (_without("tokenizer.json"), "has no tokenizer.json"),
-    "damaged processor": (lambda f: (f / "processor_config.json").write_text("{"), "processor does not load"),
-    "pictures of another size": (
+    "damaged processor": (
+        lambda f: (f / "processor_config.json").write_text("{"),
+        "processor_config.json cannot be read as JSON",
+    ),
+    "images of another size": (
         lambda f: edit(
             f / "processor_config.json",
             image_processor={
@@ -71,7 +74,7 @@ REFUSALS = {
                 "crop_size": 24,
             },
         ),
-        "makes pictures of 24 pixels, and the image encoder takes 16",
+        "makes images of 24 pixels, and the image encoder takes 16",
     ),
     "card without sense": (lambda f: (f / "README.md").write_text("---\nlicense: bogus\n---\n"), "README.md.*'bogus'"),
     "card that is no YAML": (

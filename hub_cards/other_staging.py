@@ -1,0 +1,66 @@
+"""What is published beside whole checkpoints, laid out as it is to lie on the Hub: PEFT adapters, and processors."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from modeling_proclip.conversion.json_files import read_json
+
+from .adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TRAINING_FILE, adapter_card
+from .checkpoint_facts import is_hub_name
+from .errors import PublishError
+from .remote_code import PROCESSOR_AUTO_MAP, code_files
+from .sent_files import PROCESSOR_FILES, SETTINGS, OutgoingFiles, read_text
+from .staging import Staged, read_weights
+
+
+def stage_adapters(source: Path, folder: Path, repo_id: str, *, card: Mapping[str, Any] | None = None) -> Staged:
+    """
+    Lay PEFT adapters of a ProCLIP model out in `folder`, which must be empty.
+
+    Args:
+        card: Arguments of [`adapter_card`]: the card is rendered with them, whatever README.md there is.
+
+    Raises:
+        PublishError: If they are not adapters of a ProCLIP model, or hold NaN or infinity.
+    """
+    outgoing = OutgoingFiles(source, folder)
+    file, weights = outgoing.find(ADAPTER_CONFIG), outgoing.find(ADAPTER_WEIGHTS)
+    if file is None or weights is None:
+        raise PublishError(f"{source} holds no PEFT adapters: it needs {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}.")
+    tensors = read_weights(outgoing, weights)
+    if not any(f".{part}." in name for name in tensors for part in ("vision_model", "text_model", "text_adapter")):
+        raise PublishError(
+            f"{source} holds adapters of another model than ProCLIP: send them with `hf upload OWNER/NAME {source}`."
+        )
+    settings = read_json(file)
+    base = settings.get("base_model_name_or_path")
+    if isinstance(base, str) and not is_hub_name(base):
+        settings["base_model_name_or_path"] = Path(base).name or None
+    outgoing.write_settings(ADAPTER_CONFIG, settings)
+    (folder / ADAPTER_WEIGHTS).symlink_to(weights.resolve())
+    if record := outgoing.find(TRAINING_FILE):
+        outgoing.write_settings(TRAINING_FILE, read_json(record, list))
+    outgoing.copy_legal_files()
+    readme = outgoing.find("README.md")
+    if readme is None or card is not None:
+        try:
+            outgoing.write_text("README.md", adapter_card(folder, **{"repo_id": repo_id, **(card or {})}).content)
+        except (TypeError, ValueError, OSError) as error:
+            raise PublishError(f"The card of {source} cannot be made: {error}") from error
+    else:
+        outgoing.write_text("README.md", read_text(readme))
+    return outgoing.staged(lean=True)
+
+
+def stage_processor(source: Path, folder: Path) -> Staged:
+    """Lay a processor out in `folder`, with the code that loads it."""
+    outgoing = OutgoingFiles(source, folder)
+    for name in SETTINGS:
+        outgoing.copy_settings(name, PROCESSOR_AUTO_MAP if name == PROCESSOR_FILES[0] else None)
+    outgoing.copy_tokenizer()
+    outgoing.copy_modules()
+    for code in code_files():
+        shutil.copyfile(code, folder / code.name)
+    return outgoing.staged(lean=True)

@@ -1,0 +1,233 @@
+"""Which files of a folder are sent, by their exact names, and how each is made fit for others' eyes."""
+
+import json
+import re
+import shutil
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from modeling_proclip.conversion.code_references import code_names, without_code
+from modeling_proclip.conversion.json_files import read_json
+from modeling_proclip.conversion.stored_tensors import read_tensors
+
+from .errors import PublishError
+from .measurements import RESULTS_FILE, read_measurements
+from .remote_code import AUTO_MAP, PROCESSOR_AUTO_MAP
+from .scrubbing import holds_secret, scrub, scrub_text
+
+
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+# Settings are rewritten: without paths of this machine, passwords, tokens and the code of others.
+SETTINGS = (
+    *PROCESSOR_FILES,
+    "tokenizer_config.json",
+    "config_sentence_transformers.json",
+    "sentence_bert_config.json",
+)
+# A tokenizer's files are sent as they are, or not at all.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
+LEGAL_FILES = tuple(
+    name + ending
+    for name in ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")
+    for ending in ("", ".txt", ".md")
+)
+MODULES_FILE = "modules.json"  # of sentence-transformers: the classes of its modules, and a folder for each
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".gif", ".webp")
+# What the processor adds to every text, and names of tokens: changed, the model would read something else.
+_READ_BY_THE_MODEL = {"prompt_template", "instruction", "chat_template", "prompts", "added_tokens_decoder"}
+
+
+@dataclass
+class Staged:
+    """
+    A folder whose every file is to be sent.
+
+    Attributes:
+        folder: Where it lies.
+        lean: Whether the LLM stays out.
+        files: Names in the repository and their bytes.
+        left_out: Names in the source that are not sent.
+        notes: What the person should know.
+        text_model_bytes: Size of the LLM that a lean checkpoint names in place of holding it, in the dtype that it runs in.
+    """
+
+    folder: Path
+    lean: bool
+    files: dict[str, int] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    text_model_bytes: int = 0
+
+
+@dataclass
+class OutgoingFiles:
+    """
+    Files on their way from `source`, somebody's folder, to `folder`, whose every file is sent.
+
+    Attributes:
+        source: The folder that is published.
+        folder: Where what is sent is laid out; empty at first.
+        notes: What was taken out or left out, and of which file.
+    """
+
+    source: Path
+    folder: Path
+    notes: list[str] = field(default_factory=list)
+
+    def staged(self, lean: bool, used: Collection[str] = ()) -> Staged:
+        """What is laid out in the folder now. Files of the source that are `used` in another form do not count as left out."""
+        files = {path.relative_to(self.folder).as_posix(): path.stat().st_size for path in _files(self.folder)}
+        left_out = {path.relative_to(self.source).as_posix() for path in _files(self.source)} - {*files, *used}
+        return Staged(self.folder, lean, files, sorted(left_out), self.notes)
+
+    def find(self, name: str) -> Path | None:
+        """
+        The file `name` of the source; None where it has no such file.
+
+        Raises:
+            PublishError: If it is a link out of the folder. Those of the Hub's own cache are none, as they stay in their repository.
+        """
+        file, root = self.source / name, self.source.resolve()
+        if not file.is_file():
+            return None
+        places = [root]
+        if root.parent.name == "snapshots":
+            places.append(root.parent.parent / "blobs")
+        if not any(file.resolve().is_relative_to(place) for place in places):
+            raise PublishError(
+                f"{file} is a link out of the folder, and what it leads to is not sent: put the file itself there if all may see it."
+            )
+        return file
+
+    def write_settings(self, name: str, settings: Any, auto_map: dict[str, str] | None = None) -> None:
+        """
+        Write a JSON file for others, which names the code of `auto_map` and no other.
+
+        Raises:
+            PublishError: If it holds a token where nothing can be taken out.
+        """
+        ours = {*AUTO_MAP.values(), *PROCESSOR_AUTO_MAP.values()}
+        if others := sorted({code for code in code_names(settings) if code not in ours}):
+            self.notes.append(f"{name} names code that is not this package's: {', '.join(others)}. That is taken out.")
+        plain = without_code(settings)
+        shown = scrub(plain, keep=_READ_BY_THE_MODEL)
+        self._note_if_other(plain, shown, name)
+        text = json.dumps({**shown, "auto_map": auto_map} if auto_map else shown, indent=2, sort_keys=True) + "\n"
+        self._refuse_secrets(name, text)
+        (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (self.folder / name).write_text(text, encoding="utf-8")
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a text for others."""
+        shown = scrub_text(text)
+        self._note_if_other(text, shown, name)
+        (self.folder / name).write_text(shown, encoding="utf-8")
+
+    def copy_settings(self, name: str, auto_map: dict[str, str] | None = None) -> None:
+        """Write the settings of the source's file `name`, if it has one; see [`write_settings`]."""
+        if file := self.find(name):
+            self.write_settings(name, read_json(file), auto_map)
+
+    def copy_tokenizer(self) -> None:
+        """Copy the files of a tokenizer but its settings."""
+        for name in TOKENIZER_FILES:
+            if file := self.find(name):
+                self._refuse_secrets(name, file.read_bytes().decode("utf-8", "replace"))
+                shutil.copyfile(file, self.folder / name)
+
+    def copy_legal_files(self) -> None:
+        """Copy licences and notices."""
+        for name in LEGAL_FILES:
+            if file := self.find(name):
+                self.write_text(name, read_text(file))
+
+    def copy_results(self) -> None:
+        """Copy the results of an evaluation; another program's `results.json` stays behind."""
+        if file := self.find(RESULTS_FILE):
+            try:
+                read_measurements(file)
+            except ValueError as error:
+                self.notes.append(f"{RESULTS_FILE} is not sent: {error}")
+            else:
+                self.copy_settings(RESULTS_FILE)
+
+    def copy_modules(self) -> None:
+        """
+        Copy the modules of sentence-transformers.
+
+        Raises:
+            PublishError: If one is of another package, whose code would run where this is loaded, or is not in a folder of its own.
+        """
+        file = self.find(MODULES_FILE)
+        if file is None:
+            return
+        modules = read_json(file, list)
+        for module in modules:
+            folder, kind = (module.get("path"), module.get("type")) if isinstance(module, dict) else (None, None)
+            if not isinstance(kind, str) or not kind.startswith("sentence_transformers."):
+                raise PublishError(
+                    f"{file} names the class {kind!r}: only modules of sentence-transformers are sent, as others would run their own code where "
+                    "the checkpoint is loaded."
+                )
+            if not isinstance(folder, str) or not re.fullmatch(r"(\d{1,3}_\w{1,60})?", folder):
+                raise PublishError(f"{file} names the folder {folder!r}, which is none such as 1_Normalize.")
+            if folder:
+                self._copy_module(folder)
+        self.write_settings(MODULES_FILE, modules)
+
+    def copy_images(self, text: str) -> None:
+        """Copy the images that a card shows from this folder."""
+        for name in sorted(set(re.findall(r"\]\(([^)\s:#]{1,300})\)", text))):
+            if name.lower().endswith(IMAGE_ENDINGS) and ".." not in Path(name).parts and (file := self.find(name)):
+                try:
+                    with Image.open(file) as image:
+                        image.verify()
+                except Exception as error:  # each format fails in its own way
+                    raise PublishError(f"{file}, which README.md shows, is no image that can be read.") from error
+                (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, self.folder / name)
+
+    def _copy_module(self, folder: str) -> None:
+        if file := self.find(f"{folder}/config.json"):
+            settings = read_json(file)
+            activation = settings.get("activation_function", "torch.")  # of a Dense module: a class to import
+            if not isinstance(activation, str) or not activation.startswith("torch."):
+                raise PublishError(f"{file} names the activation {activation!r}: only those of torch are sent.")
+            self.write_settings(f"{folder}/config.json", settings)
+        if file := self.find(f"{folder}/model.safetensors"):
+            for tensor in read_tensors(file).values():
+                tensor.read()
+            (self.folder / folder).mkdir(exist_ok=True)
+            shutil.copyfile(file, self.folder / folder / "model.safetensors")
+
+    def _note_if_other(self, found: Any, shown: Any, name: str) -> None:
+        if shown != found:
+            self.notes.append(f"Of {name} paths of this machine, passwords or tokens are taken out.")
+
+    def _refuse_secrets(self, name: str, text: str) -> None:
+        if holds_secret(text):
+            raise PublishError(f"{self.source / name} holds what reads as a token or a private key: remove it first.")
+
+
+def read_text(file: Path) -> str:
+    """A text file's content; PublishError that names it if it is not UTF-8."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise PublishError(f"{file} is not UTF-8, so it is no text that can be sent: save it as UTF-8.") from error
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.rglob("*")) if path.is_file()]
