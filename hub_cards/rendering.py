@@ -59,7 +59,8 @@ def render(card_class: type[_Card], template: str, data: CardData, **values: Any
 def escape(value: Any) -> str:
     """`value` as text of one line in Markdown: nothing in it is read as Markdown or HTML."""
     text = _SPECIAL.sub(lambda match: f"\\{match[0]}", _one_line(value).replace("&", "&amp;"))
-    start = _BLOCK.match(text, len(re.match(r"\d{0,9}", text)[0]))
+    digits = len(text) - len(text.lstrip("0123456789"))
+    start = _BLOCK.match(text, digits)
     return f"{text[: start.end()]}\\{text[start.end() :]}" if start else text
 
 

@@ -96,7 +96,11 @@ def check_text_config(
     if not isinstance(found, PreTrainedConfig):
         name = os.fspath(found)
         found = load_llm_config(found, revision, **download_kwargs)
-    changes = list(differences(llm_config_values(config.text_config), llm_config_values(found), "text_config."))
+    recorded, given = llm_config_values(config.text_config), llm_config_values(found)
+    if config.text_model_sha256 is None and config.text_model_name_or_path is None:
+        # A converted checkpoint that no LLM was named for: all that is known of its LLM is the size of the embeddings.
+        recorded, given = ({"hidden_size": values["hidden_size"]} for values in (recorded, given))
+    changes = list(differences(recorded, given, "text_config."))
     if changes:
         what = f"{'; '.join(changes[:3])} (there: the checkpoint, here: {name})"
         raise ValueError(_another_configuration(what) if error_message is None else error_message(what))

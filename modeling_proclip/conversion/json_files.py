@@ -55,6 +55,6 @@ def check_numbers(settings: dict[str, Any], file: Path) -> dict[str, Any]:
         for pattern, most in _MAX_COUNTS.items():
             if pattern.fullmatch(key) and any(isinstance(n, (int, float)) and n > most for n in numbers):
                 raise ConversionError(
-                    f"{file}: {key} is larger than {most:,}, which no model has: the file is damaged."
+                    f"{file}: {key} is {value!r:.40}, and no model has more than {most:,}: the file is damaged."
                 )
     return settings

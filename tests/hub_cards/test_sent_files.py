@@ -279,7 +279,7 @@ def test_results_of_another_program_break_no_card_and_stay_behind(copy, tmp_path
     write(copy / "results.json", content)
     write(copy / "other/results.json", content)
     sent = staged(copy, tmp_path)
-    assert "results.json" not in sent and b"Nothing was measured of these weights." in sent["README.md"]
+    assert "results.json" not in sent and b"No results were measured on these weights." in sent["README.md"]
 
 
 def test_an_image_that_is_none_is_refused(copy, tmp_path):
