@@ -170,7 +170,10 @@ def test_an_adapter_without_its_base_is_refused_with_the_remedy(tmp_path):
 @pytest.mark.parametrize(
     "values, message",
     [
-        ({"num_hidden_layers": 10**9}, "config.json: num_hidden_layers is 1000000000, and no model has more than 1,000"),
+        (
+            {"num_hidden_layers": 10**9},
+            "config.json: num_hidden_layers is 1000000000, and no model has more than 1,000",
+        ),
         ({"hidden_size": 64}, "of the wrong shape"),
         ({"num_attention_heads": 5}, "No model"),
         ({"model_type": "clip"}, "No model|not in the checkpoint|unused"),
