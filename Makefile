@@ -58,7 +58,7 @@ lint: $(VENV)/test/$(STAMP) ## check style and types
 	@bad=0; for check in "ruff check" "ruff format --check" mypy; do $(VENV)/test/bin/$$check || bad=1; done; exit $$bad
 
 docs: $(VENV)/docs/$(STAMP) ## build the documentation site into site/ and check its links
-	@NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/python -m mkdocs build --quiet --strict $(ARGS)
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/python -m mkdocs build --strict $(ARGS)
 	@echo "site/index.html is there; with search: python -m http.server --directory site"
 
 lock: ## renew the lock files with the newest releases that pyproject.toml admits (needs uv)
