@@ -181,14 +181,29 @@ def publish_model(
         model.save_pretrained(saved, **{key: value for key, value in kwargs.items() if value is not None})
         if processor is not None:
             processor.save_pretrained(saved)
-        return publish(
-            saved,
-            repo_id,
-            needs_processor=processor is not None,
-            message=commit_message or MESSAGE,
-            token=token,
-            **settings,
-        )
+        message = commit_message or MESSAGE
+        return publish(saved, repo_id, needs_processor=processor is not None, message=message, token=token, **settings)
+
+
+def publish_saved(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    token: str | None = None,
+) -> PublishReport:
+    """
+    [`publish`] of a folder that a model was just saved to (`save_pretrained(push_to_hub=True)`), with its processor if it has one.
+
+    Raises:
+        PublishError: As [`publish`].
+    """
+    message = commit_message or MESSAGE
+    return publish(
+        folder, repo_id, needs_processor=False, private=private, revision=revision, message=message, token=token
+    )
 
 
 def publish_processor(

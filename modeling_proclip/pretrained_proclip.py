@@ -1,6 +1,7 @@
 """How a ProCLIP is loaded, saved and published: with its LLM or without, each tower in its own dtype."""
 
 import os
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -11,7 +12,7 @@ from .configuration_proclip import ProCLIPConfig, check_tower_keys
 from .finite_weights import check_finite
 from .lean_checkpoint import record_text_model, recorded_text_model
 from .pretrained_towers import tower_dtypes
-from .publisher import find_publisher
+from .publisher import find_publisher, private_by_default, take_hub_arguments
 
 
 Model = TypeVar("Model", bound="ProCLIPPreTrainedModel")
@@ -89,25 +90,48 @@ class ProCLIPPreTrainedModel(PreTrainedModel):
         save_directory: str | os.PathLike,
         is_main_process: bool = True,
         state_dict: dict[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
         *args: Any,
         lean: bool | None = None,
         **kwargs: Any,
     ) -> None:
         r"""
-        As [`~transformers.PreTrainedModel.save_pretrained`].
+        Saves as [`~transformers.PreTrainedModel.save_pretrained`] does.
 
         Args:
+            push_to_hub (`bool`, defaults to `False`):
+                Publish the folder once it is saved, as [`push_to_hub`] does, with `repo_id` (by default the folder's name), `private`,
+                `revision`, `commit_message` and `token`.
             lean (`bool`, *optional*):
-                Leave the frozen LLM out and record its name, revision and content hash instead; `from_pretrained` brings it back. Without
-                this argument a model is saved as it was loaded.
+                Leave the frozen LLM out and record its name, revision and content hash instead; `from_pretrained` fetches it. By default a
+                model is saved as it was loaded.
 
         Raises:
             ValueError: If a full checkpoint is asked of a model without its LLM, or a lean one of a model whose LLM was changed since it
                 was loaded or has no name; or if a weight to save is NaN or infinite.
+            PublishError: If the Hub does not take it.
         """
+        hub_arguments = take_hub_arguments(kwargs, Path(save_directory).name) if push_to_hub else None
+        self._save(save_directory, is_main_process, state_dict, lean, *args, **kwargs)
+        if hub_arguments is not None and is_main_process:
+            publisher = find_publisher("publish")
+            if publisher is None:
+                self.push_to_hub(**hub_arguments)
+            else:
+                publisher.publish_saved(save_directory, **hub_arguments)
+
+    def _save(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool,
+        state_dict: dict[str, torch.Tensor] | None,
+        lean: bool | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
         if self._hf_peft_config_loaded:  # by add_adapter or load_adapter: only the adapters are saved
             check_finite(self.state_dict() if state_dict is None else state_dict, f"{save_directory} was not written")
-            return super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
+            return super().save_pretrained(save_directory, is_main_process, state_dict, False, *args, **kwargs)
         lean = (self.config.lean or self.text_model is None) if lean is None else lean
         if self.text_model is None and not lean:
             raise ValueError("This model was loaded without its LLM: it can only be saved with lean=True.")
@@ -123,18 +147,18 @@ class ProCLIPPreTrainedModel(PreTrainedModel):
         check_finite(state_dict, f"{save_directory} was not written")
         was_lean, self.config.lean = self.config.lean, lean
         try:
-            super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
+            super().save_pretrained(save_directory, is_main_process, state_dict, False, *args, **kwargs)
         finally:
             self.config.lean = was_lean
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         r"""
-        Publish the model with the code that loads it anywhere and its card, in one commit: `hub_cards.publish.publish_model`.
+        Publishes the model with its card and the code that loads it anywhere, in one commit: `hub_cards.publish.publish_model`.
 
         Args:
-            repo_id (`str`): `owner/name`, or a name of your own.
-            kwargs: `processor` (send it too; else the repository keeps the one it has), `private` (new repositories are, unless `False`),
-                `lean`, `revision`, `commit_message`, `max_shard_size` and `token`.
+            repo_id (`str`): `owner/name`, or the name alone of a repository of your own.
+            kwargs: `processor` (to send with it; without one the repository keeps the one that it has), `private` (new repositories are,
+                unless `False`), `lean`, `revision`, `commit_message`, `max_shard_size`, `card` and `token`.
 
         Returns:
             `PublishReport`.
@@ -144,5 +168,5 @@ class ProCLIPPreTrainedModel(PreTrainedModel):
         """
         publisher = find_publisher("publish")
         if publisher is None:
-            return super().push_to_hub(repo_id, **kwargs)
+            return super().push_to_hub(repo_id, **private_by_default(kwargs))
         return publisher.publish_model(self, repo_id, **kwargs)

@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from .images import BrokenImage, decode_image
 from .prompt_template import choose_template, templated_tokenizer
-from .publisher import find_publisher
+from .publisher import find_publisher, private_by_default, take_hub_arguments
 from .sentence_transformers_files import write_sentence_transformers_files
 
 
@@ -112,25 +112,27 @@ class ProCLIPProcessor(ProcessorMixin):
         return [*self.tokenizer.model_input_names, *self.image_processor.model_input_names]
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """As [`~transformers.ProcessorMixin.save_pretrained`], with the files by which sentence-transformers loads the checkpoint."""
-        if push_to_hub:
-            repo_id = kwargs.pop("repo_id", Path(save_directory).name)
-            self.push_to_hub(repo_id, **kwargs)
-            kwargs = {}
+        """
+        Saves as [`~transformers.ProcessorMixin.save_pretrained`] does, with the files by which sentence-transformers loads the checkpoint.
+        With `push_to_hub` it is published too, as [`push_to_hub`] does, to `repo_id` (by default the folder's name).
+        """
+        hub_arguments = take_hub_arguments(kwargs, Path(save_directory).name) if push_to_hub else None
         super().save_pretrained(save_directory, **kwargs)
         write_sentence_transformers_files(save_directory)
+        if hub_arguments is not None:
+            self.push_to_hub(**hub_arguments)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         r"""
-        Publish the processor and its code: `hub_cards.publish.publish_processor`. [`ProCLIPModel.push_to_hub`] takes one along.
+        Publishes the processor and its code: `hub_cards.publish.publish_processor`. [`ProCLIPModel.push_to_hub`] can send it with the model.
 
         Args:
-            repo_id (`str`): `owner/name`, or a name of your own.
+            repo_id (`str`): `owner/name`, or the name alone of a repository of your own.
             kwargs: `private` (new repositories are, unless `False`), `revision`, `commit_message` and `token`.
         """
         publisher = find_publisher("publish")
         if publisher is None:
-            return super().push_to_hub(repo_id, **kwargs)
+            return super().push_to_hub(repo_id, **private_by_default(kwargs))
         return publisher.publish_processor(self, repo_id, **kwargs)
 
     def _check_arguments(self, kwargs: dict[str, Any]) -> None:

@@ -7,20 +7,19 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from huggingface_hub import HfApi
 from peft import PeftConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from transformers.utils import cached_file
 
 from hub_cards import adapter_card
-from hub_cards.hub_errors import readable_hub_errors
-from hub_cards.publish import LIBRARY, full_name, make_repository
+from hub_cards.adapter import TRAINING_FILE
+from hub_cards.publish import publish, publish_saved
 from modeling_proclip import ProCLIPModel
+from modeling_proclip.publisher import take_hub_arguments
 from trainers.storage.files import write_file, write_safetensors
 
 
-TRAINING_FILE = "training.json"
 _LOGIT_SCALE = "base_model.model.logit_scale"
 
 
@@ -64,8 +63,14 @@ class ProCLIPPeftModel(PeftModel):
         super().__init__(model, peft_config, adapter_name, **kwargs)
         model.logit_scale.requires_grad_(not peft_config.inference_mode)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """As [`peft.PeftModel.save_pretrained`], with the logit scale, a card, and `training.json` where a trainer recorded its stages."""
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *args: Any, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """
+        Saves as [`peft.PeftModel.save_pretrained`] does, with the logit scale, a card, and `training.json` where a trainer recorded its stages.
+        With `push_to_hub` the folder is published too, to `repo_id` (by default its name).
+        """
+        hub_arguments = take_hub_arguments(kwargs, Path(save_directory).name) if push_to_hub else None
         super().save_pretrained(str(save_directory), *args, **kwargs)
         if not kwargs.get("is_main_process", True):
             return
@@ -78,6 +83,8 @@ class ProCLIPPeftModel(PeftModel):
         if self.config.training:
             write_file(folder / TRAINING_FILE, json.dumps(self.config.training, indent=2).encode() + b"\n")
         write_file(folder / "README.md", str(adapter_card(folder)).encode())
+        if hub_arguments is not None:
+            publish_saved(folder, **hub_arguments)
 
     @classmethod
     def from_pretrained(
@@ -105,14 +112,15 @@ class ProCLIPPeftModel(PeftModel):
         commit_message: str = "ProCLIP adapters",
         token: str | None = None,
         **card: Any,
-    ) -> str:
+    ) -> str | None:
         """
-        Send what `save_pretrained` writes to the Hub, in one commit. Transformers' own writes an empty form over the card.
+        Publishes what `save_pretrained` writes, in one commit, as `proclip publish` does.
 
         Args:
-            repo_id: `owner/name`, or a name of your own.
+            repo_id: `owner/name`, or the name alone of a repository of your own.
             private: Whether only its owner sees a new repository: `None` means yes. One that is there must be as private.
-            card: Of [`~hub_cards.adapter_card`], such as `base_model` and `license`.
+            revision: Branch, made if it is not there.
+            card: Arguments of [`~hub_cards.adapter_card`], such as `base_model` and `license`.
 
         Returns:
             The commit.
@@ -120,16 +128,12 @@ class ProCLIPPeftModel(PeftModel):
         Raises:
             PublishError: If the Hub does not take it.
         """
-        repo_id = full_name(repo_id, token)
+        settings: dict[str, Any] = {
+            "private": private,
+            "revision": revision,
+            "message": commit_message,
+            "token": token,
+        }
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            adapter_card(folder, repo_id=repo_id, **card).save(Path(folder, "README.md"))
-            make_repository(repo_id, private, token)
-            with readable_hub_errors(repo_id, token):
-                api = HfApi(token=token, library_name=LIBRARY)
-                if revision is not None:
-                    api.create_branch(repo_id, branch=revision, exist_ok=True)
-                sent = api.upload_folder(
-                    repo_id=repo_id, folder_path=folder, commit_message=commit_message, revision=revision
-                )
-        return sent.oid
+            return publish(folder, repo_id, card=card, **settings).commit
