@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lancedb.index import FTS, HnswSq
+from lancedb.index import FTS, IvfSq
 from PIL import Image
 from torch.nn import functional as F
 from tqdm.auto import tqdm
@@ -225,7 +225,7 @@ class _Update:
             if len(self.index) and "words_idx" not in have:
                 images.create_index("words", config=FTS(stem=False, remove_stop_words=False))
             if len(self.index) >= APPROXIMATE_FROM and "embedding_idx" not in have:
-                images.create_index("embedding", config=HnswSq(distance_type="cosine"))
+                images.create_index("embedding", config=IvfSq(distance_type="cosine"))
         checksums = self.index.rows(images, ["checksum"])["checksum"].to_pylist()
         summary.total, summary.duplicates = len(checksums), len(checksums) - len(set(checksums))
         summary.num_links = self.folder.num_links

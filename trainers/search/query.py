@@ -16,8 +16,8 @@ from .table import ImageIndex
 
 # Columns of a result. The thumbnail is JPEG.
 COLUMNS = ("path", "width", "height", "taken", "caption", "size")
-# How much of the approximate index is searched; the candidates are compared by their exact embeddings.
-_NEIGHBOURS_SEARCHED, _CANDIDATES = 400, 10
+# How many of the approximate index's partitions are searched, and how many times the asked number of candidates are then compared exactly.
+_PARTITIONS, _CANDIDATES = 50, 10
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def search(
     else:
         query, score = index.images.search(vector, vector_column_name="embedding"), "_distance"
     query = query.distance_type("cosine")
-    query = query.bypass_vector_index() if exact else query.ef(_NEIGHBOURS_SEARCHED).refine_factor(_CANDIDATES)
+    query = query.bypass_vector_index() if exact else query.nprobes(_PARTITIONS).refine_factor(_CANDIDATES)
     if where:
         query = query.where(where, prefilter=True)
     if not words:
@@ -133,6 +133,6 @@ def describe(index: ImageIndex, exact: bool) -> str:
         return f"exact: the question is compared with all {len(index):,} embeddings"
     statistics = index.images.index_stats("embedding_idx")
     return (
-        f"approximate: {statistics.num_indexed_rows:,} embeddings by a graph of neighbours (HNSW, 8 bits), the best {_CANDIDATES} times as many "
-        f"compared exactly; {statistics.num_unindexed_rows:,} new ones compared exactly"
+        f"approximate: {statistics.num_indexed_rows:,} embeddings of 8 bits, of which the {_PARTITIONS} nearest partitions are searched and the "
+        f"best candidates compared exactly; {statistics.num_unindexed_rows:,} new ones all compared exactly"
     )

@@ -84,7 +84,7 @@ def test_large_indexes_are_searched_approximately(photos, encoder, tmp_path, mon
     monkeypatch.setattr(build, "APPROXIMATE_FROM", 10)
     index, _ = index_folder(tmp_path / "approximate.index", photos, "tiny", encoder)
     embedding = Question("a fox").embedding(encoder)
-    assert describe(index, exact=False).startswith("approximate: 10 embeddings by a graph")
+    assert describe(index, exact=False).startswith("approximate: 10 embeddings of 8 bits")
     assert describe(index, exact=True).startswith("exact")
     paths = [row["path"] for row in search(exact, embedding, top=3)]
     assert [row["path"] for row in search(index, embedding, top=3)] == paths
