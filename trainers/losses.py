@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from trainers.base.distributed import gather_with_grad, row_counts, world_size
+from trainers.compute.precision import at_least_float32
 
 
 # Numbers in a block of rows against all columns: 2 MB of float64, of which a loss and its gradient hold a dozen.
@@ -42,7 +43,7 @@ def instance_alignment_loss(student: torch.Tensor, teacher: torch.Tensor, reduct
     """
     _check_pair("student", student, "teacher", teacher)
     _check_choice("reduction", reduction, ("mean", "sum"))
-    total = (_upcast(student) - _upcast(teacher)).square().sum()
+    total = (at_least_float32(student) - at_least_float32(teacher)).square().sum()
     return total / len(student) if reduction == "mean" else total
 
 
@@ -66,7 +67,7 @@ def structure_alignment_loss(
         ValueError: shapes differ or are not 2-D, no rows, or an unknown reduction or distance.
     """
     _check_structure(student, teacher, reduction, distance)
-    student, teacher = _upcast(student), _upcast(teacher)
+    student, teacher = at_least_float32(student), at_least_float32(teacher)
     total = _structure_sum(student, student, teacher, teacher, distance)
     pairs = len(student) * (len(student) - 1) / 2
     return total / max(pairs, 1) if reduction == "mean" else total
@@ -90,7 +91,7 @@ def info_nce_loss(
     """
     _check_pair("image_embeds", image_embeds, "text_embeds", text_embeds)
     logit_scale = _as_scalar("logit_scale", logit_scale, image_embeds)
-    images, texts = _upcast(image_embeds), _upcast(text_embeds)
+    images, texts = at_least_float32(image_embeds), at_least_float32(text_embeds)
     rows = len(images)
     labels = torch.arange(rows, device=images.device)
     if rows * rows > BLOCK_ELEMENTS:
@@ -125,7 +126,9 @@ def sigmoid_loss(
     logit_scale = _as_scalar("logit_scale", logit_scale, image_embeds)
     logit_bias = _as_scalar("logit_bias", logit_bias, image_embeds)
     labels = torch.arange(len(image_embeds), device=image_embeds.device)
-    total = _sigmoid_sum(_upcast(image_embeds), _upcast(text_embeds), labels, logit_scale, logit_bias)
+    total = _sigmoid_sum(
+        at_least_float32(image_embeds), at_least_float32(text_embeds), labels, logit_scale, logit_bias
+    )
     return total / len(image_embeds)
 
 
@@ -143,7 +146,7 @@ def global_instance_alignment_loss(
         return instance_alignment_loss(student, teacher, reduction)
     _check_pair("student", student, "teacher", teacher, local=True)
     _check_choice("reduction", reduction, ("mean", "sum"))
-    total = (_upcast(student) - _upcast(teacher)).square().sum() * world_size()
+    total = (at_least_float32(student) - at_least_float32(teacher)).square().sum() * world_size()
     return total / sum(row_counts(student)) if reduction == "mean" else total
 
 
@@ -161,7 +164,7 @@ def global_structure_alignment_loss(
     if world_size() == 1:
         return structure_alignment_loss(student, teacher, reduction, distance)
     _check_structure(student, teacher, reduction, distance, local=True)
-    student, teacher = _upcast(student), _upcast(teacher)
+    student, teacher = at_least_float32(student), at_least_float32(teacher)
     counts = row_counts(student)
     columns = gather_with_grad(student, counts), gather_with_grad(teacher, counts)
     # Each rank holds its rows' share of the sum, and the mean over the ranks divides by their number.
@@ -184,7 +187,7 @@ def global_info_nce_loss(
         return info_nce_loss(image_embeds, text_embeds, logit_scale)
     _check_pair("image_embeds", image_embeds, "text_embeds", text_embeds, local=True)
     logit_scale = _as_scalar("logit_scale", logit_scale, image_embeds)
-    images, texts = _upcast(image_embeds), _upcast(text_embeds)
+    images, texts = at_least_float32(image_embeds), at_least_float32(text_embeds)
     counts = row_counts(images)
     # One collective for both sides: what costs is the wait for the slowest rank.
     all_images, all_texts = gather_with_grad(torch.cat([images, texts], dim=1), counts).chunk(2, dim=1)
@@ -210,7 +213,7 @@ def global_sigmoid_loss(
     _check_pair("image_embeds", image_embeds, "text_embeds", text_embeds, local=True)
     logit_scale = _as_scalar("logit_scale", logit_scale, image_embeds)
     logit_bias = _as_scalar("logit_bias", logit_bias, image_embeds)
-    images, texts = _upcast(image_embeds), _upcast(text_embeds)
+    images, texts = at_least_float32(image_embeds), at_least_float32(text_embeds)
     counts = row_counts(images)
     all_texts = gather_with_grad(texts, counts)
     total = _sigmoid_sum(images, all_texts, _own_columns(images, counts), logit_scale, logit_bias)
@@ -307,15 +310,11 @@ def _distance_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def _upcast(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
 def _as_scalar(name: str, value: torch.Tensor | float, like: torch.Tensor) -> torch.Tensor:
     value = torch.as_tensor(value, device=like.device)
     if value.numel() != 1:
         raise ValueError(f"{name} must be one number, but has shape {tuple(value.shape)}.")
-    return _upcast(value.reshape(()))
+    return at_least_float32(value.reshape(()))
 
 
 def _check_structure(

@@ -1,13 +1,13 @@
-"""Settings that both stages of ProCLIP's curriculum share."""
+"""Settings that stages 1 and 2 share."""
 
 from dataclasses import dataclass
 
-from transformers import TrainingArguments
+from trainers.base.config import Refused, StageArguments
 
 
 @dataclass
-class AlignmentConfig(TrainingArguments):
-    """Fields and defaults that both stages share; see [`RepresentationInheritanceConfig`] and [`ContrastiveTuningConfig`]."""
+class AlignmentConfig(StageArguments):
+    """Fields and defaults that stages 1 and 2 share; see [`RepresentationInheritanceConfig`] and [`ContrastiveTuningConfig`]."""
 
     learning_rate: float = 1e-5
     lr_scheduler_type: str = "cosine"
@@ -15,10 +15,6 @@ class AlignmentConfig(TrainingArguments):
     adam_beta2: float = 0.98
     adam_epsilon: float = 1e-6
     num_train_epochs: float = 4.0
-    dataloader_drop_last: bool = True
-    remove_unused_columns: bool = False
-    ddp_find_unused_parameters: bool | None = False
-    data_seed: int | None = None
 
     reduction: str = "mean"
     structure_distance: str = "squared"
@@ -26,11 +22,19 @@ class AlignmentConfig(TrainingArguments):
     lambda_struct: float | None = None
     gradient_caching_batch_size: int | None = None
 
+    refused = Refused(
+        StageArguments.refused,
+        use_liger_kernel=((False,), "it has no kernels for the parts of a ProCLIPModel that are trained"),
+        neftune_noise_alpha=(
+            (None,),
+            "the LLM's embeddings are looked up: there are no token embeddings to add noise to",
+        ),
+        train_sampling_strategy=(("random", "sequential"), "rows have no token lengths"),
+        include_num_input_tokens_seen=(("no",), "pixels would be counted as tokens"),
+    )
+
     def __post_init__(self):
         super().__post_init__()
-        if self.data_seed is None:
-            # Else the order of the rows would come from whatever torch was seeded with last.
-            self.data_seed = self.seed
         for name, choices in (("reduction", ("mean", "sum")), ("structure_distance", ("squared", "smooth_l1"))):
             if getattr(self, name) not in choices:
                 raise ValueError(
@@ -52,10 +56,6 @@ class AlignmentConfig(TrainingArguments):
             )
         if not self.dataloader_drop_last and self.world_size > 1 and not self.accelerator_config.even_batches:
             raise ValueError(
-                "even_batches=False with dataloader_drop_last=False: some processes would have no last batch and the others would wait for "
-                "them. Leave even_batches True: what it repeats to fill the last batch does not count in the loss."
-            )
-        if self.remove_unused_columns:
-            raise ValueError(
-                "remove_unused_columns=True would drop the captions, which the model's forward does not take: leave it False."
+                "even_batches=False with dataloader_drop_last=False: some processes would have no last batch, and the others would wait for "
+                "them. Leave even_batches True: the rows that it repeats to fill the last batch do not count in the loss."
             )

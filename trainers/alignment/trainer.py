@@ -1,30 +1,29 @@
-"""What both stages of ProCLIP's curriculum share: one batch's loss with or without cached gradients, exact resuming, and what is logged."""
+"""What stages 1 and 2 share: the loss of a batch with or without cached gradients, evaluation, what is logged, and what the card says."""
 
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.trainer_utils import has_length
 
 from hub_cards import adapter_card, model_card
 from modeling_proclip import ProCLIPModel
-from trainers.base.checkpoints import CheckpointingTrainer
+from trainers.base.finite import TEXTS, WithTexts
 from trainers.base.gradient_caching import cached_backward
-from trainers.base.publishing import PublishingTrainer
-from trainers.base.streams import StreamedTrainer
+from trainers.base.trainer import StageTrainer, replaced
 from trainers.base.training_record import training_record
 from trainers.data.captions import DrawnCaptions
 from trainers.data.epochs import SetEpoch
 from trainers.data.pair_stream import PairStream
 from trainers.data.stream_loader import StreamLoader
-from trainers.losses import global_instance_alignment_loss, global_structure_alignment_loss
 
 from .checks import check_store, check_texts, proclip_of, refuse_sharding, train_only
 from .config import AlignmentConfig
@@ -32,20 +31,20 @@ from .input_statistics import set_input_statistics
 from .store_identity import check_made_by_llm
 
 
-class AlignmentTrainer(CheckpointingTrainer, StreamedTrainer, PublishingTrainer):
+class AlignmentTrainer(StageTrainer):
     """
     The part of a stage's trainer that is not its loss.
 
     - Only `trained` parameters of the model are trained; all others are frozen.
     - Captions and order of the rows depend on seed and epoch only; `train_dataset` may be a [`PairStream`], for which `max_steps` counts.
-    - An adapter that standardises its input and was not told how yet gets the statistics of the text store.
-    - Checkpoints leave the LLM out, which takes no part; `train(resume_from_checkpoint=True)` goes on from the last *complete* one, to the
-      same bits as a run that was not interrupted.
+    - An adapter that standardises its input and has no statistics yet gets those of the text store.
+    - Checkpoints leave the LLM out, which takes no part.
     - With `gradient_caching_batch_size` a batch stays in the host's memory and goes through the model one micro-batch at a time; the
       gradients are those of the whole batch.
     - With `dataloader_drop_last=False` the last batch is smaller, on several processes too: what fills it up there does not count.
     - The loss's parts are logged beside the loss, averaged over steps and processes as it is, and the samples a second.
     - Settings, steps and losses of the stage are kept in the model's configuration, and its card is rendered from them.
+    - Checkpoints, resuming, publishing and numbers that are not finite: see [`StageTrainer`].
     """
 
     stage: str  # its name, on the card
@@ -56,7 +55,7 @@ class AlignmentTrainer(CheckpointingTrainer, StreamedTrainer, PublishingTrainer)
         raise NotImplementedError
 
     def embed_frozen(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """The embeddings `(batch_size, projection_dim)` that they are held against and that are not trained."""
+        """The embeddings `(batch_size, projection_dim)` that they are compared with and that are not trained."""
         raise NotImplementedError
 
     def loss_of(self, embeds: tuple[torch.Tensor, ...], frozen: tuple[torch.Tensor, ...]) -> torch.Tensor:
@@ -77,8 +76,8 @@ class AlignmentTrainer(CheckpointingTrainer, StreamedTrainer, PublishingTrainer)
         for name in ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func"):
             if kwargs.get(name) is not None:
                 raise ValueError(
-                    f"{name} would not be called: the loss is this stage's own, and nothing is predicted of single rows. What is measured "
-                    "besides belongs into a TrainerCallback's on_evaluate, with trainers.evaluation."
+                    f"{name} would not be called: the stage has a loss of its own, and makes no predictions for single rows. Measure anything "
+                    "else in a TrainerCallback's on_evaluate, with trainers.evaluation."
                 )
         train_only(model, trained)
         self.rows: DrawnCaptions | PairStream = (
@@ -124,17 +123,19 @@ class AlignmentTrainer(CheckpointingTrainer, StreamedTrainer, PublishingTrainer)
         matrices = {name for name, parameter in model.named_parameters() if parameter.ndim >= 2}
         return [name for name in super().get_decay_parameter_names(model) if name in matrices]
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """As [`CheckpointingTrainer.train`]."""
-        # Without the LLM, which takes no part, checkpoints are lean and DDP has less to broadcast.
+    @contextmanager
+    def only_what_is_saved(self) -> Iterator[None]:
+        """Without the LLM, which takes no part: checkpoints are lean, and DDP has less to broadcast."""
         model = proclip_of(self.model)
         text_model, model.text_model = model.text_model, None
         try:
-            output = super().train(resume_from_checkpoint, **kwargs)
-            self._record_training()
-            return output
+            yield
         finally:
             model.text_model = text_model
+
+    def after_training(self) -> None:
+        """Record the stage."""
+        self._record_training()
 
     def _record_training(self) -> None:
         """Write into the model's configuration what its card says of this stage."""
@@ -164,22 +165,16 @@ class AlignmentTrainer(CheckpointingTrainer, StreamedTrainer, PublishingTrainer)
             card.save(Path(self.args.output_dir) / "README.md")
 
     def get_train_dataloader(self) -> DataLoader | StreamLoader:
-        """As Trainer; with gradient caching its batches stay in the host's memory."""
-        placement = self.accelerator.device_placement
-        self.accelerator.device_placement = placement and self.args.gradient_caching_batch_size is None
-        try:
+        """As in every stage; with gradient caching its batches stay in the host's memory."""
+        placement = self.accelerator.device_placement and self.args.gradient_caching_batch_size is None
+        with replaced(self.accelerator, device_placement=placement):
             return super().get_train_dataloader()
-        finally:
-            self.accelerator.device_placement = placement
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """As Trainer, of all rows: `dataloader_drop_last` is for training."""
-        drop_last = self.args.dataloader_drop_last
-        self.args.dataloader_drop_last = False
-        try:
+        collator = WithTexts(self.data_collator, "text")
+        with replaced(self.args, dataloader_drop_last=False), replaced(self, data_collator=collator):
             return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.args.dataloader_drop_last = drop_last
 
     def _real_rows(self, rows: int) -> int:
         """
@@ -209,25 +204,23 @@ class AlignmentTrainer(CheckpointingTrainer, StreamedTrainer, PublishingTrainer)
         loss = self.loss_of(embeds, frozen)
         return (loss, (*embeds, *frozen)) if return_outputs else loss
 
-    def training_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, torch.Tensor],
-        num_items_in_batch: torch.Tensor | int | None = None,
+    def loss_and_gradients(
+        self, model: nn.Module, batch: dict[str, torch.Tensor], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """As Trainer; with gradient caching by [`cached_backward`]."""
+        """As in every stage; with gradient caching by [`cached_backward`]."""
         size = self.args.gradient_caching_batch_size
-        rows = len(next(iter(inputs.values())))
+        rows = len(next(iter(batch.values())))
         if size is None or rows <= size:
-            return super().training_step(model, inputs, num_items_in_batch)
+            return super().loss_and_gradients(model, batch, num_items_in_batch)
         model.train()
-        parts = [dict(zip(inputs, part, strict=True)) for part in zip(*(side.split(size) for side in inputs.values()))]
+        device = self.accelerator.device
+        parts = [dict(zip(batch, part, strict=True)) for part in zip(*(side.split(size) for side in batch.values()))]
         with torch.no_grad(), self.accelerator.autocast():
-            of_parts = [self.embed_frozen(model, self._prepare_inputs(part)) for part in parts]
+            of_parts = [self.embed_frozen(model, send_to_device(part, device)) for part in parts]
         real = self._real_rows(rows)
         frozen = tuple(torch.cat(side)[:real] for side in zip(*of_parts, strict=True))
         return cached_backward(
-            lambda part: self.embed(model, self._prepare_inputs(part)),
+            lambda part: self.embed(model, send_to_device(part, device)),
             parts,
             lambda *embeds: self.loss_of(tuple(side[:real] for side in embeds), frozen),
             accelerator=self.accelerator,
@@ -241,10 +234,14 @@ class AlignmentTrainer(CheckpointingTrainer, StreamedTrainer, PublishingTrainer)
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor, None, None]:
-        """The loss `()` of an evaluation batch, the same on all processes, and no predictions."""
+        """The loss `()` of an evaluation batch, the same on all processes, and no predictions. Raises ValueError if it is not finite."""
+        texts = inputs.pop(TEXTS, ())
+        batch = send_to_device(inputs, self.accelerator.device)
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.evaluate_batch(model, self._prepare_inputs(inputs))
-        return self.accelerator.reduce(loss.detach(), reduction="mean"), None, None
+            loss = self.evaluate_batch(model, batch)
+        loss = self.accelerator.reduce(loss.detach(), reduction="mean")
+        self.check_evaluated(loss, model, batch, texts)
+        return loss, None, None
 
     def evaluate_batch(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """The loss `()` of a batch of an evaluation; a stage may keep more of it for `evaluation_metrics`."""
@@ -274,7 +271,7 @@ class AlignmentTrainer(CheckpointingTrainer, StreamedTrainer, PublishingTrainer)
         return dict(zip(names, means, strict=True))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As Trainer, with the parts of the training loss and the samples a second since the last log."""
+        """As Trainer, with the parts of the training loss and the samples per second since the last log."""
         if "loss" in logs:
             logs.update(self._mean_parts("train"))
             args = self.args
@@ -316,34 +313,3 @@ class _Speed(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         self.on_evaluate(args, state, control)
-
-
-def unit(embeds: torch.Tensor) -> torch.Tensor:
-    """`(batch_size, dim)` of any length and dtype to unit length, in float32: half precision would leave lengths of 1 +- 0.004."""
-    return F.normalize(embeds.float(), dim=-1)
-
-
-def distillation_loss(
-    student: torch.Tensor, teacher: torch.Tensor, args: AlignmentConfig
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """
-    lambda_ins L_ins + lambda_struct L_struct over the joined batch of all processes (ProCLIP, arXiv 2510.18795, method): L_stage1 with the
-    text embeddings, lambda L_reg of stage 2 with the image embeddings.
-
-    Args:
-        student, teacher: `(batch_size, projection_dim)`, unit length, this process's rows.
-
-    Returns:
-        The loss `()`, whose mean over the processes is that of the joined batch, and its parts without their weights. A part with weight 0
-        is not computed.
-    """
-    loss, parts = student.new_zeros(()), {}
-    if args.lambda_ins:
-        parts["instance_loss"] = global_instance_alignment_loss(student, teacher, args.reduction)
-        loss = loss + args.lambda_ins * parts["instance_loss"]
-    if args.lambda_struct:
-        parts["structure_loss"] = global_structure_alignment_loss(
-            student, teacher, args.reduction, args.structure_distance
-        )
-        loss = loss + args.lambda_struct * parts["structure_loss"]
-    return loss, parts

@@ -1,63 +1,211 @@
-"""Which checkpoint a training goes on from, and how one shows that it is complete."""
+"""
+The checkpoints of a training: complete or not, unchanged or not, and which of them are kept.
 
+A checkpoint is the folder `checkpoint-<step>`; whatever else lies beside it is none. Its `manifest.json` has size and SHA-256 of every
+other file in it. It is written twice: first without files, which marks a checkpoint that is being written, and last, when all files are on
+the disk. Checkpoints of releases without manifests count as complete when `trainer_state.json`, which was their last file, can be read.
+"""
+
+import hashlib
+import json
 import logging
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-from transformers import Trainer, TrainerState
+from transformers import TrainerState
+
+from trainers.storage.files import sync_folder, write_file
 
 
 logger = logging.getLogger(__name__)
 
-# The file that Trainer writes last: a checkpoint with it is complete.
+MANIFEST = "manifest.json"
 STATE_FILE = "trainer_state.json"
+_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)", re.ASCII)
+_CHUNK = 2**20  # bytes
 
 
-class CheckpointingTrainer(Trainer):
-    """Trainer whose checkpoints count as complete, for [`last_complete_checkpoint`], only once all of their files are written."""
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be resumed from; names the file and what is wrong with it."""
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """
-        As [`~transformers.Trainer.train`].
 
-        Args:
-            resume_from_checkpoint: a checkpoint's folder, or `True` for the last complete one in `output_dir`: one that a killed process
-                had not finished is passed over.
+class MissingFileError(FileNotFoundError, CheckpointError):
+    """A checkpoint that lacks a file; names it."""
 
-        Raises:
-            ValueError: If there is no complete checkpoint.
-        """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
-        return super().train(resume_from_checkpoint or None, **kwargs)
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self.args.should_save:
-            # One left by an earlier run in the same folder would make this checkpoint look complete while it is written.
-            folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
-            (folder / STATE_FILE).unlink(missing_ok=True)
-        super()._save_checkpoint(model, trial)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        # Every process has written its file before the first one writes the last file of the checkpoint.
-        self.accelerator.wait_for_everyone()
+def list_checkpoints(output_dir: str | Path) -> list[Path]:
+    """The checkpoints in `output_dir`, complete or not, by their steps."""
+    folders = {
+        int(match.group(1)): folder
+        for folder in Path(output_dir).glob("checkpoint-*")
+        if (match := _NAME.fullmatch(folder.name)) and folder.is_dir()
+    }
+    return [folders[step] for step in sorted(folders)]
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str:
     """
-    The checkpoint of the most steps in `output_dir` that was written to its end.
+    The checkpoint of the most steps in `output_dir` that is complete and unchanged. Reads all of its files. One that is not is passed over,
+    with a warning that names the file.
 
     Raises:
-        ValueError: If there is none.
+        CheckpointError: If there is none; names the file for which the last one was passed over.
     """
-    steps = {int(folder.name.split("-")[1]): folder for folder in Path(output_dir).glob("checkpoint-[0-9]*")}
-    for step in sorted(steps, reverse=True):
+    reasons: list[CheckpointError] = []
+    for folder in reversed(list_checkpoints(output_dir)):
         try:
-            TrainerState.load_from_json(str(steps[step] / STATE_FILE))
-        except (OSError, ValueError):
-            logger.warning(f"{steps[step]} was not written to its end; looking for the one before it.")
+            verify(folder)
+        except CheckpointError as error:
+            logger.warning(f"{error}; looking for the checkpoint before it.")
+            reasons.append(error)
         else:
-            return str(steps[step])
-    raise ValueError(f"{output_dir} holds no complete checkpoint to resume from: leave resume_from_checkpoint out.")
+            return str(folder)
+    message = (
+        f"{output_dir} holds no complete checkpoint to resume from: leave resume_from_checkpoint out to start anew"
+    )
+    raise type(reasons[0])(f"{reasons[0]}, and {message}") if reasons else CheckpointError(message)
+
+
+def begin(folder: Path) -> None:
+    """Make an empty `folder` for a checkpoint that is not complete; one of an earlier run goes."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    _write_manifest(folder, None)
+    sync_folder(folder.parent)
+
+
+def complete(folder: Path) -> None:
+    """Declare the checkpoint in `folder` complete: all processes have written their files. Puts them on the disk, then the manifest."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file != folder / MANIFEST)
+    # Hashing releases the interpreter's lock, and the system writes in the meantime.
+    with ThreadPoolExecutor() as pool:
+        facts = list(pool.map(_put_on_disk, files))
+    for inner in {file.parent for file in files}:
+        sync_folder(inner)
+    _write_manifest(
+        folder, {file.relative_to(folder).as_posix(): fact for file, fact in zip(files, facts, strict=True)}
+    )
+
+
+def verify(folder: str | Path) -> None:
+    """
+    Check that the checkpoint in `folder` is complete and that its files are those that were written. Reads them all.
+
+    Raises:
+        CheckpointError: If it is not; names the file.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise MissingFileError(f"there is no checkpoint {folder}")
+    manifest = _read_manifest(folder)
+    if manifest is None:
+        _check_without_manifest(folder)
+        logger.warning(f"{folder} was written without a manifest, so its files cannot be verified.")
+        return
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(lambda name: _facts(folder / name), manifest))
+    for (name, expected), actual in zip(manifest.items(), found, strict=True):
+        if actual is None:
+            raise MissingFileError(f"{folder / name} is missing")
+        if actual != expected:
+            what = f"{expected['size']:,} bytes were written and {actual['size']:,} are there"
+            if actual["size"] == expected["size"]:
+                what = "its SHA-256 is another one"
+            raise CheckpointError(f"{folder / name} was damaged after it was written: {what}")
+
+
+def check_resumable(folder: str | Path) -> None:
+    """
+    Check that a checkpoint has what a run goes on from, besides the weights: Transformers starts anew, without a word, what is missing.
+
+    Raises:
+        CheckpointError: If it has not; names the file.
+    """
+    folder = Path(folder)
+    if any(folder.glob("global_step*")):
+        return  # DeepSpeed's, which has files of its own and looks for them itself
+    for pattern in (STATE_FILE, "scheduler.pt", "optimizer*", "rng_state*.pth"):
+        if not any(folder.glob(pattern)):
+            raise MissingFileError(
+                f"{folder / pattern} is missing, so the run cannot go on where it was (save_only_model=True leaves it out): resume from another "
+                "checkpoint, or start a new run from these weights"
+            )
+
+
+def steps_of(folder: str | Path) -> int:
+    """The optimizer steps after which the checkpoint in `folder` was written."""
+    return TrainerState.load_from_json(str(Path(folder, STATE_FILE))).global_step
+
+
+def rotate(output_dir: str | Path, keep: int | None, protected: Iterable[str | Path | None] = ()) -> None:
+    """
+    Delete the checkpoints that were written longest ago until `keep` are left (`None`: all), never a `protected` one.
+
+    Only `checkpoint-<number>` is counted and deleted; Transformers' own rotation would take `checkpoint-2.bak` too.
+    """
+    if not keep or keep < 1:
+        return
+    kept = {Path(folder).absolute() for folder in protected if folder is not None}
+    folders = list_checkpoints(output_dir)
+    # By time, as an earlier run may have left checkpoints of later steps here.
+    by_age = sorted(folders, key=lambda folder: folder.stat().st_mtime_ns)
+    for folder in [folder for folder in by_age if folder.absolute() not in kept][: max(len(folders) - keep, 0)]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write_manifest(folder: Path, files: dict[str, Any] | None) -> None:
+    content = {"format": 1, "files": files, "files_sha256": _sha256_of(files)}
+    write_file(folder / MANIFEST, json.dumps(content, indent=1).encode() + b"\n")
+
+
+def _read_manifest(folder: Path) -> dict[str, dict[str, Any]] | None:
+    """Path in the checkpoint -> its size and SHA-256; None if there is no manifest."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        files, intact = manifest["files"], manifest["files_sha256"] == _sha256_of(manifest["files"])
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError):
+        intact = False
+    if not intact:
+        raise CheckpointError(f"{folder / MANIFEST} was damaged after it was written")
+    if files is None:
+        raise CheckpointError(f"{folder} was not written to its end")
+    return files
+
+
+def _sha256_of(files: Any) -> str:
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+
+
+def _check_without_manifest(folder: Path) -> None:
+    try:
+        TrainerState.load_from_json(str(folder / STATE_FILE))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder} was not written to its end ({STATE_FILE} is missing or cut)") from error
+
+
+def _put_on_disk(file: Path) -> dict[str, Any]:
+    facts = _facts(file)
+    assert facts is not None
+    with open(file, "rb+") as opened:
+        os.fsync(opened.fileno())
+    return facts
+
+
+def _facts(file: Path) -> dict[str, Any] | None:
+    """Size and SHA-256 of a file, or None if it is not there."""
+    digest, size = hashlib.sha256(), 0
+    try:
+        with open(file, "rb") as opened:
+            while chunk := opened.read(_CHUNK):
+                digest.update(chunk)
+                size += len(chunk)
+    except (FileNotFoundError, IsADirectoryError):
+        return None
+    return {"size": size, "sha256": digest.hexdigest()}

@@ -20,6 +20,8 @@ from accelerate.utils import DistributedType
 from torch import nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+from trainers.compute.precision import at_least_float32
+
 
 def cached_backward(
     embed: Callable[[Any], tuple[torch.Tensor, ...]],
@@ -64,7 +66,7 @@ def cached_backward(
     after_first_pass = _RandomState(accelerator.device)
 
     # In at least float32, so that gradients are not rounded on their way.
-    joined = [_upcast(torch.cat(side)).requires_grad_() for side in zip(*parts, strict=True)]
+    joined = [at_least_float32(torch.cat(side)).requires_grad_() for side in zip(*parts, strict=True)]
     rows = [len(part[0]) for part in parts]
     del parts
     loss = loss_fn(*joined)
@@ -87,7 +89,7 @@ def cached_backward(
             with accelerator.autocast():
                 embeds = embed(micro_batch)
             # Its gradient is the one that the loss has: d/dw sum(e(w) g) = g de/dw.
-            surrogate = sum((_upcast(e) * grad[i]).sum() for e, grad in zip(embeds, embed_grads, strict=True))
+            surrogate = sum((at_least_float32(e) * grad[i]).sum() for e, grad in zip(embeds, embed_grads, strict=True))
             if last:
                 surrogate = surrogate + sum((parameter * grad).sum() for parameter, grad in direct)
             accelerator.backward(surrogate)
@@ -117,7 +119,3 @@ class _RandomState:
     def restore(self) -> None:
         torch.set_rng_state(self.cpu)
         set_device_states(self.devices, self.states, device_type=self.device_type)
-
-
-def _upcast(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()

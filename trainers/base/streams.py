@@ -1,13 +1,12 @@
-"""A Trainer that trains on streams of pictures with captions too: each process its own rows, resumed to the same batches."""
+"""Training on a stream of images with captions: each process reads its own rows, and a resumed run reads none of them twice."""
 
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import DataLoader, IterableDataset
-from transformers import Trainer, TrainerCallback
+from torch.utils.data import IterableDataset
+from transformers import TrainerCallback, TrainingArguments
 
 from trainers.data.pair_stream import PairStream
 from trainers.data.stream_loader import StreamLoader
@@ -16,92 +15,77 @@ from trainers.data.stream_loader import StreamLoader
 logger = logging.getLogger(__name__)
 
 
-class StreamedTrainer(Trainer):
+class StreamReader(TrainerCallback):
     """
-    Trainer whose `train_dataset` may be a [`PairStream`]; others are as ever. With a stream `max_steps` says how long to train, and
-    `per_device_train_batch_size`, `dataloader_num_workers`, `dataloader_pin_memory` and `dataloader_prefetch_factor` are as ever.
+    Reads this process's share of a [`PairStream`], and keeps in each checkpoint how far it has come.
 
-    accelerate, which would read all rows in one process and send them to the others, or let every process read all rows and drop most, has no part
-    in it: each process opens its share. What every process has read is kept in its checkpoint, so that resuming reads nothing twice.
+    accelerate, which would read all rows in one process and send them to the others, or let every process read all rows and drop most, has
+    no part in it. As a callback it reports the share of the steps that is done as the epoch, and at the end the rows that were passed over.
+
+    Args:
+        stream: of all processes.
+        args: of the training; `max_steps` says how long it is, and `per_device_train_batch_size`, `dataloader_num_workers`,
+            `dataloader_pin_memory`, `dataloader_prefetch_factor` and `dataloader_multiprocessing_context` are used.
 
     Raises:
-        ValueError: If an evaluation dataset is a stream, or, on resuming, if the stream or its readers have changed.
+        ValueError: If `args` ask for another order.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        evaluated = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
-        if any(isinstance(dataset, IterableDataset) for dataset in evaluated):
+    def __init__(self, stream: PairStream, args: TrainingArguments):
+        if args.train_sampling_strategy != "random":
             raise ValueError(
-                "eval_dataset is a stream: evaluation reads rows by number, so open it with streaming=False"
+                f"train_sampling_strategy={args.train_sampling_strategy!r}: a stream has its own order, see PairSource; leave it 'random'."
             )
-        self._stream_loader: StreamLoader | None = None
-        self._stream_state: Path | None = None  # to go on from
-        if isinstance(self.train_dataset, PairStream):
-            self.add_callback(_StreamProgress(self))
+        self.stream, self.args = stream, args
+        self._loader: StreamLoader | None = None
 
-    def get_train_dataloader(self) -> DataLoader | StreamLoader:
-        """As Trainer, or the batches of this process's share of a stream."""
-        if not isinstance(self.train_dataset, PairStream):
-            return super().get_train_dataloader()
+    def open(self, collate: Any, checkpoint: str | None) -> StreamLoader:
+        """
+        The batches, from the beginning or from where the `checkpoint` was written.
+
+        Raises:
+            FileNotFoundError: If the checkpoint does not say how far this process had read the stream.
+            ValueError: If the stream or its readers have changed since.
+        """
         args = self.args
-        stream = self.train_dataset.for_process(args.process_index, args.world_size)
         options: dict[str, Any] = {"pin_memory": args.dataloader_pin_memory}
         if args.dataloader_num_workers:
             options["prefetch_factor"] = args.dataloader_prefetch_factor
             options["multiprocessing_context"] = args.dataloader_multiprocessing_context
-        self._stream_loader = StreamLoader(
-            stream, self._train_batch_size, self.data_collator, args.dataloader_num_workers, **options
-        )
-        if self._stream_state is not None:
-            self._stream_loader.load_state_dict(json.loads(self._stream_state.read_text()))
-        return self._stream_loader
+        stream = self.stream.for_process(args.process_index, args.world_size)
+        loader = StreamLoader(stream, args.train_batch_size, collate, args.dataloader_num_workers, **options)
+        if checkpoint is not None:
+            file = self._file(checkpoint)
+            if not file.exists():
+                raise FileNotFoundError(
+                    f"{file} is missing: the checkpoint is of a run on rows by number, or on fewer processes"
+                )
+            loader.load_state_dict(json.loads(file.read_text()))
+        self._loader = loader
+        return loader
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """
-        As [`~transformers.Trainer.train`], from the folder of a checkpoint.
+    def save(self, folder: str | Path) -> None:
+        """Write into a checkpoint how far this process has read."""
+        if self._loader is not None:
+            self._file(folder).write_text(json.dumps(self._loader.state_dict()))
 
-        Raises:
-            FileNotFoundError: If the checkpoint does not tell how far this process had read the stream.
-        """
-        if not resume_from_checkpoint or not isinstance(self.train_dataset, PairStream):
-            return super().train(resume_from_checkpoint, **kwargs)
-        self._stream_state = Path(str(resume_from_checkpoint)) / self._stream_file()
-        if not self._stream_state.exists():
-            raise FileNotFoundError(
-                f"{self._stream_state} is missing: the checkpoint is of a run on rows by number, or on fewer processes"
-            )
-        # Trainer would read and throw away all batches that were trained on; the loader knows where to go on.
-        ignore_data_skip, self.args.ignore_data_skip = self.args.ignore_data_skip, True
-        try:
-            return super().train(resume_from_checkpoint, **kwargs)
-        finally:
-            self.args.ignore_data_skip, self._stream_state = ignore_data_skip, None
-
-    def _stream_file(self) -> str:
-        return f"stream_{self.args.process_index}.json"
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        if self._stream_loader is not None:
-            os.makedirs(output_dir, exist_ok=True)
-            Path(output_dir, self._stream_file()).write_text(json.dumps(self._stream_loader.state_dict()))
-
-
-class _StreamProgress(TrainerCallback):
-    """Tells how far a run on a stream is, and at its end which rows were passed over."""
-
-    def __init__(self, trainer: StreamedTrainer):
-        self.trainer = trainer
+    def _file(self, folder: str | Path) -> Path:
+        return Path(folder, f"stream_{self.args.process_index}.json")
 
     def on_step_end(self, args, state, control, **kwargs):
         # Trainer takes all steps of a stream for one epoch, but after resuming it counts from the first one.
         state.epoch = state.global_step / state.max_steps
 
     def on_train_end(self, args, state, control, **kwargs):
-        loader = self.trainer._stream_loader
-        if loader is not None and loader.skipped().skipped:
-            skipped = loader.skipped()
+        skipped = self._loader.skipped() if self._loader is not None else None
+        if skipped is not None and skipped.skipped:
             logger.warning(
                 "process %d passed over %s, such as %s", args.process_index, skipped, "; ".join(skipped.examples)
             )
+
+
+def refuse_streams(eval_dataset: Any) -> None:
+    """Raises ValueError if one of the datasets to evaluate is a stream."""
+    evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+    if any(isinstance(dataset, IterableDataset) for dataset in evaluated):
+        raise ValueError("eval_dataset is a stream: evaluation reads rows by number, so open it with streaming=False")

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from trainers.base.config import Refused
+
 from .lora import LoraTrainingArguments
 
 
@@ -33,8 +35,9 @@ class CaptionContrastiveConfig(LoraTrainingArguments):
 
     Defaults that differ from [`~transformers.TrainingArguments`]. LLM2CLIP, v6: `learning_rate` 2e-4, `warmup_steps` 300,
     `num_train_epochs` 1; its batch of 2,048 pairs over all devices is up to you: `per_device_train_batch_size` 64 (LLM2Vec),
-    `per_device_eval_batch_size` 64. Ours: `dataloader_drop_last` True, as an uneven last batch has other negatives;
-    `remove_unused_columns` False, as captions are no input of the model; `ddp_find_unused_parameters` False; `data_seed` that of `seed`.
+    `per_device_eval_batch_size` 64. Ours: `dataloader_drop_last` True (rows that do not fill a batch are left out in any case,
+    as they would have other negatives); `remove_unused_columns` False, as captions are no input of the model;
+    `ddp_find_unused_parameters` False; `data_seed` that of `seed`; `logging_nan_inf_filter` False.
 
     Raises:
         ValueError: If a value is out of range, `cache_frozen_layers` comes without `lora_num_layers`, or `gradient_accumulation_steps` is
@@ -53,8 +56,26 @@ class CaptionContrastiveConfig(LoraTrainingArguments):
     gradient_caching_batch_size: int | None = None
     micro_batch_tokens: int | None = None
 
+    refused = Refused(
+        LoraTrainingArguments.refused,
+        train_sampling_strategy=(
+            ("random",),
+            "batches are drawn from one source each; micro_batch_tokens sorts by length",
+        ),
+        include_num_input_tokens_seen=(("no",), "Trainer does not count the tokens of micro-batches"),
+    )
+
     def __post_init__(self):
         super().__post_init__()
+        self.refuse_batch_of_one()
+        if self.data_seed != self.seed:
+            raise ValueError(
+                f"data_seed={self.data_seed}: pairs and their order are drawn from seed; set that instead."
+            )
+        if self.cache_frozen_layers and self.neftune_noise_alpha is not None:
+            raise ValueError(
+                f"neftune_noise_alpha={self.neftune_noise_alpha}: with cache_frozen_layers the token embeddings are not read; leave one of both out."
+            )
         self.check_at_least_one("gradient_caching_batch_size", "micro_batch_tokens")
         if not self.loss_scale > 0:
             raise ValueError(f"loss_scale must be positive, got {self.loss_scale}.")

@@ -4,17 +4,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel, TrainingArguments, set_seed
+from transformers import PreTrainedModel, set_seed
+
+from trainers.base.config import StageArguments
 
 
 @dataclass
-class LoraTrainingArguments(TrainingArguments):
+class LoraTrainingArguments(StageArguments):
     """Fields and defaults that [`CaptionContrastiveConfig`] and [`MaskedNextTokenConfig`] share."""
 
-    dataloader_drop_last: bool = True
-    remove_unused_columns: bool = False
-    ddp_find_unused_parameters: bool | None = False
-    data_seed: int | None = None
     label_names: list[str] | None = None
 
     lora_r: int = 16
@@ -25,8 +23,6 @@ class LoraTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.data_seed is None:
-            self.data_seed = self.seed
         if self.label_names is None:
             self.label_names = []  # PEFT hides the model's inputs, and Trainer would warn that it cannot find the labels
         self.check_at_least_one("lora_r", "lora_num_layers", "max_length")
@@ -34,10 +30,6 @@ class LoraTrainingArguments(TrainingArguments):
             raise ValueError(f"lora_alpha must be positive, got {self.lora_alpha}.")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout must be at least 0 and below 1, got {self.lora_dropout}.")
-        if self.remove_unused_columns:
-            raise ValueError(
-                "remove_unused_columns=True would drop the captions, which the model's forward does not take: leave it False."
-            )
 
     def check_at_least_one(self, *names: str) -> None:
         """Raises ValueError if one of the fields is set to less than 1."""

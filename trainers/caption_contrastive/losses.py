@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from trainers.base.distributed import gather_with_grad, row_counts, world_size
+from trainers.compute.precision import unit_length
 
 
 def caption_contrastive_loss(
@@ -103,7 +104,7 @@ def _cross_entropy(
 ) -> torch.Tensor:
     """Query i belongs to column `first + i`."""
     with torch.autocast(queries.device.type, enabled=False):
-        logits = scale * (_unit(queries) @ _unit(columns).T)
+        logits = scale * (unit_length(queries) @ unit_length(columns).T)
         labels = torch.arange(first, first + len(queries), device=logits.device)
         if query_keys is not None and column_keys is not None:
             fits = torch.zeros_like(logits, dtype=torch.bool)
@@ -117,10 +118,6 @@ def _cross_entropy(
 
 def _join(first: torch.Tensor | None, second: torch.Tensor | None) -> torch.Tensor | None:
     return first if first is None or second is None else torch.cat([first, second])
-
-
-def _unit(embeds: torch.Tensor) -> torch.Tensor:
-    return F.normalize(embeds if embeds.dtype == torch.float64 else embeds.float(), dim=-1)
 
 
 def _check(queries, documents, negatives, query_keys, document_keys, negative_keys) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import send_to_device
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_proclip.attention_proof import check_bidirectional
 from modeling_proclip.prompt_template import NO_TEMPLATE, templated_tokenizer
-from trainers.base.checkpoints import CheckpointingTrainer
+from trainers.base.trainer import StageTrainer
 from trainers.data.captions import DrawnCaptions
 from trainers.data.epochs import SetEpoch
 
@@ -165,7 +166,7 @@ class MaskedTexts(Dataset):
         }
 
 
-class MaskedNextTokenTrainer(CheckpointingTrainer):
+class MaskedNextTokenTrainer(StageTrainer):
     r"""
     Trains a LoRA on an LLM that attends in both directions to predict masked tokens. What it saves is the LoRA of the *base model*, as
     [`CaptionContrastiveTrainer`] saves: load it on `AutoModel`, or merge it by `proclip convert LLM OUT --lora FOLDER`.
@@ -182,6 +183,8 @@ class MaskedNextTokenTrainer(CheckpointingTrainer):
         ImportError: If PEFT is not installed.
         ValueError: If the LLM stays causal or the tokenizer has nothing to mask with.
     """
+
+    text_column = None  # rows are tokens
 
     def __init__(
         self,
@@ -234,7 +237,8 @@ class MaskedNextTokenTrainer(CheckpointingTrainer):
     ) -> tuple[torch.Tensor, None, None]:
         """The loss of an evaluation batch `()`, and no predictions."""
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+            loss = self.compute_loss(model, send_to_device(inputs, self.accelerator.device))
+        self.check_evaluated(loss, model, inputs, ())
         return loss.detach(), None, None
 
     def merge(self) -> PreTrainedModel:
@@ -242,9 +246,10 @@ class MaskedNextTokenTrainer(CheckpointingTrainer):
         return self.adapter.merge_and_unload()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
-        self.adapter.save_pretrained(folder)
-        self.processing_class.save_pretrained(folder)
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            self.adapter.save_pretrained(folder)
+            self.processing_class.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         from peft import load_peft_weights, set_peft_model_state_dict

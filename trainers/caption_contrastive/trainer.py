@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import DistributedType, gather_object, send_to_device
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerControl
 from transformers.trainer_utils import speed_metrics
 
@@ -14,8 +15,9 @@ from modeling_proclip import ProCLIPModel, ProCLIPProcessor
 from modeling_proclip.attention_proof import check_bidirectional
 from modeling_proclip.pooling import pool_tokens
 from modeling_proclip.prompt_template import choose_template
-from trainers.base.checkpoints import CheckpointingTrainer, last_complete_checkpoint
 from trainers.base.gradient_caching import cached_backward
+from trainers.base.trainer import StageTrainer
+from trainers.compute.precision import at_least_float32
 from trainers.data.epochs import SetEpoch
 from trainers.evaluation.scoring.metrics import caption_retrieval
 from trainers.text_store.encoding import CPU_TOKEN_BUDGET, GPU_TOKEN_BUDGET
@@ -27,7 +29,7 @@ from .lora import add_lora
 from .losses import caption_contrastive_loss, global_caption_contrastive_loss
 
 
-class CaptionContrastiveTrainer(CheckpointingTrainer):
+class CaptionContrastiveTrainer(StageTrainer):
     r"""
     Trains a LoRA on an LLM that attends in both directions: of two captions of one picture one must find the other among those of the
     other pictures, by the cosine of their pooled embeddings (LLM2CLIP, arXiv 2411.04997).
@@ -63,6 +65,7 @@ class CaptionContrastiveTrainer(CheckpointingTrainer):
     >>> pair = ProCLIPModel.from_vision_text_pretrained(CLIP, "tuned-llm")
     ```"""
 
+    text_column = "query"
     control: TrainerControl
 
     def __init__(
@@ -111,20 +114,11 @@ class CaptionContrastiveTrainer(CheckpointingTrainer):
         """
         return self.accelerator.unwrap_model(self.model).merge_and_unload()
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """
-        As [`~transformers.Trainer.train`].
-
-        Args:
-            resume_from_checkpoint: a checkpoint's folder, or `True` for the last complete one in `output_dir`.
-
-        Raises:
-            ValueError: If there is no complete checkpoint.
-        """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
-        self._compute_frozen(list(self.pairs.texts()))
-        return super().train(resume_from_checkpoint, **kwargs)
+    def get_train_dataloader(self) -> DataLoader:
+        """As Trainer; with `cache_frozen_layers` all rows are read first."""
+        if self.frozen is not None:
+            self._compute_frozen(list(self.pairs.texts()))
+        return super().get_train_dataloader()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> OneSourceBatches:
         return self.order
@@ -141,18 +135,18 @@ class CaptionContrastiveTrainer(CheckpointingTrainer):
         loss = self._loss(inputs, embeds)
         return (loss, embeds) if return_outputs else loss
 
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    def loss_and_gradients(
+        self, model: nn.Module, batch: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """As Trainer; with gradient caching one micro-batch's activations are in memory at a time."""
+        """As in every stage; with gradient caching one micro-batch's activations are in memory at a time."""
         if self.args.gradient_caching_batch_size is None:
-            return super().training_step(model, inputs, num_items_in_batch)
+            return super().loss_and_gradients(model, batch, num_items_in_batch)
         model.train()
-        inputs = self._prepare_inputs(inputs)
+        batch = send_to_device(batch, self.accelerator.device)
         return cached_backward(
-            lambda batch: (self.embed(model, batch),),
-            inputs["micro_batches"],
-            lambda embeds: self._loss(inputs, embeds),
+            lambda micro_batch: (self.embed(model, micro_batch),),
+            batch["micro_batches"],
+            lambda embeds: self._loss(batch, embeds),
             accelerator=self.accelerator,
             model=model,
         )
@@ -180,9 +174,8 @@ class CaptionContrastiveTrainer(CheckpointingTrainer):
             states = self.frozen.lookup(batch["input_ids"], mask)
             with self.frozen.lower_layers_skipped():
                 outputs = model(inputs_embeds=states, attention_mask=mask, use_cache=False)
-        states = outputs.last_hidden_state
         # Pooled in float32: half precision would round each embedding before they are compared.
-        states = states if states.dtype == torch.float64 else states.float()
+        states = at_least_float32(outputs.last_hidden_state)
         return pool_tokens(states, mask, batch["token_type_ids"], self.pooling)
 
     @torch.no_grad()
@@ -195,7 +188,7 @@ class CaptionContrastiveTrainer(CheckpointingTrainer):
         rows = self.tokenizer([(text, None) for text in texts])
         batches, order = micro_batches(rows, self.tokenizer.pad_token_id, token_budget=self._token_budget())
         with self.compute_loss_context_manager():
-            embeds = [self.embed(model, self._prepare_inputs(batch)).cpu() for batch in batches]
+            embeds = [self.embed(model, send_to_device(batch, self.accelerator.device)).cpu() for batch in batches]
         model.train(was_training)
         return torch.cat(embeds)[order.argsort()]
 

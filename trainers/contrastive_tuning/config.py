@@ -69,7 +69,7 @@ class ContrastiveTuningConfig(AlignmentConfig):
     4, `ema_decay` 0.999. Ours: `per_device_eval_batch_size` 512, as a contrastive loss is compared at equal batches;
     `dataloader_drop_last` True, as a smaller last batch has another loss (False is exact too, on any number of processes; evaluation reads
     all rows in any case); `remove_unused_columns` False, as captions are no input of the model; `ddp_find_unused_parameters` False, as
-    every trained parameter has a gradient in every step.
+    every trained parameter has a gradient in every step; `logging_nan_inf_filter` False, as training stops at such a loss.
 
     Raises:
         ValueError: If a choice is unknown, a value contradicts `method`, a number makes no sense, or with `gradient_accumulation_steps`
@@ -92,6 +92,7 @@ class ContrastiveTuningConfig(AlignmentConfig):
         if self.loss not in ("info_nce", "sigmoid"):
             raise ValueError(f"loss must be 'info_nce' or 'sigmoid', got {self.loss!r}.")
         self._apply_method()
+        self.refuse_batch_of_one()
         if not 0 <= self.ema_decay <= 1:
             raise ValueError(f"ema_decay must be between 0 and 1, got {self.ema_decay}.")
         if self.adapter_learning_rate is not None and not self.adapter_learning_rate > 0:

@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from modeling_proclip import ProCLIPModel
+from trainers.compute.precision import unit_length
 from trainers.storage.files import write_safetensors
 
 
@@ -46,7 +46,7 @@ class EMATeacher:
         """v*: `(batch_size, 3, height, width)` to `(batch_size, projection_dim)`, float32, of unit length."""
         encoder = self.averaged.module
         pooled = encoder["vision_model"](pixel_values=pixel_values, return_dict=True).pooler_output
-        return F.normalize(encoder["visual_projection"](pooled).float(), dim=-1)
+        return unit_length(encoder["visual_projection"](pooled))
 
     def save(self, folder: str | Path) -> None:
         """Write `ema_teacher.safetensors` into `folder`, as a whole or not at all."""

@@ -1,17 +1,21 @@
 """Stage 2 of ProCLIP: contrastive tuning of image encoder and adapter, with self-distillation of the image encoder."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback
+from transformers.trainer_utils import has_length
 
 from modeling_proclip import ProCLIPModel
 from trainers.alignment.checks import trained_with_peft
 from trainers.alignment.collators import ContrastiveTuningCollator
-from trainers.alignment.trainer import AlignmentTrainer, distillation_loss, unit
+from trainers.alignment.losses import distillation_loss
+from trainers.alignment.trainer import AlignmentTrainer
+from trainers.base.trainer import replaced
+from trainers.compute.precision import unit_length
 from trainers.losses import global_info_nce_loss, global_sigmoid_loss
 
 from .config import ContrastiveTuningConfig
@@ -102,24 +106,31 @@ class ContrastiveTuningTrainer(AlignmentTrainer):
             processing_class=processing_class,
             **kwargs,
         )
+        rows_of_last = len(self.rows) % (args.train_batch_size * args.world_size) if has_length(self.rows) else 0
+        if rows_of_last == 1 and not args.dataloader_drop_last:
+            raise ValueError(
+                f"the last batch of {len(self.rows)} rows has one, which has nothing to be compared with: leave dataloader_drop_last True, or "
+                "change per_device_train_batch_size."
+            )
         # After the model has moved to its device.
         self.ema = EMATeacher(model, args.ema_decay) if args.lambda_ins or args.lambda_struct else None
-        self.add_callback(_AfterStep(self))
         self.text_store, self._held_out = text_store, HeldOutRetrieval()
 
     def embed(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """v of `pixel_values (batch_size, 3, height, width)` and t of `llm_embeds (batch_size, hidden_size)`; t alone if E_I is frozen."""
         if self.args.freeze_vision:
-            return (unit(model(llm_embeds=batch["llm_embeds"]).text_model_output.pooler_output),)
+            return (unit_length(model(llm_embeds=batch["llm_embeds"]).text_model_output.pooler_output),)
         outputs = model(pixel_values=batch["pixel_values"], llm_embeds=batch["llm_embeds"])
-        return unit(outputs.vision_model_output.pooler_output), unit(outputs.text_model_output.pooler_output)
+        return unit_length(outputs.vision_model_output.pooler_output), unit_length(
+            outputs.text_model_output.pooler_output
+        )
 
     def embed_frozen(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """v if E_I is frozen; v* of the EMA teacher, if there is one."""
         if self.args.freeze_vision:
             self.model.vision_model.eval()  # Trainer puts all in training mode, and batch norms would go on learning
             with torch.no_grad():
-                return (unit(model(pixel_values=batch["pixel_values"]).vision_model_output.pooler_output),)
+                return (unit_length(model(pixel_values=batch["pixel_values"]).vision_model_output.pooler_output),)
         if self.ema is None:
             return ()
         with self.accelerator.autocast():
@@ -143,12 +154,8 @@ class ContrastiveTuningTrainer(AlignmentTrainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """As in stage 1, with all captions of a picture."""
-        collator = self.data_collator
-        self.data_collator = AllCaptionsCollator(collator, self.text_store)
-        try:
+        with replaced(self, data_collator=AllCaptionsCollator(self.data_collator, self.text_store)):
             return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.data_collator = collator
 
     def evaluate_batch(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """As in stage 1; keeps the embeddings for the recall."""
@@ -157,7 +164,9 @@ class ContrastiveTuningTrainer(AlignmentTrainer):
         if "num_captions" in batch:
             num_captions = batch["num_captions"][: len(images)]
             captions = batch["caption_embeds"][: num_captions.sum()]
-            self._held_out.add(images, unit(model(llm_embeds=captions).text_model_output.pooler_output), num_captions)
+            self._held_out.add(
+                images, unit_length(model(llm_embeds=captions).text_model_output.pooler_output), num_captions
+            )
         return loss
 
     def evaluation_metrics(self) -> dict[str, float]:
@@ -187,20 +196,12 @@ class ContrastiveTuningTrainer(AlignmentTrainer):
         if self.ema is not None:
             self.ema.update(self.model)
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
+    def save_state(self, folder: Path) -> None:
+        """The EMA teacher."""
         if self.ema is not None and self.args.should_save:
-            self.ema.save(output_dir)
+            self.ema.save(folder)
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if self.ema is not None and checkpoint is not None:
-            self.ema.load(checkpoint)
-
-
-class _AfterStep(TrainerCallback):
-    def __init__(self, trainer: ContrastiveTuningTrainer):
-        self.trainer = trainer
-
-    def on_optimizer_step(self, args, state, control, **kwargs):
-        self.trainer.after_optimizer_step()
+    def load_state(self, folder: Path) -> None:
+        """The EMA teacher."""
+        if self.ema is not None:
+            self.ema.load(folder)

@@ -32,7 +32,8 @@ class RepresentationInheritanceConfig(AlignmentConfig):
     `learning_rate` 1e-5, `lr_scheduler_type` "cosine", `weight_decay` 0.05, `adam_beta2` 0.98, `adam_epsilon` 1e-6, `num_train_epochs`
     4. Ours: `per_device_eval_batch_size` 128, as L_struct is compared at equal batches; `dataloader_drop_last` True, as a smaller last batch
     has another loss (False is exact too, on any number of processes; evaluation reads all rows in any case); `remove_unused_columns` False,
-    as captions are no input of the model; `ddp_find_unused_parameters` False, as every trained parameter has a gradient in every step.
+    as captions are no input of the model; `ddp_find_unused_parameters` False, as every trained parameter has a gradient in every step;
+    `logging_nan_inf_filter` False, as training stops at such a loss.
 
     Raises:
         ValueError: If a choice is unknown, a weight negative or both are 0, or with `gradient_accumulation_steps` > 1 unless
@@ -49,6 +50,8 @@ class RepresentationInheritanceConfig(AlignmentConfig):
             self.lambda_struct = 8.0 if self.reduction == "mean" else 1.0
         if self.lambda_ins == self.lambda_struct == 0:
             raise ValueError("lambda_ins and lambda_struct are both 0: there is nothing to train on.")
+        if self.lambda_struct:
+            self.refuse_batch_of_one()
         if self.gradient_accumulation_steps > 1 and self.lambda_struct:
             raise ValueError(
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps}: L_struct compares the texts of a batch with each other, "

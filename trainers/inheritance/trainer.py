@@ -7,8 +7,10 @@ from torch import nn
 
 from modeling_proclip import ProCLIPModel
 from trainers.alignment.collators import InheritanceCollator
+from trainers.alignment.losses import distillation_loss
 from trainers.alignment.store_identity import check_made_by_teacher
-from trainers.alignment.trainer import AlignmentTrainer, distillation_loss, unit
+from trainers.alignment.trainer import AlignmentTrainer
+from trainers.compute.precision import unit_length
 
 from .config import RepresentationInheritanceConfig
 
@@ -88,11 +90,11 @@ class RepresentationInheritanceTrainer(AlignmentTrainer):
 
     def embed(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """t of `llm_embeds (batch_size, hidden_size)`."""
-        return (unit(model(llm_embeds=batch["llm_embeds"]).text_model_output.pooler_output),)
+        return (unit_length(model(llm_embeds=batch["llm_embeds"]).text_model_output.pooler_output),)
 
     def embed_frozen(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """e, which is `teacher_embeds (batch_size, projection_dim)`."""
-        return (unit(batch["teacher_embeds"]),)
+        return (unit_length(batch["teacher_embeds"]),)
 
     def loss_of(self, embeds: tuple[torch.Tensor, ...], frozen: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """L_stage1."""

@@ -43,6 +43,7 @@ _MAY_CHANGE_IN_A_STAGE = (
     "disable_tqdm",
     "log_level",
     "logging_first_step",
+    "logging_nan_inf_filter",
     "logging_steps",
     "logging_strategy",
     "save_steps",

@@ -60,7 +60,14 @@ def writing(temporary: Path, path: Path) -> Iterator[BinaryIO]:
 def publish(temporary: Path, path: Path) -> None:
     """Renames `temporary` to `path`, so that the new name too is on the disk before anybody relies on it."""
     os.replace(temporary, path)
-    directory = os.open(path.parent, os.O_RDONLY)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Puts the names of the files in `folder` on the disk; Windows has no such call, and does so itself."""
+    if os.name == "nt":
+        return
+    directory = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(directory)
     finally:

@@ -262,6 +262,11 @@ def test_resuming_without_the_teacher_is_one_clear_error(tmp_path):
         ),
         ({"text_store": TinyStore(LLM_DIM, 0, ["other"])}, KeyError, "caption"),
         ({"rows": picture_rows(5)}, ValueError, "train_dataset has 5 rows, fewer than one batch of 6"),
+        (
+            {"rows": picture_rows(13), "dataloader_drop_last": False},
+            ValueError,
+            "the last batch of 13 rows has one.*leave dataloader_drop_last True",
+        ),
         ({"model": tiny_model().half()}, ValueError, "is torch.float16.*dtype=torch.float32"),
     ],
 )

@@ -1,0 +1,113 @@
+"""Training stops at the first loss or gradient that is NaN or infinite: what happened, in which step, on which rows, in which parameters."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
+
+from modeling_proclip.finite_weights import is_finite
+from trainers.text_store.encoding import shorten
+
+
+# float16's loss scale starts at 65,536 and is halved at every overflow. Below this one nothing is left to halve (fairseq stops there too).
+MIN_LOSS_SCALE = 1e-4
+
+TEXTS = "row_texts"  # key of a batch: the caption of each row, for messages
+
+
+class WithTexts:
+    """
+    What `collator` makes of rows, and their captions under [`TEXTS`], so that an error can name them.
+
+    Args:
+        collator: of the batches.
+        column: of the rows, that holds a caption or a list of captions, of which the first is taken.
+    """
+
+    def __init__(self, collator: Any, column: str):
+        self.collator, self.column = collator, column
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        texts = [row[self.column] for row in rows]
+        return {**self.collator(rows), TEXTS: [text if isinstance(text, str) else text[0] for text in texts]}
+
+
+def all_finite(loss: torch.Tensor, gradients: Sequence[torch.Tensor]) -> bool:
+    """Whether a loss `()` and the norm of all gradients are finite; waits for the device once."""
+    numbers = loss.detach().float()
+    if gradients:
+        numbers = torch.stack([numbers, _norm(gradients).to(loss.device, torch.float32)])
+    return bool(torch.isfinite(numbers).all())
+
+
+def gradients_of(model: nn.Module) -> list[torch.Tensor]:
+    """The gradients that `model` has now."""
+    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+
+def trained_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters that are trained, by name; of sharded ones the part that this process has."""
+    return {name: _local(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def explain(
+    when: str, loss: torch.Tensor, model: nn.Module, batch: Mapping[str, Any], texts: Sequence[str], process: int
+) -> str:
+    """
+    Why a batch gave a loss or a gradient that is not finite, as one line. Reads all weights and gradients, so call it only then.
+
+    Args:
+        when: what was being done, such as "step 3".
+        loss: `()`.
+        model: with the gradients of the batch, and the weights that it had.
+        batch: what the model read; of its tensors the first dimension is the rows.
+        texts: the captions of the rows, if they are known.
+        process: of the batch, for the message.
+    """
+    if torch.isfinite(loss):
+        facts = [f"{when}: the gradient is not finite, though the loss is {loss.item():.6g}"]
+    else:
+        facts = [f"{when}: the loss is {loss.item()}"]
+    bad_rows = {
+        name: rows
+        for name, values in batch.items()
+        if isinstance(values, torch.Tensor) and (rows := [i for i, row in enumerate(values) if not is_finite(row)])
+    }
+    for name, rows in bad_rows.items():
+        facts.append(f"{name} holds NaN or infinity in {_rows(rows, texts)} of process {process}'s batch")
+    if not bad_rows and texts:
+        facts.append(f"the batch of process {process} is {_rows(range(len(texts)), texts)}")
+    weights = [name for name, parameter in model.named_parameters() if not is_finite(_local(parameter))]
+    if weights:
+        facts.append(f"before it, NaN or infinity was in {_names(weights)} already")
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    bad_gradients = [name for name, gradient in gradients.items() if not is_finite(_local(gradient))]
+    if bad_gradients:
+        facts.append(f"the gradient is not finite in {_names(bad_gradients)}")
+    elif gradients and torch.isfinite(loss):
+        facts.append("its norm is larger than float32 holds")
+    remedy = (
+        "look at these rows" if bad_rows else "lower learning_rate, or look at the model that training started from"
+    )
+    return f"{'; '.join(facts)}. Training stopped before the weights changed: {remedy}."
+
+
+def _norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    norm = get_total_norm(gradients)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _names(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} other parameters" if len(names) > 3 else "")
+
+
+def _rows(rows: Sequence[int], texts: Sequence[str]) -> str:
+    shown = [f"row {row}" + (f" ({shorten(texts[row])})" if texts else "") for row in rows[:3]]
+    return ", ".join(shown) + (f" and {len(rows) - 3} other rows" if len(rows) > 3 else "")
