@@ -41,7 +41,7 @@ def check_bidirectional(text_model: nn.Module) -> None:
     finally:
         for module, training in was_training.items():
             module.training = training
-    # Rotary positions that start elsewhere cost some rounding; learned ones make other states.
+    # Rotary positions that start elsewhere cost some rounding, which later layers would multiply; learned ones make other states.
     tolerance = max(1e-3, 16 * torch.finfo(alone.dtype).eps)
     change = ((padded - alone).float().norm(dim=-1) / alone.float().norm(dim=-1)).max().item()
     if not change < tolerance:
@@ -53,7 +53,12 @@ def check_bidirectional(text_model: nn.Module) -> None:
 
 
 def _check_layers(text_model: nn.Module, num_padding: int) -> torch.Tensor:
-    """Check all layers on texts with `num_padding` tokens of padding on the left; return a text's last states `(num_tokens, hidden_size)`."""
+    """
+    Check all layers on texts with `num_padding` tokens of padding on the left.
+
+    Returns:
+        A text's states after the first layer, or the last ones where the layers are of a class of their own: `(num_tokens, hidden_size)`.
+    """
     embeddings = text_model.get_input_embeddings().weight
     # Offloaded weights, which are on "meta", come in as they are needed.
     device = "cpu" if embeddings.device.type == "meta" else embeddings.device
@@ -70,13 +75,15 @@ def _check_layers(text_model: nn.Module, num_padding: int) -> torch.Tensor:
     attention_mask[:, :num_padding] = 0
     layers = [layer for layer in text_model.modules() if isinstance(layer, GradientCheckpointingLayer)]
     handles = []
+    after_layers: list[torch.Tensor] = []
     try:
         for number, layer in enumerate(layers):
             name = f"{_describe(text_model)}, layer {number} ({type(layer).__name__}),"
             handles.append(
                 layer.register_forward_pre_hook(partial(_let_one_token_differ, input_ids.shape), with_kwargs=True)
             )
-            handles.append(layer.register_forward_hook(partial(_check_output, input_ids.shape, num_padding, name)))
+            check = partial(_check_output, input_ids.shape, num_padding, name, after_layers)
+            handles.append(layer.register_forward_hook(check))
         states = text_model(
             input_ids=input_ids, attention_mask=attention_mask if num_padding else None, use_cache=False
         ).last_hidden_state
@@ -86,7 +93,7 @@ def _check_layers(text_model: nn.Module, num_padding: int) -> torch.Tensor:
     _check_states(
         states, num_padding, _describe(text_model)
     )  # all that is checked where the layers are of a class of their own
-    return states[_TEXT, num_padding:]
+    return (after_layers[0] if after_layers else states)[_TEXT, num_padding:]
 
 
 def _let_one_token_differ(
@@ -102,10 +109,19 @@ def _let_one_token_differ(
     return ((mixed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": mixed})
 
 
-def _check_output(shape: torch.Size, num_padding: int, name: str, layer: nn.Module, args: tuple, output: Any) -> None:
+def _check_output(
+    shape: torch.Size,
+    num_padding: int,
+    name: str,
+    after_layers: list[torch.Tensor],
+    layer: nn.Module,
+    args: tuple,
+    output: Any,
+) -> None:
     states = output[0] if isinstance(output, tuple) else output
     if states.shape[:2] == shape:
         _check_states(states, num_padding, name)
+        after_layers.append(states)
 
 
 def _check_states(states: torch.Tensor, num_padding: int, name: str) -> None:
