@@ -42,6 +42,8 @@ def convert_eva(tensors: Mapping[str, StoredTensor], options: Options) -> Tower:
     gated = f"{BLOCKS}0.mlp.w1.weight" in tensors
     # Files without the tables are EVA02's too: its code can drop them, and no published EVA with SwiGLU goes without rotary positions.
     rotary = gated or TABLE in tensors
+    if options.rope_pretrained_grid != Options.rope_pretrained_grid and not rotary:
+        raise ConversionError("rope_pretrained_grid is for the rotary positions of EVA02, and this EVA01 has none.")
     fused = f"{BLOCKS}0.attn.qkv.weight" in tensors
     num_layers = count_layers(tensors, BLOCKS)
     scaled, sub_norms = f"{BLOCKS}0.gamma_1" in tensors, f"{BLOCKS}0.attn.inner_attn_ln.weight" in tensors

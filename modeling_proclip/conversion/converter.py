@@ -151,6 +151,8 @@ def convert(
     if lora_adapters:
         raise ConversionError(f"{path} is no LLM: lora_adapters can only be merged into one.")
 
+    if text_model_revision is not None and text_model is None:
+        raise ConversionError("text_model_revision is that of text_model, which is not given.")
     tower = _tower(path, tensors, options)
     adapter = convert_adapter(tensors, adapter_input_norm)
     llm = None if text_model is None else load_text_model(text_model, text_model_revision, adapter.llm_size)
@@ -192,6 +194,8 @@ def _tower(path: Path, tensors: Mapping[str, StoredTensor], options: Options) ->
     eva = bool(tops & {"visual.blocks", "visual.patch_embed"})
     if options.patch_size is not None and not eva:
         raise ConversionError("patch_size resamples the patches of EVA's layout only, as in the published code.")
+    if options.rope_pretrained_grid != Options.rope_pretrained_grid and not eva:
+        raise ConversionError("rope_pretrained_grid is for the rotary positions of EVA02, and this tower has none.")
     if "visual.trunk" in tops:
         return convert_siglip(tensors, options)
     if eva:
@@ -242,8 +246,9 @@ def _plan(
         target = torch.float32 if ours == "logit_scale" else dtype
 
         def make() -> torch.Tensor:
-            made = rule.transform(*(tensors[name].read() for name in rule.sources))
-            if not is_finite(made):
+            stored = [tensors[name].read() for name in rule.sources]
+            made = rule.transform(*stored)
+            if not any(made is one for one in stored) and not is_finite(made):
                 raise ConversionError(f"{ours}, made of {', '.join(rule.sources)}, would hold NaN or infinity.")
             narrowed = made.to(target)
             if narrowed.dtype != made.dtype and not is_finite(narrowed):

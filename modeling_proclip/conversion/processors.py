@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedConfig, SiglipVisionConfig
+from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedConfig, SiglipVisionConfig
 from transformers.image_utils import PILImageResampling
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from ..identity import weights_sha256
+from ..identity import load_llm_config, weights_sha256
 from ..processing_proclip import ProCLIPProcessor
-from .errors import ConversionError
+from .errors import ConversionError, first_line
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def vision_processor_for(config: PreTrainedConfig, name_or_path: str | os.PathLi
     and SigLIP2's own (mean and deviation 0.5, both sides resized, bilinear).
 
     Raises:
-        ConversionError: If the one named cannot be loaded, or makes pictures of another size.
+        ConversionError: If the one named cannot be loaded, or makes images of another size.
     """
     size = config.image_size
     if name_or_path is None:
@@ -40,13 +40,13 @@ def vision_processor_for(config: PreTrainedConfig, name_or_path: str | os.PathLi
             return SiglipImageProcessorPil(size=square, resample=PILImageResampling.BILINEAR)
         return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=square)
     try:
-        processor = AutoImageProcessor.from_pretrained(name_or_path)
+        processor = AutoImageProcessor.from_pretrained(name_or_path, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
-        raise ConversionError(f"The image processor {name_or_path} cannot be loaded: {error}") from error
+        raise ConversionError(f"The image processor {name_or_path} cannot be loaded: {first_line(error)}") from error
     made = processor(Image.new("RGB", (2 * size, size)), return_tensors="pt")["pixel_values"].shape[-2:]
     if tuple(made) != (size, size):
         raise ConversionError(
-            f"The image processor {name_or_path} makes pictures of {tuple(made)} pixels, and the tower takes {(size, size)}."
+            f"The image processor {name_or_path} makes images of {tuple(made)} pixels, and the tower takes {(size, size)}."
         )
     return processor
 
@@ -59,20 +59,24 @@ def load_text_model(name_or_path: str | os.PathLike, revision: str | None, llm_s
         ConversionError: If they cannot be read, or its embeddings are not of `llm_size`.
     """
     local = os.path.isdir(name_or_path)
+    if local and revision is not None:
+        raise ConversionError(
+            f"text_model_revision is for an LLM on the Hub, and {name_or_path} is a folder: leave it out."
+        )
     name = str(Path(name_or_path).resolve()) if local else os.fspath(name_or_path)
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision or "main").get_text_config()
+        config = load_llm_config(name, revision)
         if config.hidden_size != llm_size:
             raise ConversionError(
                 f"{name_or_path} has embeddings of {config.hidden_size}, and the text adapter takes {llm_size}: it belongs to another LLM."
             )
         commit = None if local else config._commit_hash
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=commit or "main")
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=commit or "main", trust_remote_code=False)
         digest = weights_sha256(name, commit)
     except ConversionError:
         raise
     except (OSError, ValueError, ImportError, KeyError) as error:
-        raise ConversionError(f"The LLM {name_or_path} cannot be read: {error}") from error
+        raise ConversionError(f"The LLM {name_or_path} cannot be read: {first_line(error)}") from error
     values = {
         "text_config": config,
         "text_model_name_or_path": name,

@@ -25,6 +25,8 @@ def find_source(source: str | os.PathLike, revision: str | None) -> Path:
         ConversionError: If it is neither here nor there, or holds several such files.
     """
     path = Path(source)
+    if path.exists() and revision is not None:
+        raise ConversionError(f"revision is for a source on the Hub, and {source} is here: leave it out.")
     if path.is_dir():
         inside = _file_of([file.name for file in path.iterdir()], str(path))
         return path / inside if inside else path
