@@ -7,10 +7,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
-from transformers.utils import cached_file
 
 from hub_cards import adapter_card
 from hub_cards.adapter import TRAINING_FILE
@@ -92,15 +93,9 @@ class ProCLIPPeftModel(PeftModel):
     ) -> "ProCLIPPeftModel":
         """As [`peft.PeftModel.from_pretrained`], with the record of the adapters' training in the model's configuration."""
         loaded = super().from_pretrained(model, str(model_id), *args, **kwargs)
-        file = cached_file(
-            str(model_id),
-            TRAINING_FILE,
-            revision=kwargs.get("revision"),
-            token=kwargs.get("token"),
-            _raise_exceptions_for_missing_entries=False,
-        )
-        if file is not None:
-            loaded.config.training = json.loads(Path(file).read_text(encoding="utf-8"))
+        record = _training_record(str(model_id), kwargs.get("revision"), kwargs.get("token"))
+        if record is not None:
+            loaded.config.training = record
         return loaded
 
     def push_to_hub(
@@ -137,3 +132,14 @@ class ProCLIPPeftModel(PeftModel):
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             return publish(folder, repo_id, card=card, **settings).commit
+
+
+def _training_record(model_id: str, revision: str | None, token: str | None) -> list[dict[str, Any]] | None:
+    """What a trainer recorded beside adapters, in a folder or a repository; None if there is nothing."""
+    file = Path(model_id, TRAINING_FILE)
+    if not Path(model_id).is_dir():
+        try:
+            file = Path(hf_hub_download(model_id, TRAINING_FILE, revision=revision, token=token))
+        except EntryNotFoundError:
+            return None
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
