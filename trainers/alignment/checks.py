@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from modeling_proclip import ProCLIPModel
 from trainers.data import TextEmbeddingStore
 from trainers.data.captions import DrawnCaptions, captions_of
-from trainers.data.pair_rows import PairRows, texts_of
+from trainers.data.pair_rows import PairRows
 from trainers.data.pair_stream import PairStream
 from trainers.text_store.keys import text_keys
 
@@ -115,12 +115,7 @@ def check_texts(name: str, store: Any, dataset: Any, reader: str = "text") -> No
 def _captions(dataset: Any, reader: str) -> Iterator[list[str]] | None:
     """The captions of each row for `reader`, "text" or "teacher_text", or None if reading them would decode pictures."""
     if isinstance(dataset, PairRows):
-        opened = dataset.rows
-        columns = {
-            column if column in opened.table.column_names else column.split(".")[0]
-            for column in opened.columns_with_text
-        }
-        return (texts_of(row, opened, reader) for row in opened.table.select_columns(sorted(columns)))
+        return dataset.captions(reader)
     if isinstance(dataset, datasets.Dataset) and dataset.format["type"] != "custom" and "text" in dataset.column_names:
         # Not with set_transform, which needs the images too and may change the captions.
         dataset = dataset.select_columns([name for name in ("text", "teacher_text") if name in dataset.column_names])

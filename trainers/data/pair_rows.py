@@ -4,19 +4,21 @@ import hashlib
 import logging
 import os
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from PIL import Image
 from torch.utils.data import Dataset
 
+from .archives import BROKEN
+from .copies import PLACE
 from .images import BrokenPicture, decode_picture
+from .pair_source import PairSource
 from .pair_sources import NAMES, RawRows
+from .text_lines import parse_json, read_lines
 
-
-if TYPE_CHECKING:
-    from .pairs import PairSource
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +28,7 @@ _STAND_INS = 1000  # tried for one broken row
 
 
 class BrokenRow(ValueError):
-    """A row without a caption."""
+    """A row without a caption, or with one that cannot be read."""
 
 
 @dataclass
@@ -92,29 +94,69 @@ def texts_of(row: Mapping[str, Any], rows: RawRows, reader: str = "text") -> lis
         reader: "text", or "teacher_text" for what the teacher of stage 1 reads: in a row without one that is its captions.
 
     Raises:
-        ValueError: If a column holds something that is neither text nor a list of texts; names it.
+        BrokenRow: If they cannot be read; says why.
+        ValueError: If a column holds something that is neither text nor a list of texts; names the row and column.
     """
+    if row.get(BROKEN) is not None:
+        raise BrokenRow(row[BROKEN])
     texts: list[str] = []
     for column in rows.text_columns if reader == "text" else rows.teacher_text_columns:
-        value: Any = row
-        for part in [column] if column in row else column.split("."):
+        head, *rest = [column] if column in row else column.split(".")
+        value = row.get(head)
+        if head in rows.text_files and value is not None:
+            value = _read_captions(value, rows)
+        for part in rest:
             value = value.get(part) if isinstance(value, Mapping) else None
-        if rows.texts_are_files and value is not None:
-            with open(value, encoding="utf-8", errors="replace") as file:
-                value = file.read().splitlines()
         for text in value if isinstance(value, list) else [value]:
             if text is not None and not isinstance(text, str):
                 raise ValueError(
-                    f"{rows.name}: column {column!r} holds the {type(text).__name__} {text!r:.80}, where a text was expected"
+                    f"{row_name(row, rows)}: column {column!r} holds the {type(text).__name__} {text!r:.80}, where a text was expected"
                 )
             if text and not text.isspace():
                 texts.append(text)
     return texts if texts or reader == "text" else texts_of(row, rows)
 
 
+def _read_captions(name: str, rows: RawRows) -> Any:
+    """What a file beside an image holds: the lines of a text, or the object of a JSON file."""
+    try:
+        assert rows.files is not None
+        file = str(rows.files.find(name))
+        lines = list(read_lines(file))
+        return (
+            parse_json("".join(lines), file)
+            if file.lower().endswith(".json")
+            else [line.rstrip("\r\n") for line in lines]
+        )
+    except (OSError, ValueError) as error:
+        raise BrokenRow(str(error)) from error
+
+
+def good_texts(rows: RawRows, source: PairSource, reader: str = "text") -> Iterator[str]:
+    """
+    All captions of `rows` for `reader`, see [`texts_of`], as they come. Rows without a caption are passed over and counted.
+
+    Raises:
+        ValueError: If there are more of them than the source bears.
+    """
+    skipped = SkippedRows()
+    for number, row in enumerate(rows.table):
+        skipped.rows += 1
+        try:
+            texts = texts_of(row, rows, reader)
+            if not texts:
+                raise BrokenRow("it has no caption")
+        except BrokenRow as error:
+            skipped.note(row_name(row, rows, number), error)
+            skipped.check(rows.name, source.max_broken_fraction, ENOUGH_ROWS)
+            continue
+        yield from texts
+    skipped.check(rows.name, source.max_broken_fraction)
+
+
 def read_row(row: Mapping[str, Any], rows: RawRows) -> dict[str, Any]:
     """
-    `{"image": picture, "text": [captions]}` of an undecoded row; `{"text": [captions]}` where pictures are not read. Of a source with
+    `{"image": image, "text": [captions]}` of an undecoded row; `{"text": [captions]}` where images are not read. Of a source with
     `teacher_text_columns` the row has "teacher_text" as well.
 
     Raises:
@@ -129,7 +171,19 @@ def read_row(row: Mapping[str, Any], rows: RawRows) -> dict[str, Any]:
         captions["teacher_text"] = texts_of(row, rows, "teacher_text")
     if not rows.image_columns:
         return captions
-    return {"image": decode_picture(_undecoded(row, rows), rows.folder), **captions}
+    return {"image": _decoded(_undecoded(row, rows), rows), **captions}
+
+
+def _decoded(value: Any, rows: RawRows) -> Image.Image:
+    """The image, which may be the name of a file."""
+    path = value.get("path") if isinstance(value, Mapping) and value.get("bytes") is None else value
+    if isinstance(path, str) and path:
+        try:
+            assert rows.files is not None
+            value = rows.files.find(path)
+        except (OSError, ValueError) as error:
+            raise BrokenPicture(str(error)) from error
+    return decode_picture(value)
 
 
 def row_key(row: Mapping[str, Any], rows: RawRows) -> str:
@@ -146,13 +200,17 @@ def row_key(row: Mapping[str, Any], rows: RawRows) -> str:
     return digest.hexdigest()
 
 
-def row_name(row: Mapping[str, Any], rows: RawRows, number: int) -> str:
-    """What messages call an undecoded row: its key and shard, the path of its picture, or its number, counted from 0."""
+def row_name(row: Mapping[str, Any], rows: RawRows, number: int | None = None) -> str:
+    """What messages call an undecoded row: its place in its file, its key and shard, the path of its image, or its number, counted from 0."""
+    if PLACE in row:
+        return row[PLACE]
     if all(name in row for name in NAMES):
         return f"{row['__key__']} of {row['__url__']}"
-    picture = _undecoded(row, rows) if rows.image_columns else None
-    path = picture.get("path") if isinstance(picture, Mapping) else picture
-    return path if isinstance(path, str) and path else f"row {number} of {rows.name}"
+    image = _undecoded(row, rows) if rows.image_columns else None
+    path = image.get("path") if isinstance(image, Mapping) else image
+    if isinstance(path, str) and path:
+        return path
+    return rows.name if number is None else f"row {number} of {rows.name}"
 
 
 def _undecoded(row: Mapping[str, Any], rows: RawRows) -> Any:
@@ -176,7 +234,7 @@ class PairRows(Dataset):
         ValueError: When rows are read: if too many are broken, see [`PairSource`].
     """
 
-    def __init__(self, rows: RawRows, source: "PairSource", seed: int):
+    def __init__(self, rows: RawRows, source: PairSource, seed: int):
         self.rows, self.source, self.seed = rows, source, seed
         # What is known of each row, in memory shared with data workers, each row in a byte of its own: 0 unread, 1 good, 2 broken picture,
         # 3 no caption.
@@ -190,16 +248,25 @@ class PairRows(Dataset):
         number = range(len(self))[index]
         stand_ins = random.Random(f"{self.seed} {number}")
         for _ in range(_STAND_INS):
-            raw = self.rows.table[number]
-            try:
-                row = read_row(raw, self.rows)
-            except (BrokenRow, BrokenPicture) as error:
-                self._note(row_name(raw, self.rows, number), number, error)
-                number = stand_ins.randrange(len(self))
-            else:
-                self._known[number] = 1
-                return row
+            if self._known[number] <= 1:  # what is broken is not read again: an image may be at an address
+                raw = self.rows.table[number]
+                try:
+                    row = read_row(raw, self.rows)
+                except (BrokenRow, BrokenPicture) as error:
+                    self._note(row_name(raw, self.rows, number), number, error)
+                else:
+                    self._known[number] = 1
+                    return row
+            number = stand_ins.randrange(len(self))
         raise ValueError(f"{self.rows.name}: {_STAND_INS} rows in turn are broken: {self.skipped()}")
+
+    def captions(self, reader: str = "text") -> Iterator[list[str]]:
+        """The captions of every row for `reader`, see [`texts_of`], without decoding an image; none of broken rows."""
+        for row in self.rows.texts_table():
+            try:
+                yield texts_of(row, self.rows, reader)
+            except BrokenRow:
+                yield []
 
     def skipped(self) -> SkippedRows:
         """What was read so far, by this process and its data workers."""

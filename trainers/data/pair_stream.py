@@ -3,18 +3,16 @@
 import random
 from collections.abc import Iterator
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import fsspec.asyn
 from torch.utils.data import IterableDataset, get_worker_info
 
 from .images import BrokenPicture
-from .pair_rows import ENOUGH_ROWS, BrokenRow, SkippedRows, read_row, row_key, row_name, texts_of
+from .pair_rows import ENOUGH_ROWS, BrokenRow, SkippedRows, good_texts, read_row, row_key, row_name
+from .pair_source import PairSource
 from .pair_sources import RawRows
 
-
-if TYPE_CHECKING:
-    from .pairs import PairSource
 
 _READ_AHEAD = 16  # rows that `datasets` hands over at a time
 
@@ -100,7 +98,7 @@ class PairStream(IterableDataset):
     """
 
     def __init__(
-        self, rows: RawRows, source: "PairSource", seed: int, *, process_index: int = 0, num_processes: int = 1
+        self, rows: RawRows, source: PairSource, seed: int, *, process_index: int = 0, num_processes: int = 1
     ):
         self.rows, self.source, self.seed, self.epoch = rows, source, seed, 0
         self.process_index, self.num_processes = process_index, num_processes
@@ -110,10 +108,9 @@ class PairStream(IterableDataset):
         return PairStream(self.rows, self.source, self.seed, process_index=process_index, num_processes=num_processes)
 
     def first_caption(self, reader: str = "text") -> str:
-        """A caption of the first row that has one, as [`texts_of`] gives them, without decoding its picture. ValueError if none has."""
-        for row in self.rows.table:
-            for text in texts_of(row, self.rows, reader):
-                return text
+        """A caption of the first row that has one, as [`texts_of`] gives them, without decoding its image. ValueError if none has."""
+        for text in good_texts(self.rows, self.source, reader):
+            return text
         raise ValueError(f"{self.rows.name} holds no captions")
 
     def set_epoch(self, epoch: int) -> None:
@@ -183,8 +180,9 @@ class PairStream(IterableDataset):
     def _next(self, batches: Iterator[dict[str, list[Any]]], shard: int) -> dict[str, list[Any]] | None:
         try:
             return next(batches, None)
-        except Exception as error:  # of tarfile, pyarrow, json, fsspec and their codecs
-            name = self.rows.files[shard] if self.rows.files else f"shard {shard} of {self.rows.name}"
+        except Exception as error:
+            if self.rows.shards:
+                raise  # what is read here names its file itself
             raise ValueError(
-                f"{name} cannot be read to its end: {type(error).__name__}: {error}. Replace it or leave it out"
+                f"shard {shard} of {self.rows.name} cannot be read to its end: {type(error).__name__}: {error}. Replace it or leave it out"
             ) from error

@@ -21,8 +21,11 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from huggingface_hub import snapshot_download
 
-from trainers.data.pair_sources import TABLES, open_rows
-from trainers.data.pairs import PairSource
+from trainers.data.pair_source import PairSource
+from trainers.data.pair_sources import open_rows
+from trainers.data.tables import kind_of
+from trainers.storage import digests
+from trainers.storage.digests import file_digest
 
 from .schema import Recipe
 
@@ -31,7 +34,6 @@ logger = logging.getLogger(__name__)
 
 Json = dict[str, Any]
 
-_BLOCK = 2**20  # bytes
 _MOST_THREADS = 16
 
 # Sources of data in a recipe, and models with the field of their revision.
@@ -41,11 +43,7 @@ MODELS = ("vision", "text", "teacher", "image_processor")
 
 class FileHashes:
     """
-    SHA-256 of files, each read once as long as it stays the same.
-
-    A file is the same while its device, inode, size, and times of modification and of change are. The time of change cannot be set by a
-    program, so a file that was replaced under an old time of modification (`rsync -t`, `tar x`, `cp -p`) is read again. Nothing is kept from
-    one run of the program to the next.
+    SHA-256 of files, each read once as long as it stays the same, see [`file_digest`]. Nothing is kept from one run of the program to the next.
 
     Args:
         processes: that share the reading.
@@ -53,38 +51,19 @@ class FileHashes:
 
     def __init__(self, processes: PartialState):
         self.processes = processes
-        self._known: dict[str, tuple[tuple[int, ...], str]] = {}
 
     def read(self, paths: Iterable[Path]) -> None:
         """Hash `paths`, which all processes name, each its share of them."""
         count = self.processes.num_processes
         mine = list(dict.fromkeys(paths))[self.processes.process_index :: count]
         with ThreadPoolExecutor(min(_MOST_THREADS, max(1, (os.cpu_count() or 1) // count))) as threads:
-            list(threads.map(self.of, mine))
-        for known in gather_object([self._known]):
-            self._known |= known
+            list(threads.map(file_digest, mine))
+        for known in gather_object([digests.known]):
+            digests.known.update(known)
 
     def of(self, path: Path) -> str:
         """The SHA-256 of a file."""
-        signature = _signature(path)
-        before, digest = self._known.get(str(path), (None, ""))
-        if before != signature:
-            digest = _sha256(path)
-            self._known[str(path)] = signature, digest
-        return digest
-
-
-def _signature(path: Path) -> tuple[int, ...]:
-    status = path.stat()
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+        return file_digest(path)
 
 
 def is_local(source: PairSource) -> bool:
@@ -102,7 +81,7 @@ def data_files(source: PairSource, *, images: bool) -> list[Path]:
     if path.is_dir():
         return sorted(file for file in path.rglob("*") if file.is_file())
     files = [path] if path.is_file() else [Path(file) for file in sorted(glob(source.source, recursive=True))]
-    return [*files, *_named_images(source)] if images and files and files[0].suffix in TABLES else files
+    return [*files, *_named_images(source)] if images and files and kind_of(files[0]) else files
 
 
 def _named_images(source: PairSource) -> list[Path]:
@@ -112,10 +91,15 @@ def _named_images(source: PairSource) -> list[Path]:
     for row in opened.table.select_columns(opened.image_columns):
         for value in row.values():
             if isinstance(value, str):
-                named.setdefault(Path(opened.folder or "", value))
+                try:
+                    file = None if "://" in value else opened.files.find(value)
+                except (OSError, ValueError):
+                    continue  # a broken row, which is counted when it is read
+                if isinstance(file, Path):
+                    named.setdefault(file)
             elif value is not None:
                 return []
-    return [path for path in named if path.is_file()]
+    return list(named)
 
 
 def describe_data(source: PairSource, hashes: FileHashes, *, images: bool) -> Json:

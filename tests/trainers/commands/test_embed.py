@@ -130,29 +130,28 @@ def test_wrong_sources_are_refused_in_one_line(tmp_path, checkpoint):
     assert message("none.txt", None) == f"error: there is no file {tmp_path / 'none.txt'}"
     assert message("a.txt", "") == f"error: {tmp_path / 'a.txt'} holds no texts"
     assert message("a.txt", "fox\n", *column).endswith("a.txt has no columns: leave --column out")
-    assert "a.txt is not encoded as UTF-8" in message("a.txt", b"fox\n\xff\xfe\n")
     assert "a.docx is of an unknown kind" in message("a.docx", "x")
     rows = '{"id": 1, "text": "fox"}\n{"id": 2, "text": null}\n'
-    assert "a.jsonl, row 1: there is no column 'caption'; the columns are id, text" in message(
-        "a.jsonl", rows, *column
+    assert "a.txt is not encoded as UTF-8: line 2, byte 1 is 0xFF" in message("a.txt", b"fox\n\xff\xfe\n")
+    missing = "has no column 'caption' for the captions (text_columns, or --column); its columns are id, text"
+    assert f"a.jsonl {missing}" in message("a.jsonl", rows, *column)
+    assert "a.jsonl: name the column of the texts with --column; the columns are id, name" in message(
+        "a.jsonl", rows.replace("text", "name")
     )
-    assert "a.jsonl, row 1: name the column of the texts with --column; the columns are id, text" in message(
-        "a.jsonl", rows
+    assert "1 rows without a caption among 2 rows" in message("a.jsonl", rows)
+    assert "The first: a.jsonl, line 2: it has no caption" in message("a.jsonl", rows, "--column", "text")
+    assert "a.jsonl, line 2: column 'id' holds the int 2, where a text was expected" in message(
+        "a.jsonl", '{"id": "1"}\n{"id": 2}\n', "--column", "id"
     )
-    assert "a.jsonl, row 2: expected text, found NoneType None" in message("a.jsonl", rows, "--column", "text")
-    assert "a.jsonl, row 2 is no JSON" in message("a.jsonl", '"fox"\n{"id": \n')
-    assert "a.jsonl, row 1: expected an object with the column 'caption', found str 'fox'" in message(
-        "a.jsonl", '"fox"', *column
-    )
+    assert "a.jsonl, line 2 is no JSON" in message("a.jsonl", '"fox"\n{"id": \n')
+    assert "a.jsonl has no column 'caption'" in message("a.jsonl", '"fox"', *column)
     assert "a.json holds a dict where a list" in message("a.json", '{"text": ["fox"]}')
     assert "a.json is no JSON" in message("a.json", "[")
-    assert "a.csv: there is no column 'caption'; the columns are id, text" in message(
-        "a.csv", "id,text\n1,fox\n", *column
-    )
-    assert "a.csv, row 2: expected text, found NoneType" in message("a.csv", "id,text\n1,fox\n2\n", "--column", "text")
+    assert f"a.csv {missing}" in message("a.csv", "id,text\n1,fox\n", *column)
+    assert "a.csv, line 3: 1 fields where the header names 2 (id, text)" in message("a.csv", "id,text\n1,fox\n2\n")
     assert "a.parquet is no Parquet file" in message("a.parquet", "id,text", *column)
     datasets.Dataset.from_dict({"id": [1], "text": ["fox"]}).to_parquet(tmp_path / "a.parquet")
-    assert "a.parquet: there is no column 'caption'; the columns are id, text" in message("a.parquet", None, *column)
+    assert f"a.parquet {missing}" in message("a.parquet", None, *column)
     write(tmp_path, "arrow")
     assert "arrow has no split 'train'; it has valid" in message("arrow", None, *column)
     assert "arrow has no column 'title' for the captions (text_columns, or --column); its columns are id, caption" in (

@@ -84,11 +84,15 @@ def test_an_empty_set_and_one_picture(bench: Bench, tmp_path):
 
 def test_empty_captions_are_named(bench: Bench, tmp_path):
     rows = [bench.pair("a fox"), bench.pair("a boat"), {**bench.pair("a house"), "captions": ["a house", " \n"]}]
-    assert "benchmark mine, row 2: a caption is empty" in bench.refused(retrieval(save_rows(tmp_path, rows)))
+    assert "benchmark mine, data.parquet, row 3: a caption is empty" in bench.refused(
+        retrieval(save_rows(tmp_path, rows))
+    )
     rows[2]["captions"] = []
-    assert "benchmark mine, row 2: there is no caption" in bench.refused(retrieval(save_rows(tmp_path, rows)))
+    assert "benchmark mine, data.parquet, row 3: there is no caption" in bench.refused(
+        retrieval(save_rows(tmp_path, rows))
+    )
     rows[2]["captions"] = ["a house", None]
-    assert "benchmark mine, row 2: a caption is no text, but None" in bench.refused(
+    assert "benchmark mine, data.parquet, row 3: a caption is no text, but None" in bench.refused(
         retrieval(save_rows(tmp_path, rows))
     )
 
@@ -97,14 +101,14 @@ def test_corrupt_and_missing_pictures_are_named(bench: Bench, tmp_path):
     rows = [bench.pair("a fox"), bench.pair("a boat"), bench.pair("a house")]
     rows[1]["image"] = rows[1]["image"][:40]
     message = bench.refused(retrieval(save_rows(tmp_path, rows)))
-    assert "benchmark mine, row 1: the image in column 'image' cannot be read" in message
+    assert "benchmark mine, data.parquet, row 2: the image in column 'image' cannot be read" in message
     rows[1]["image"] = b"no picture at all"
-    assert "row 1: the image in column 'image' cannot be read" in bench.refused(retrieval(save_rows(tmp_path, rows)))
+    assert "row 2: the image in column 'image' cannot be read" in bench.refused(retrieval(save_rows(tmp_path, rows)))
     table = datasets.Dataset.from_dict({"image": ["0.png", "1.png"], "captions": [["a"], ["b"]]})
     table.to_parquet(tmp_path / "data.parquet")
     (tmp_path / "0.png").write_bytes(bench.world.picture("a"))
     message = bench.refused(retrieval(str(tmp_path / "data.parquet")), FileNotFoundError)
-    assert f"row 1: the image in column 'image' (1.png): there is no file {tmp_path / '1.png'}" in message
+    assert f"row 2: the image in column 'image' (1.png): there is no file {tmp_path / '1.png'}" in message
     (tmp_path / "1.png").write_bytes(bench.world.picture("b"))
     assert bench.run(retrieval(str(tmp_path / "data.parquet")))["value"] == 1.0
 
@@ -198,12 +202,12 @@ def test_labels_that_are_no_class_are_named(bench: Bench, tmp_path):
     rows = [{"image": bench.world.picture(f"a {name}"), "label": name} for name in ("cat", "dog", "crow")]
     source = save_rows(tmp_path, rows, label=datasets.Value("string"))
     message = bench.refused(zero_shot(source, ["cat", "dog"]))
-    assert "row 2: the label is 'crow', which is neither a whole number below 2 nor the name of a class" in message
+    assert "row 3: the label is 'crow', which is neither a whole number below 2 nor the name of a class" in message
     assert bench.run(zero_shot(source, ["cat", "dog", "crow"]))["value"] == 1.0
     for wrong in (2, -1):
         rows = [{**row, "label": number} for row, number in zip(rows, (0, 1, wrong), strict=True)]
         source = save_rows(tmp_path, rows, label=datasets.Value("int64"))
-        with pytest.raises(ValueError, match=f"row 2: the label is {wrong}"):
+        with pytest.raises(ValueError, match=f"row 3: the label is {wrong}"):
             bench.run(zero_shot(source, ["cat", "dog"]))
     named = zero_shot(source, ["cat", "dog"])
     named = dataclasses.replace(named, classes=dataclasses.replace(named.classes, names="feature"))
@@ -247,7 +251,9 @@ def test_embeddings_that_are_not_finite_name_their_item(bench: Bench, tmp_path, 
     bad = number_of_tokens(bench.world.tokenizer("a boat")["input_ids"])
     source = save_rows(tmp_path, [bench.pair("a fox"), bench.pair("a boat"), bench.pair("a house")])
     message = bench.refused(retrieval(source))
-    item = "benchmark mine, row 1: the image in column 'image'" if side == "image" else "the text 'a boat'"
+    item = (
+        "benchmark mine, data.parquet, row 2: the image in column 'image'" if side == "image" else "the text 'a boat'"
+    )
     assert f"the embedding of {item} is not finite" in message and "--dtype float32" in message
 
 

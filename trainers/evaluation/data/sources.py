@@ -1,28 +1,33 @@
 """Opens the data of a benchmark and checks it against the manifest: a wrong count, column or label is an error, not a number."""
 
-import csv
 import dataclasses
-import json
 import random
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import datasets
 import regex
 
-from trainers.data.image_folder import ImageFolder
+from trainers.data.archives import BROKEN
+from trainers.data.copies import PLACE
+from trainers.data.data_folder import DataFolder, NamedFiles
+from trainers.data.folders import IMAGES
+from trainers.data.pair_source import PairSource
+from trainers.data.pair_sources import missing_column
+from trainers.data.sources import find_rows
+from trainers.data.tables import KINDS, Placed, TableFile, kind_of
+from trainers.data.text_lines import read_lines
 from trainers.storage.paths import path_inside
 
-from .manifest import Classes, Manifest, resource_lines
+from .manifest import Classes, Data, Manifest, resource_lines
 
 
 _SECONDS_FOR_EDITS = 10  # of all class names: an expression from somebody else may backtrack for years
-
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 @dataclass
@@ -36,6 +41,8 @@ class OpenedData:
         limit: how many of the rows were drawn, None for all.
         revision: of the Hub, as far as it is known.
         num_train: how many of the rows, the first, a linear probe is trained on; the others test it.
+        files: what the rows may name.
+        where: what messages call the benchmark.
     """
 
     rows: datasets.Dataset
@@ -44,6 +51,12 @@ class OpenedData:
     limit: int | None = None
     revision: str | None = None
     num_train: int = 0
+    files: NamedFiles | None = None
+    where: str = ""
+
+    def row_name(self, row: int) -> str:
+        """What messages call the row of that number: by its place in its file, where that is known."""
+        return f"{self.where}, {self.rows[row][PLACE] if PLACE in self.rows.column_names else f'row {row}'}"
 
 
 def open_data(
@@ -52,7 +65,7 @@ def open_data(
     """Opens the rows of `manifest`.
 
     Args:
-        local: a local copy in place of the manifest's source: a file or folder that `datasets` reads, or a folder in the manifest's layout.
+        local: a local copy in place of the manifest's source: a file or folder in any layout that training reads, or in the manifest's.
         limit: draw only so many rows, by `seed`. The results are then of a part, and say so.
 
     Raises:
@@ -67,6 +80,7 @@ def open_data(
     data, where = manifest.data, f"benchmark {manifest.name}"
     source = str(local or data.source)
     folder = Path(source) if Path(source).exists() else None
+    files: NamedFiles | None = None if folder is None else DataFolder.of(folder)
     if local is not None and folder is None:
         raise FileNotFoundError(f"{where}: there is no {source}")
     if data.layout == "openmoji" and local is None:
@@ -80,20 +94,10 @@ def open_data(
     elif data.layout == "caption_file":
         rows = _caption_file(_local(folder, source, where), manifest)
     else:
-        rows = _table(source, folder, manifest, where)
-        for column, value in data.where.items():
-            if column not in rows.column_names:
-                raise ValueError(
-                    f"{where}: {source} has no column {column!r} to choose rows by; it has {', '.join(rows.column_names)}"
-                )
-            rows = rows.select([i for i, found in enumerate(rows[column]) if str(found) == value])
-        if data.first is not None:
-            rows = rows.select(range(min(data.first, len(rows))))
+        rows, files = _table(source, folder, manifest, where)
     missing = [column for column in manifest.columns.values() if column not in rows.column_names]
     if missing:
-        raise ValueError(
-            f"{where}: {source} has no column {missing[0]!r}; the columns are {', '.join(rows.column_names) or 'none'}"
-        )
+        raise missing_column(f"{where}: {source}", missing[0], [name for name in rows.column_names if name != PLACE])
     if len(rows) == 0:
         raise ValueError(f"{where}: {source} has no rows")
     if data.num_items is not None and len(rows) != data.num_items:
@@ -101,17 +105,14 @@ def open_data(
             f"{where}: {source} has {len(rows):,} rows where the manifest states {data.num_items:,}: it is another split, version or part, and "
             "its number would not be the benchmark's. Give the right copy with --source, or write a manifest of your own for this one"
         )
-    rows = rows.select_columns(list(dict.fromkeys(manifest.columns.values())))
-    for name, feature in rows.features.items():
-        if isinstance(feature, datasets.Image):
-            rows = rows.cast_column(name, datasets.Image(decode=False))
-        elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
-            rows = rows.cast_column(name, datasets.List(datasets.Image(decode=False)))
+    kept = [*manifest.columns.values(), *(name for name in rows.column_names if name == PLACE)]
+    rows = rows.select_columns(list(dict.fromkeys(kept)))
     if limit is not None and limit < len(rows):
         rows = rows.select(sorted(random.Random(seed).sample(range(len(rows)), limit)))
     else:
         limit = None
-    return OpenedData(rows, source, folder, limit, data.revision or fetched_revision(rows) if folder is None else None)
+    revision = data.revision or fetched_revision(rows) if folder is None else None
+    return OpenedData(rows, source, folder, limit, revision, files=files, where=where)
 
 
 def fetched_revision(rows: datasets.Dataset) -> str | None:
@@ -172,27 +173,32 @@ def _edited(names: list[str], edits: list[list[str]], where: str) -> list[str]:
     return names
 
 
-def read_labels(column: Iterable[Any], names: list[str], source_names: list[str] | None, where: str) -> list[int]:
+def read_labels(
+    column: Iterable[Any], names: list[str], source_names: list[str] | None, row_name: Callable[[int], str]
+) -> list[int]:
     """The class of every row as a number. Labels may be numbers or names; ValueError names the first row whose label is neither.
 
     Args:
         names: of the classes.
         source_names: the same as they were before they were edited for prompts, if labels can be names.
+        row_name: what messages call a row.
     """
     place = {name: i for i, name in enumerate(names)} | {name: i for i, name in enumerate(source_names or [])}
     labels = []
     for row, label in enumerate(column):
-        number = place.get(label, -1) if isinstance(label, str) else label
+        number = label
+        if isinstance(label, str):  # in a CSV everything is text
+            number = place.get(label, int(label) if label.isascii() and label.isdecimal() else -1)
         if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < len(names):
             raise ValueError(
-                f"{where}, row {row}: the label is {label!r}, which is neither a whole number below {len(names)} nor the name of a class"
+                f"{row_name(row)}: the label is {label!r}, which is neither a whole number below {len(names)} nor the name of a class"
             )
         labels.append(number)
     return labels
 
 
 def read_captions(
-    column: Iterable[Any], where: str, separator: str | None = None, most: int | None = None
+    column: Iterable[Any], row_name: Callable[[int], str], separator: str | None = None, most: int | None = None
 ) -> list[list[str]]:
     """The captions of every row, `most` of each. ValueError names the first row that has none, or one that is empty or no text."""
     captions = []
@@ -202,14 +208,12 @@ def read_captions(
             texts = [text for text in value.split(separator) if text.strip()]
         texts = texts[:most] if isinstance(texts, list) else texts
         if not isinstance(texts, list) or not texts:
-            raise ValueError(f"{where}, row {row}: there is no caption, but {value!r:.80}")
+            raise ValueError(f"{row_name(row)}: there is no caption, but {value!r:.80}")
         for text in texts:
             if not isinstance(text, str):
-                raise ValueError(f"{where}, row {row}: a caption is no text, but {text!r:.80}")
+                raise ValueError(f"{row_name(row)}: a caption is no text, but {text!r:.80}")
             if not text.strip():
-                raise ValueError(
-                    f"{where}, row {row}: a caption is empty: leave it out, or the row if it has no other"
-                )
+                raise ValueError(f"{row_name(row)}: a caption is empty: leave it out, or the row if it has no other")
         captions.append(texts)
     return captions
 
@@ -222,42 +226,46 @@ def _local(folder: Path | None, source: str, where: str) -> Path:
     return folder
 
 
-def _table(source: str, folder: Path | None, manifest: Manifest, where: str) -> datasets.Dataset:
+def _table(
+    source: str, folder: Path | None, manifest: Manifest, where: str
+) -> tuple[datasets.Dataset, NamedFiles | None]:
+    """The rows that the manifest chooses, with the columns that it names, and what the rows may name."""
     data = manifest.data
-    remedy = f"a local copy is given with --source {manifest.name}=PATH or --data-dir DIR"
-    # Without a pattern `datasets` takes the kind of most files for that of the data, and one archive beside two texts is a text.
-    files = None if data.files is None else {data.split: data.files}
+    # A configuration is a name on the Hub; a local copy is what that configuration holds.
+    config = data.config if folder is None else None
+    texts = tuple(column for key, column in manifest.columns.items() if key.startswith(("caption", "negative")))
+    place = PairSource(
+        source=source,
+        name=config,
+        split=data.split,
+        revision=data.revision,
+        data_files=data.files,
+        text_columns=texts or "text",
+    )
     try:
-        if folder is None:
-            rows = datasets.load_dataset(
-                source, data.config, split=data.split, revision=data.revision, data_files=files
-            )
-        elif folder.is_file():
-            loader = {".jsonl": "json", ".tsv": "csv"}.get(folder.suffix, folder.suffix[1:])
-            if loader not in ("csv", "json", "parquet", "arrow"):
-                raise ValueError(
-                    f"{where}: {folder} is of an unknown kind: .parquet, .arrow, .csv, .tsv, .json and .jsonl are read"
-                )
-            options = {"sep": "\t"} if folder.suffix == ".tsv" else {}
-            rows = datasets.load_dataset(loader, data_files=str(folder), split="train", **options)
-        elif (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():  # written by save_to_disk
-            rows = datasets.load_from_disk(str(folder))
-            if isinstance(rows, datasets.DatasetDict):
-                if data.split not in rows:
-                    raise ValueError(f"{where}: {folder} has no split {data.split!r}; it has {', '.join(rows)}")
-                rows = rows[data.split]
-        else:
-            # A configuration is a name on the Hub; a local copy is what that configuration holds.
-            rows = datasets.load_dataset(str(folder), split=data.split, data_files=files)
-    except IndexError as error:  # what load_from_disk makes of a dataset that was saved without rows
-        raise ValueError(f"{where}: {source} has no rows") from error
-    except (OSError, datasets.exceptions.DatasetGenerationError) as error:
-        raise OSError(f"{where}: {source} cannot be read ({error}); {remedy}") from error
-    except ValueError as error:
-        raise (
-            error if str(error).startswith("benchmark") else ValueError(f"{where}: {source}: {error}; {remedy}")
-        ) from error
-    return rows
+        found = find_rows(place, streaming=False, any_split=True)
+        columns = list(dict.fromkeys([*manifest.columns.values(), *data.where]))
+        there = found.columns(columns)
+        for column in columns:
+            if column not in there:
+                raise missing_column(source, column, there)
+        rows = found.by_number(columns)
+    except (OSError, datasets.exceptions.DatasetGenerationError, ValueError) as error:
+        remedy = (
+            f"; a local copy is given with --source {manifest.name}=PATH or --data-dir DIR" if folder is None else ""
+        )
+        kind = ValueError if isinstance(error, ValueError) else OSError
+        raise kind(f"{where}: {error}{remedy}") from error
+    if BROKEN in rows.column_names:
+        broken = next((number for number, reason in enumerate(rows[BROKEN]) if reason is not None), None)
+        if broken is not None:
+            raise ValueError(f"{where}: {rows[broken][PLACE]} cannot be read: {rows[broken][BROKEN]}")
+        rows = rows.remove_columns(BROKEN)
+    for column, value in data.where.items():
+        rows = rows.select([i for i, found_value in enumerate(rows[column]) if str(found_value) == value])
+    if data.first is not None:
+        rows = rows.select(range(min(data.first, len(rows))))
+    return rows, found.files
 
 
 def _caption_folder(folder: Path, manifest: Manifest) -> datasets.Dataset:
@@ -265,7 +273,7 @@ def _caption_folder(folder: Path, manifest: Manifest) -> datasets.Dataset:
     where = f"benchmark {manifest.name}"
     found = [_inside(folder, str(path.relative_to(folder)), where) for path in sorted(folder.glob("*/*"))]
     found = [path for path in found if path.is_file() and not path.name.startswith(".")]
-    pictures = {path.stem: path for path in found if path.parent.name == "image" and path.suffix.lower() in PICTURES}
+    pictures = {path.stem: path for path in found if path.parent.name == "image" and path.suffix.lower() in IMAGES}
     texts = {path.stem: path for path in found if path.parent.name == "caption" and path.suffix.lower() == ".txt"}
     alone = sorted(set(pictures) ^ set(texts))
     if alone:
@@ -283,43 +291,53 @@ def _caption_folder(folder: Path, manifest: Manifest) -> datasets.Dataset:
 
 
 def _first_line(file: Path) -> str:
-    return next((line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()), "")
+    return next((line.strip() for line in read_lines(file) if line.strip()), "")
 
 
 def _caption_file(folder: Path, manifest: Manifest) -> datasets.Dataset:
-    """Rows of a file that names pictures in `folder`. For retrieval, rows that name the same picture become one with all their captions."""
+    """Rows of a file that names images in `folder`. For retrieval, rows that name the same image become one with all their captions."""
     where, data = f"benchmark {manifest.name}", manifest.data
     file = data.own_captions or _inside(folder, str(data.caption_file), where)
     if not file.is_file():
         raise FileNotFoundError(f"{where}: there is no file {file}")
-    rows = _file_rows(file, where)
+    if kind_of(file) is None:
+        known = ", ".join(ending for endings in KINDS.values() for ending in endings)
+        raise ValueError(f"{where}: {file} is of an unknown kind: {known} files are read")
     if data.own_captions is None:
-        images = ImageFolder(folder, (_inside(folder, data.image_folder, where),))
+        images = DataFolder(folder, (_inside(folder, data.image_folder, where),))
     else:
-        images = ImageFolder.beside(folder, file)
-    numbered = [(i, row) for i, row in enumerate(rows, 1) if all(str(row.get(k)) == v for k, v in data.where.items())]
+        images = DataFolder.beside(folder, file)
     picked: list[dict[str, Any]] = []
-    for number, row in numbered[: data.first]:
-        values = {
-            key: _pick(row, column, f"{where}: {file}, row {number}") for key, column in manifest.columns.items()
-        }
+    for place, row in _chosen_rows(TableFile(str(file), data.split), data, where):
+        values = {key: _pick(row, column, f"{where}: {file}, {place}") for key, column in manifest.columns.items()}
         name = str(values["image"])
         if not picked:
             images = images.settled(name)
         try:
             path = images.find(name)
         except (OSError, ValueError) as error:
-            raise type(error)(f"{where}: {file}, row {number} names the image {name!r:.200}: {error}") from error
-        picked.append({**values, "image": str(path)})
+            raise type(error)(f"{where}: {file}, {place} names the image {name!r:.200}: {error}") from error
+        picked.append({**values, "image": str(path), PLACE: f"{file.name}, {place}"})
     if manifest.kind == "retrieval":
-        grouped: dict[str, list[Any]] = {}
+        grouped: dict[str, dict[str, Any]] = {}
         for values in picked:
             some = values["captions"]
-            grouped.setdefault(values["image"], []).extend(some if isinstance(some, list) else [some])
-        picked = [{"image": path, "captions": some} for path, some in grouped.items()]
-    return datasets.Dataset.from_dict(
-        {column: [values[key] for values in picked] for key, column in manifest.columns.items()}
-    )
+            first = grouped.setdefault(values["image"], {**values, "captions": []})
+            first["captions"].extend(some if isinstance(some, list) else [some])
+        picked = list(grouped.values())
+    columns = {column: [values[key] for values in picked] for key, column in manifest.columns.items()}
+    return datasets.Dataset.from_dict({**columns, PLACE: [values[PLACE] for values in picked]})
+
+
+def _chosen_rows(table: TableFile, data: Data, where: str) -> Iterator[Placed]:
+    """The rows that the manifest chooses."""
+    try:
+        rows = (
+            (place, row) for place, row in table.rows() if all(str(row.get(k)) == v for k, v in data.where.items())
+        )
+        yield from islice(rows, data.first)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def _pick(row: Any, path: str, where: str) -> Any:
@@ -344,7 +362,7 @@ def _inside(folder: Path, name: str, where: str) -> Path:
 
 def _mmvp(folder: Path, where: str) -> datasets.Dataset:
     """Rows of pairs from MMVP-VLM's `Questions.csv`: number, kind and statement of a picture in every row, two rows a pair."""
-    rows = list(csv.reader((folder / "Questions.csv").read_text(encoding="utf-8-sig").splitlines()))[1:]
+    rows = [list(row.values()) for _, row in TableFile(str(folder / "Questions.csv")).rows()]
     if len(rows) % 2:
         raise ValueError(f"{where}: Questions.csv has {len(rows)} rows, which is not an even number: two are a pair")
     columns: dict[str, list[str]] = {name: [] for name in ("image_1", "image_2", "caption_1", "caption_2", "category")}
@@ -359,28 +377,6 @@ def _mmvp(folder: Path, where: str) -> datasets.Dataset:
     return datasets.Dataset.from_dict(columns)
 
 
-def _file_rows(file: Path, where: str) -> list[dict[str, Any]]:
-    try:
-        if file.suffix in (".csv", ".tsv"):
-            with open(file, encoding="utf-8-sig", newline="") as lines:
-                return list(csv.DictReader(lines, delimiter="\t" if file.suffix == ".tsv" else ","))
-        if file.suffix in (".jsonl", ".jsonlines"):
-            with open(file, encoding="utf-8-sig") as lines:
-                return [json.loads(line) for line in lines if line.strip()]
-        if file.suffix == ".json":
-            rows = json.loads(file.read_text(encoding="utf-8-sig"))
-            if isinstance(rows, dict):  # number -> row
-                rows = list(rows.values())
-            if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-                raise ValueError("it holds no objects")
-            return rows
-        if file.suffix == ".parquet":
-            return datasets.Dataset.from_parquet(str(file)).to_list()
-    except (ValueError, csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{where}: {file} cannot be read: {error}") from error
-    raise ValueError(f"{where}: {file} is of an unknown kind: .csv, .tsv, .json, .jsonl and .parquet files are read")
-
-
 def _source_lines(name: str, data: OpenedData, where: str) -> list[str]:
     """Lines of a file that lies beside the data: in its local folder, or in its repository on the Hub."""
     if data.folder is None:
@@ -393,4 +389,4 @@ def _source_lines(name: str, data: OpenedData, where: str) -> list[str]:
         path = _inside(data.folder if data.folder.is_dir() else data.folder.parent, name, where)
         if not path.is_file():
             raise FileNotFoundError(f"{where}: there is no {path}, which names the classes")
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [line.strip() for line in read_lines(path) if line.strip()]

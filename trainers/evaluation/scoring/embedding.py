@@ -4,7 +4,6 @@ import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -108,13 +107,12 @@ def picture_bytes(task: Task, column: str, row: int) -> bytes:
     if isinstance(value, dict) and value.get("bytes") is not None:
         return value["bytes"]
     path = value.get("path") if isinstance(value, dict) else value
-    if isinstance(path, str):
-        file = Path(path)
-        if not file.is_absolute() and task.data.folder is not None:
-            file = (task.data.folder if task.data.folder.is_dir() else task.data.folder.parent) / file
-        if file.is_file():
-            return file.read_bytes()
-        raise FileNotFoundError(f"{name}: there is no file {file}")
+    if isinstance(path, str) and task.data.files is not None:
+        try:
+            found = task.data.files.find(path)
+        except (OSError, ValueError) as error:
+            raise type(error)(f"{name}: {error}") from error
+        return found if isinstance(found, bytes) else found.read_bytes()
     raise ValueError(f"{name}: expected an image, found {type(value).__name__} {value!r:.60}")
 
 
@@ -142,7 +140,7 @@ def _picture_name(task: Task, column: str, row: int) -> str:
     value = _stored(task, column, row)
     path = value.get("path") if isinstance(value, dict) else value
     file = f" ({path})" if isinstance(path, str) else ""
-    return f"benchmark {task.manifest.name}, row {row}: the image in column {column!r}{file}"
+    return f"{task.data.row_name(row)}: the image in column {column!r}{file}"
 
 
 def embeddings(encoder: Encoder, cache: FeatureCache, keys: np.ndarray, project: bool) -> torch.Tensor:

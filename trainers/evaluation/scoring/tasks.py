@@ -189,7 +189,7 @@ def _fine_grained(manifest: Manifest, data: OpenedData) -> EmbeddingTask:
     image_columns = ("image_1", "image_2") if pairs else ("image",)
     sides = []
     for name in text_columns:
-        some = read_captions(data.rows[columns[name]], f"benchmark {manifest.name}, column {columns[name]}")
+        some = read_captions(data.rows[columns[name]], data.row_name)
         sides.append([template.replace("{}", texts[0]) for texts in some])
     categories = list(data.rows[columns["category"]]) if "category" in columns else None
 
@@ -264,8 +264,8 @@ def _cka(manifest: Manifest, data: OpenedData) -> Task:
 
 def _captions(manifest: Manifest, data: OpenedData) -> list[list[str]]:
     """Every row's captions."""
-    column, where = data.rows[manifest.columns["captions"]], f"benchmark {manifest.name}"
-    return read_captions(column, where, manifest.caption_separator, manifest.max_captions)
+    column = data.rows[manifest.columns["captions"]]
+    return read_captions(column, data.row_name, manifest.caption_separator, manifest.max_captions)
 
 
 def _classes_and_labels(manifest: Manifest, data: OpenedData) -> tuple[list[str], torch.Tensor]:
@@ -276,7 +276,7 @@ def _classes_and_labels(manifest: Manifest, data: OpenedData) -> tuple[list[str]
     feature = data.rows.features[label_column]
     names = class_names(classes, data, feature, where)
     unedited = feature.names if getattr(feature, "names", None) else None
-    return names, torch.tensor(read_labels(data.rows[label_column], names, unedited, where))
+    return names, torch.tensor(read_labels(data.rows[label_column], names, unedited, data.row_name))
 
 
 def _recall(ranks: dict[str, torch.Tensor]) -> dict[str, float]:

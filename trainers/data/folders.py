@@ -1,0 +1,229 @@
+"""What lies in a folder of data: its files without those of the system, the splits that they belong to, and the captions beside images."""
+
+import fnmatch
+import logging
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import DatasetCard
+
+
+logger = logging.getLogger(__name__)
+
+# Endings of the images that Pillow reads and people keep.
+IMAGES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff"),
+    *(".jp2", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico"),
+)
+CAPTIONS = (".txt", ".caption")
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+
+# The names of splits, with those that the Hub takes for the same.
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+_NO_DATA = ("thumbs.db", "desktop.ini")
+
+
+def list_files(folder: str | Path) -> list[str]:
+    """
+    The files of `folder` and all folders in it, relative to it, in the order of their paths; without hidden ones (`._a.jpg`, `.DS_Store`),
+    `__MACOSX` and the like. Links out of the folder are left out with a warning.
+
+    Raises:
+        ValueError: If the name of a file is not UTF-8.
+    """
+    found, root = list[str](), os.path.realpath(folder)
+    for parent, folders, names in os.walk(folder):
+        for name in list(folders):
+            if name.startswith((".", "__")):
+                folders.remove(name)
+            elif os.path.islink(os.path.join(parent, name)):
+                target = os.path.realpath(os.path.join(parent, name))
+                if not target.startswith(root + os.sep):
+                    logger.warning(
+                        "%s is a link to %s, out of the folder, and is not read", os.path.join(parent, name), target
+                    )
+        for name in names:
+            path = os.path.join(parent, name)
+            if name.startswith((".", "__")) or name.lower() in _NO_DATA:
+                continue
+            try:
+                name.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"the name of {path!r} is not UTF-8: rename the file") from error
+            if os.path.isfile(path):
+                found.append(os.path.relpath(path, folder))
+            else:
+                logger.warning("%s is not a file (a pipe, a device or a broken link) and is not read", path)
+    return sorted(found)
+
+
+def split_name(split: str) -> str:
+    """The name under which `SPLITS` has `split`, or itself."""
+    return next((name for name, words in SPLITS.items() if split in words), split)
+
+
+def split_of(file: str, *, names: bool) -> str | None:
+    """The split that a relative path tells by the first of its folders that is called after one or, with `names`, by its own name."""
+    *folders, name = Path(file.lower()).parts
+    for folder in folders:
+        for split, words in SPLITS.items():
+            if re.fullmatch(rf"({'|'.join(words)})[-_]?\d*", folder):
+                return split
+    for split, words in SPLITS.items() if names else ():
+        if re.search(rf"(^|[-._ \d])({'|'.join(words)})([-._ \d]|$)", name):
+            return split
+    return None
+
+
+def files_of_split(files: Sequence[str], split: str, where: str, *, names: bool) -> list[str]:
+    """
+    Those of `files` that belong to `split`.
+
+    A folder called `train`, `val`, `validation2017` and so on is a split with all that is in it, and with `names` so is a file whose name has such
+    a word (`cc3m-train-0001.tar`). Where nothing tells, all is "train". Of other names, a folder at the top is a split.
+
+    Args:
+        files: relative paths.
+        split: its name; "val" and "validation" mean the same, and so on, see `SPLITS`.
+        where: what messages call the folder.
+
+    Raises:
+        ValueError: If there is no such split; says which there are.
+    """
+    wanted = split_name(split)
+    if wanted not in SPLITS:
+        below = [file for file in files if file.startswith(split + os.sep)]
+        if below:
+            return below
+    by_split: dict[str | None, list[str]] = defaultdict(list)
+    for file in files:
+        by_split[split_of(file, names=names)].append(file)
+    rest = by_split.pop(None, [])
+    if rest and "train" not in by_split:
+        by_split["train"] = rest
+    elif rest and wanted in by_split:
+        logger.warning("%s: %s files such as %s are in no split and are not read", where, f"{len(rest):,}", rest[0])
+    known = [name for name in SPLITS if name in by_split]
+    if wanted not in known:
+        only = (
+            ", because nothing in it is called after a split"
+            if by_split.get("train") is rest and known == ["train"]
+            else ""
+        )
+        raise ValueError(f"{where} has no split {split!r}; it has {', '.join(known) or 'none'}{only}")
+    return by_split[wanted]
+
+
+def declared_files(folder: Path, config: str | None, split: str) -> list[str] | None:
+    """
+    The patterns of files that the folder's README.md states for `split`, as data sets on the Hub do; None if it states nothing.
+
+    Raises:
+        ValueError: If it has no such configuration or split.
+    """
+    readme = folder / "README.md"
+    if not readme.is_file():
+        return None
+    try:
+        configs = (
+            DatasetCard(readme.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict().get("configs")
+        )
+    except (ValueError, yaml.YAMLError, RecursionError):
+        return None
+    by_name: dict[str, Any] = {
+        str(entry.get("config_name")): entry["data_files"]
+        for entry in configs or ()
+        if isinstance(entry, dict) and entry.get("data_files")
+    }
+    if not by_name:
+        return None
+    config = config or ("default" if "default" in by_name else next(iter(by_name)))
+    if config not in by_name:
+        raise ValueError(f"{folder} has no configuration {config!r}; it has {', '.join(by_name)}")
+    files = by_name[config]
+    if isinstance(files, list) and all(isinstance(entry, dict) for entry in files):
+        files = {entry.get("split"): entry.get("path") for entry in files}
+    elif not isinstance(files, dict):
+        files = {"train": files}
+    if split not in files:
+        raise ValueError(f"{folder} has no split {split!r}; its README.md states {', '.join(map(str, files))}")
+    return [files[split]] if isinstance(files[split], str) else list(files[split])
+
+
+def matching_files(files: Sequence[str], patterns: Sequence[str], where: str) -> list[str]:
+    """
+    Those of `files`, relative paths, that fit a pattern: `*` is part of a name, `**` any folders. FileNotFoundError if none does.
+
+    Only what was found in the folder is matched, so that a pattern from somebody else reaches nothing else and takes no long time.
+    """
+    found = [file for file in files if any(_fits(Path(file).parts, Path(pattern).parts) for pattern in patterns)]
+    if not found:
+        raise FileNotFoundError(f"{where}: no file in it fits the pattern {', '.join(patterns)}")
+    return found
+
+
+def _fits(names: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether the parts of a path fit those of a pattern. The places in the pattern that can be reached are followed name by name."""
+    reached = {0}
+    for name in names:
+        reached = _without_folders(reached, pattern)
+        after = {place for place in reached if place < len(pattern) and pattern[place] == "**"}
+        after |= {place + 1 for place in reached if place < len(pattern) and fnmatch.fnmatchcase(name, pattern[place])}
+        reached = after
+    return len(pattern) in _without_folders(reached, pattern)
+
+
+def _without_folders(places: set[int], pattern: Sequence[str]) -> set[int]:
+    """`places`, and those behind a `**` that stands for no folder."""
+    places = set(places)
+    for place in range(len(pattern)):
+        if place in places and pattern[place] == "**":
+            places.add(place + 1)
+    return places
+
+
+def captions_beside(images: Sequence[str], files: Sequence[str], where: str) -> dict[str, list[str | None]]:
+    """
+    What lies beside `images`, of the same name: columns "image", "text" (the file with captions, `.txt` or else `.caption`) and "json".
+
+    A column that would be empty is left out. Captions beside which there is no image of a kind that is read are counted in a warning.
+    """
+    by_stem: dict[str, dict[str, str]] = defaultdict(dict)
+    for file in files:
+        stem, ending = os.path.splitext(file)
+        by_stem[stem].setdefault(ending.lower(), file)
+    beside = [by_stem[os.path.splitext(image)[0]] for image in images]
+    columns: dict[str, list[str | None]] = {
+        "image": list(images),
+        "text": [next((some[ending] for ending in CAPTIONS if ending in some), None) for some in beside],
+        "json": [some.get(".json") for some in beside],
+    }
+    alone = [some for some in by_stem.values() if some.keys() & set(CAPTIONS) and not some.keys() & set(IMAGES)]
+    if alone and any(columns["text"]):
+        endings = Counter(ending for some in alone for ending in some if ending not in (*CAPTIONS, ".json"))
+        kinds = ", ".join(f"{count:,} {ending or 'without an ending'}" for ending, count in endings.most_common(5))
+        logger.warning(
+            "%s: %s captions such as %s are not read, because no image of a known kind lies beside them%s",
+            where,
+            f"{len(alone):,}",
+            next(iter(alone[0].values())),
+            f", but {kinds}" if kinds else "",
+        )
+    return {name: values for name, values in columns.items() if any(values)}
+
+
+def labels_of(images: Sequence[str], all_images: Sequence[str]) -> tuple[list[str], list[str]] | None:
+    """The folder that each of `images` lies in, and all such names in order, where folders are classes: several, at one depth. Else None."""
+    names = sorted({os.path.basename(os.path.dirname(image)) for image in all_images})
+    if len(names) < 2 or len({image.count(os.sep) for image in all_images}) > 1:
+        return None
+    return [os.path.basename(os.path.dirname(image)) for image in images], names

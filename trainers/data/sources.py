@@ -1,0 +1,360 @@
+"""Finds the rows of a source, whatever its layout: files that are read here, or a dataset that `datasets` reads from the Hub or saved to disk."""
+
+import glob
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow
+
+from .archives import ENDINGS, TarShard, is_shard
+from .copies import Shard, copied_rows, read_rows
+from .data_folder import DataFolder, HubFiles, NamedFiles
+from .folders import (
+    IMAGES,
+    METADATA,
+    captions_beside,
+    declared_files,
+    files_of_split,
+    labels_of,
+    list_files,
+    matching_files,
+    split_name,
+    split_of,
+)
+from .pair_source import PairSource
+from .tables import KINDS, Placed, Row, TableFile, check_arrow_end, kind_of
+
+
+# Shards that a table without files of its own is cut into to be streamed.
+_MOST_SHARDS = 1024
+# Files beside the data that are none of it.
+_NO_TABLES = ("readme", "license", "dataset_info", "dataset_dict", "state.json", "config.json")
+
+
+@dataclass
+class FoundRows:
+    """
+    Rows that were found and not read yet: those of `shards`, or of `table`.
+
+    Attributes:
+        name: of the source, for messages.
+        shards: files that are read here.
+        table: what `datasets` has opened, or a list of the images of a folder.
+        files: what rows may name.
+        text_files: columns of `table` that hold paths of files with captions.
+    """
+
+    name: str
+    shards: Sequence[Shard] = ()
+    table: Any = None
+    files: NamedFiles | None = None
+    text_files: tuple[str, ...] = ()
+
+    def columns(self, wanted: Sequence[str] = ()) -> list[str]:
+        """
+        Names of the columns.
+
+        Raises:
+            ValueError: If one of the files has no column `wanted` that the first one has; names it.
+        """
+        if not self.shards:
+            return list(self.table.column_names or next(iter(self.table), {}))
+        columns = dict.fromkeys(self.shards[0].columns())
+        for shard in self.shards[1:]:
+            if isinstance(shard, TarShard):  # of which another kind of image may begin in a later one
+                if all(column in columns for column in wanted):
+                    break
+                columns |= dict.fromkeys(shard.columns())
+            else:
+                there = shard.columns()
+                missing = [column for column in wanted if column in columns and column not in there]
+                if missing:
+                    raise ValueError(
+                        f"{shard.path} has no column {missing[0]!r}, which {self.shards[0].path} has; its columns are {', '.join(there)}"
+                    )
+        return list(columns)
+
+    def rows(self, columns: list[str]) -> Iterator[dict[str, Any]]:
+        """The rows as they come, with `columns`."""
+        return read_rows(self.shards, columns) if self.shards else iter(self._selected(columns))
+
+    def by_number(self, columns: list[str]) -> datasets.Dataset:
+        """The rows by number; those of files are copied once, see [`copied_rows`]."""
+        return _undecoded(copied_rows(self.shards, columns)) if self.shards else self._selected(columns)
+
+    def stream(self, columns: list[str]) -> datasets.IterableDataset:
+        """The rows as a stream of `datasets`, which has shards."""
+        if self.shards:
+            return datasets.IterableDataset.from_generator(
+                read_rows, gen_kwargs={"shards": list(self.shards), "columns": tuple(columns)}
+            )
+        table = self._selected(columns)
+        if isinstance(table, datasets.Dataset):
+            table = table.to_iterable_dataset(min(max(len(table), 1), _MOST_SHARDS))
+        return table
+
+    def _selected(self, columns: list[str]) -> Any:
+        return _undecoded(self.table.select_columns(columns) if self.table.column_names else self.table)
+
+
+def _undecoded(table: Any) -> Any:
+    """`table` with images as they are stored."""
+    for column, feature in (table.features or {}).items():
+        if isinstance(feature, datasets.Image):
+            table = table.cast_column(column, datasets.Image(decode=False))
+        elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
+            table = table.cast_column(column, datasets.List(datasets.Image(decode=False)))
+    return table
+
+
+@dataclass(frozen=True)
+class ImageTable:
+    """
+    A table whose rows name image files as seen from its own folder, and give them as seen from a folder above.
+
+    Attributes:
+        table: the file.
+        folder: that it lies in, as seen from the folder above.
+        names: column -> what the file calls it.
+        images: columns that name image files.
+        split: take only the rows whose image lies in no other split than this one.
+    """
+
+    table: TableFile
+    folder: str
+    names: Mapping[str, str]
+    images: tuple[str, ...]
+    split: str | None = None
+
+    @property
+    def path(self) -> str:
+        return self.table.path
+
+    @property
+    def name(self) -> str:
+        return self.table.name
+
+    def columns(self) -> list[str]:
+        """As of [`TableFile`]."""
+        return list(self.names)
+
+    def num_rows(self) -> int | None:
+        """As of [`TableFile`]."""
+        return self.table.num_rows()
+
+    def features(self, columns: list[str]) -> datasets.Features:
+        """As of [`TableFile`]."""
+        features = self.table.features([self.names[name] for name in columns])
+        return datasets.Features({name: features[self.names[name]] for name in columns})
+
+    def rows(self, columns: list[str] | None = None) -> Iterator[Placed]:
+        """As of [`TableFile`]."""
+        names = {name: self.names[name] for name in columns or self.names}
+        if self.split is not None:
+            names |= {name: self.names[name] for name in self.images}
+        for place, row in self.table.rows(list(names.values())):
+            values: Row = {name: row.get(own) for name, own in names.items()}
+            for name in self.images:
+                if isinstance(values.get(name), str):
+                    values[name] = os.path.normpath(os.path.join(self.folder, values[name]))
+            first = values.get(self.images[0])
+            if self.split is None or not isinstance(first, str) or split_of(first, names=False) in (None, self.split):
+                yield place, values
+
+
+def find_rows(source: PairSource, *, streaming: bool, any_split: bool = False) -> FoundRows:
+    """
+    Finds the rows of `source`.
+
+    Args:
+        source: what to read. Of its columns, only the name of the image's and those of texts are looked at.
+        streaming: whether a dataset on the Hub is opened as a stream.
+        any_split: whether a file or folder without splits is taken for whatever split is asked for: a local copy of a split.
+
+    Raises:
+        FileNotFoundError: If there is nothing at that place, or no dataset of that name.
+        ValueError: If the split is missing (lists those that are there) or the files are of no known layout.
+    """
+    place = source.source
+    path = Path(place)
+    if any(character in place for character in "*?[") and not path.exists():
+        files = [file for file in sorted(glob.glob(place, recursive=True)) if os.path.isfile(file)]
+        if not files:
+            raise FileNotFoundError(f"no file fits the pattern {place}")
+        return _files(source, files, any_split)
+    if path.is_file():
+        return _files(source, [place], any_split)
+    if path.is_dir():
+        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+            return _saved(source, path)
+        return _folder(source, path, any_split)
+    if path.exists():
+        raise ValueError(f"{place} is neither a file nor a folder, but a pipe or a device")
+    if path.is_absolute() or kind_of(place) or is_shard(place):
+        raise FileNotFoundError(f"there is no file {place}" if path.suffix else f"there is no file or folder {place}")
+    return _on_the_hub(source, streaming)
+
+
+def _files(source: PairSource, files: Sequence[str], any_split: bool) -> FoundRows:
+    """Files that the user names."""
+    if not any_split and source.split != "train" and not (len(files) == 1 and _declares_splits(files[0])):
+        raise ValueError(f"{source.source} is read as files, whose only split is 'train', not {source.split!r}")
+    root = Path(os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files]))
+    names = [os.path.basename(file) if len(files) == 1 else os.path.relpath(file, root) for file in files]
+    return _shards(source, root, list(files), names)
+
+
+def _declares_splits(file: str) -> bool:
+    return kind_of(file) == "json" and TableFile(file).declares_splits()
+
+
+def _shards(source: PairSource, root: Path, files: Sequence[str], names: Sequence[str]) -> FoundRows:
+    """Files of one kind: shards, or tables whose rows may name images inside of `root`."""
+    if all(map(is_shard, files)):
+        texts = tuple(column.lower() for column in source.columns("text_columns"))
+        return FoundRows(source.source, [TarShard(file, texts, name) for file, name in zip(files, names, strict=True)])
+    kinds = {kind_of(file) for file in files}
+    if None in kinds or len(kinds) > 1:
+        endings = sorted({Path(file).suffix.lower() or "no ending" for file in files})
+        if len(endings) > 1:
+            raise ValueError(f"{source.source} holds files of several kinds ({', '.join(endings)}): give one kind")
+        known = [*ENDINGS, *(ending for some in KINDS.values() for ending in some)]
+        raise ValueError(
+            f"{source.source} is of an unknown kind: rows are read from {', '.join(known)} files, not from {endings[0]}"
+        )
+    split = source.split if _declares_splits(files[0]) else None
+    tables = [TableFile(file, split, name) for file, name in zip(files, names, strict=True)]
+    images = tuple(source.columns("image_column"))
+    shards: list[Shard] = []
+    for table in tables:
+        folder = os.path.relpath(os.path.dirname(os.path.abspath(table.path)), root)
+        if folder == ".":
+            shards.append(table)
+        else:
+            shards.append(ImageTable(table, folder, {name: name for name in table.columns()}, images))
+    return FoundRows(source.source, shards, files=_named_files(source, root, Path(files[0])))
+
+
+def _named_files(source: PairSource, root: Path, file: Path) -> DataFolder:
+    if source.image_folder is None:
+        return DataFolder(root, (root,), source.remote_images)
+    folder = Path(source.image_folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"image_folder: there is no folder {folder}")
+    return DataFolder(folder, DataFolder.beside(folder, file).origins, source.remote_images)
+
+
+def _folder(source: PairSource, path: Path, any_split: bool) -> FoundRows:
+    """A folder of shards, of tables or of images."""
+    name, split = source.source, source.split
+    files = list_files(path)
+    if not files:
+        raise ValueError(f"{name} is empty")
+    patterns = [source.data_files] if isinstance(source.data_files, str) else source.data_files
+    patterns = patterns or declared_files(path, source.name, split)
+    chosen = files if patterns is None else matching_files(files, patterns, name)
+    shards = [file for file in chosen if is_shard(file)]
+    images = [file for file in chosen if file.lower().endswith(IMAGES)]
+    tables = [] if shards or images else _tables(chosen, name)
+    if not shards and not images and not tables:
+        raise ValueError(f"{name} holds no data that is read here: no {', '.join(ENDINGS)}, no table, no images")
+    data = shards or images or tables
+    if patterns is None and not (any_split and {split_of(file, names=not images) for file in data} == {None}):
+        data = files_of_split(data, split, name, names=not images)
+    if images:
+        return _images(source, path, data, files)
+    return _shards(source, path.absolute(), [str(path / file) for file in data], data)
+
+
+def _tables(files: Sequence[str], where: str) -> list[str]:
+    """The tables among `files`: Parquet, as on the Hub, with what lies beside, or else the only kind that is there."""
+    by_kind: dict[str, list[str]] = {}
+    for file in files:
+        kind, name = kind_of(file), os.path.basename(file).lower()
+        if kind and not name.startswith(_NO_TABLES) and not name.endswith("_stats.json"):
+            by_kind.setdefault(kind, []).append(file)
+    if len(by_kind) > 1:
+        by_kind.pop("text", None)
+    for kind in ("parquet", "arrow"):
+        if kind in by_kind:
+            return by_kind[kind]
+    if len(by_kind) > 1:
+        found = ", ".join(some[0] for some in by_kind.values())
+        raise ValueError(f"{where} holds tables of several kinds ({found}): name one of them, or a pattern")
+    return next(iter(by_kind.values()), [])
+
+
+def _images(source: PairSource, path: Path, images: list[str], files: Sequence[str]) -> FoundRows:
+    """Images with a metadata file, with captions beside them, or in folders that are classes."""
+    root = path if source.image_folder is None else Path(source.image_folder)
+    named = DataFolder(root.absolute(), (path.absolute(),), source.remote_images)
+    split = split_name(source.split)
+    metadata = [file for file in files if os.path.basename(file).lower() in METADATA]
+    metadata = [file for file in metadata if split_of(file, names=False) in (None, split)]
+    if metadata:
+        several = any(split_of(file, names=False) for file in images)
+        return FoundRows(
+            source.source, [_metadata(path, file, split if several else None) for file in metadata], files=named
+        )
+    columns: dict[str, Any] = captions_beside(images, files, source.source)
+    features: dict[str, Any] = {name: datasets.Value("string") for name in columns}
+    labels = labels_of(images, [file for file in files if file.lower().endswith(IMAGES)])
+    if labels is not None and len(columns) == 1:
+        columns["label"], features["label"] = labels[0], datasets.ClassLabel(names=labels[1])
+    table = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    return FoundRows(source.source, table=table, files=named, text_files=("text", "json"))
+
+
+def _metadata(path: Path, file: str, split: str | None) -> ImageTable:
+    table = TableFile(str(path / file), name=file)
+    names: dict[str, str] = {}
+    for own in table.columns():
+        name = "image" if own == "file_name" else own.removesuffix("_file_name")
+        if name in names:
+            raise ValueError(
+                f"{path / file} has both {names[name]!r} and {own!r}, which name the same column {name!r}"
+            )
+        names[name] = own
+    images = tuple(name for name, own in names.items() if name != own)
+    if not images:
+        raise ValueError(f"{path / file} has no column 'file_name' for the images; its columns are {', '.join(names)}")
+    return ImageTable(table, os.path.dirname(file), names, images, split)
+
+
+def _saved(source: PairSource, path: Path) -> FoundRows:
+    """What `save_to_disk` of `datasets` wrote."""
+    try:
+        for file in path.rglob("*.arrow"):
+            check_arrow_end(file)
+        table = datasets.load_from_disk(str(path))
+    except IndexError as error:  # what `datasets` makes of a dataset that was saved without rows
+        raise ValueError(f"{source.source} has no rows") from error
+    except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
+        raise ValueError(f"{source.source} cannot be read as a dataset that was saved: {error}") from error
+    if isinstance(table, datasets.DatasetDict):
+        if source.split not in table:
+            raise ValueError(f"{source.source} has no split {source.split!r}; it has {', '.join(table)}")
+        table = table[source.split]
+    return FoundRows(source.source, table=table, files=_named_files(source, path.absolute(), path / "state.json"))
+
+
+def _on_the_hub(source: PairSource, streaming: bool) -> FoundRows:
+    files = source.data_files
+    try:
+        table = datasets.load_dataset(
+            source.source,
+            source.name,
+            data_files=None if files is None else {source.split: files if isinstance(files, str) else list(files)},
+            revision=source.revision,
+            split=source.split,
+            streaming=streaming,
+        )
+    except (FileNotFoundError, ConnectionError) as error:
+        raise FileNotFoundError(
+            f"{source.source} is neither a file or folder nor a dataset that can be read: {error}"
+        ) from error
+    return FoundRows(source.source, table=table, files=HubFiles(source.source))

@@ -1,0 +1,309 @@
+"""
+Reads tables, one file at a time: CSV, JSON, Parquet, Arrow, plain texts and published captions files. What would be lost or changed is refused.
+
+A caption is text and stays it: nothing in a CSV becomes a number, a date or a missing value.
+"""
+
+import csv
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+
+from .caption_files import TOKEN_ENDINGS, coco_rows, is_coco, is_karpathy, karpathy_rows, token_rows
+from .text_lines import parse_json, read_lines
+
+
+Row = dict[str, Any]
+# A row's place in its file, such as "line 7", and its values.
+Placed = tuple[str, Row]
+
+_DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
+_ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"
+_HEAD = 100  # rows that tell which columns a file without a header has
+
+
+@dataclass(frozen=True)
+class TableFile:
+    """
+    A file of rows.
+
+    Attributes:
+        path: of the file. Its ending tells its kind, see `KINDS`.
+        split: of a file that says of each row which split it belongs to (Karpathy's), the one to read; "train+restval" joins two.
+        name: what messages call the file.
+    """
+
+    path: str
+    split: str | None = None
+    name: str = ""
+
+    @property
+    def kind(self) -> str:
+        """One of `KINDS`."""
+        kind = kind_of(self.path)
+        assert kind is not None
+        return kind
+
+    def columns(self) -> list[str]:
+        """Names of the columns; of a file without a header, those of the first rows."""
+        if self.kind == "csv":
+            return [name for name in next(_csv_records(self.path))[1] if name]
+        if self.kind == "text":
+            return ["text"]
+        if self.kind in ("parquet", "arrow"):
+            return list(_arrow_schema(self.path, self.kind).names)
+        return list(dict.fromkeys(name for _, row in islice(self.rows(), _HEAD) for name in row))
+
+    def declares_splits(self) -> bool:
+        """Whether the file itself says which split a row belongs to, as Karpathy's do."""
+        return self.kind == "json" and is_karpathy(_json_content(self.path))
+
+    def num_rows(self) -> int | None:
+        """How many rows there are, or about so, where the file tells it without being parsed."""
+        if self.kind == "parquet":
+            return _parquet_file(self.path).metadata.num_rows
+        if self.kind in ("text", "json lines"):
+            with open(self.path, "rb") as file:
+                return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+        return None
+
+    def features(self, columns: list[str]) -> datasets.Features:
+        """The types of `columns`: text in CSV, whatever JSON holds in JSON, and in Parquet and Arrow those of the file."""
+        if self.kind in ("parquet", "arrow"):
+            features = datasets.Features.from_arrow_schema(_arrow_schema(self.path, self.kind))
+            return datasets.Features({name: features[name] for name in columns})
+        plain = self.kind in ("csv", "text")
+        return datasets.Features({name: datasets.Value("string") if plain else datasets.Json() for name in columns})
+
+    def rows(self, columns: list[str] | None = None) -> Iterator[Placed]:
+        """
+        The rows in their order; those of Parquet and Arrow files with `columns` only.
+
+        Raises:
+            OSError: If the file cannot be read.
+            ValueError: If it is damaged or not made as its ending says; names the file, and the line or row.
+        """
+        if self.kind == "csv":
+            return _csv_rows(self.path)
+        if self.kind == "json lines":
+            return _json_lines_rows(self.path)
+        if self.kind == "json":
+            return _json_rows(self.path, self.split)
+        if self.kind == "token":
+            return token_rows(self.path)
+        if self.kind == "text":
+            return _text_rows(self.path)
+        return _arrow_rows(self.path, self.kind, columns)
+
+
+def kind_of(path: str | Path) -> str | None:
+    """One of `KINDS`, or None of a file that is no table."""
+    name = Path(path).name.lower()
+    return next((kind for kind, endings in KINDS.items() if name.endswith(endings)), None)
+
+
+def _csv_rows(path: str) -> Iterator[Placed]:
+    records = _csv_records(path)
+    _, header, delimiter = next(records)
+    for line, fields, _ in records:
+        if len(fields) != len(header):
+            raise ValueError(
+                f"{path}, line {line}: {len(fields)} fields where the header names {len(header)} ({', '.join(filter(None, header))}); a text "
+                f"that holds a {_DELIMITERS[delimiter]} or a line break needs double quotes around it"
+            )
+        for number, (name, value) in enumerate(zip(header, fields, strict=True)):
+            if not name and number and value.strip():  # the first one is the number of the row, as pandas writes it
+                raise ValueError(
+                    f"{path}, line {line}: {value!r:.80} is in column {number + 1}, which has no name in the header"
+                )
+        if delimiter == "|":  # Flickr30k's results.csv has a space after it
+            fields = [field.strip() for field in fields]
+        yield f"line {line}", {name: value for name, value in zip(header, fields, strict=True) if name}
+
+
+def _csv_records(path: str) -> Iterator[tuple[int, list[str], str]]:
+    """The header and the rows of a CSV: the number of the line where each begins, its fields (RFC 4180), and the delimiter."""
+    lines, head, record = read_lines(path), list[str](), list[str]()
+    for line in lines:
+        head.append(line)
+        if line.strip():
+            break
+    else:
+        raise ValueError(f"{path} is empty: its first line should name the columns")
+    delimiter = _delimiter(line, path)
+
+    def remembered() -> Iterator[str]:
+        for line in chain(head, lines):
+            record.append(line)
+            yield line
+
+    reader = csv.reader(remembered(), delimiter=delimiter, strict=True, skipinitialspace=delimiter == "|")
+    header: list[str] = []
+    while True:
+        begin = reader.line_num + 1
+        record.clear()
+        try:
+            fields = next(reader, None)
+        except csv.Error as error:
+            raise ValueError(_open_quote(path, begin, record, error)) from error
+        if fields is None:
+            return
+        if fields and not header:
+            header = fields = _checked_header(fields, path)
+        if fields:
+            yield begin, fields, delimiter
+
+
+def _delimiter(header: str, path: str) -> str:
+    """The one that divides the header into the most fields."""
+    likely = "\t,;|" if path.lower().endswith((".tsv", ".tab")) else ",;\t|"
+    return max(likely, key=lambda delimiter: len(next(csv.reader([header], delimiter=delimiter))))
+
+
+def _checked_header(names: list[str], path: str) -> list[str]:
+    names = [name.strip() for name in names]
+    twice = [name for name in names if name and names.count(name) > 1]
+    if twice:
+        raise ValueError(f"{path}, line 1: the column {twice[0]!r} is named twice")
+    if not any(names):
+        raise ValueError(f"{path}, line 1 names no columns")
+    return names
+
+
+def _open_quote(path: str, begin: int, record: list[str], error: csv.Error) -> str:
+    """Says in which of a record's lines the quote opens that is at fault."""
+    is_open, opened = False, begin
+    for number, line in enumerate(record, begin):
+        for _ in range(line.count('"')):
+            is_open = not is_open
+            opened = number if is_open else opened
+    reason = "a quote opens that is never closed" if is_open else str(error)
+    return f'{path}, line {opened}: {reason}; a quote within a quoted text is written twice: ""'
+
+
+def _json_lines_rows(path: str) -> Iterator[Placed]:
+    for number, line in enumerate(read_lines(path), 1):
+        if line.strip():
+            yield f"line {number}", _json_row(parse_json(line, f"{path}, line {number}"), f"{path}, line {number}")
+
+
+def _json_content(path: str) -> Any:
+    """What a JSON file holds; None if it is lines of JSON under that ending, which `datasets` reads too."""
+    try:
+        return parse_json("".join(read_lines(path)), path)
+    except ValueError as error:
+        if "Extra data: line 2" in str(error):
+            return None
+        raise
+
+
+def _json_rows(path: str, split: str | None) -> Iterator[Placed]:
+    content = _json_content(path)
+    if content is None:
+        yield from _json_lines_rows(path)
+    elif is_coco(content):
+        yield from coco_rows(content, path)
+    elif is_karpathy(content):
+        yield from karpathy_rows(content, path, split)
+    else:
+        if isinstance(content, dict) and content and all(isinstance(row, dict) for row in content.values()):
+            content = list(content.values())  # number -> row
+        if not isinstance(content, list):
+            raise ValueError(
+                f"{path} holds a {type(content).__name__} where a list of texts or of objects was expected, or COCO's images and annotations"
+            )
+        for number, row in enumerate(content, 1):
+            yield f"row {number}", _json_row(row, f"{path}, row {number}")
+
+
+def _json_row(row: Any, where: str) -> Row:
+    if isinstance(row, str):
+        return {"text": row}
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected an object or a text, found {type(row).__name__} {row!r:.80}")
+    return row
+
+
+def _text_rows(path: str) -> Iterator[Placed]:
+    for number, line in enumerate(read_lines(path), 1):
+        if line.strip():
+            yield f"line {number}", {"text": line.rstrip("\r\n")}
+
+
+def _parquet_file(path: str) -> pyarrow.parquet.ParquetFile:
+    try:
+        return pyarrow.parquet.ParquetFile(path)
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{path} is no Parquet file, or was cut short: {error}") from error
+
+
+def _arrow_file(path: str) -> tuple[pyarrow.Schema, Iterator[pyarrow.RecordBatch]]:
+    """The types and batches of an Arrow file, as a stream, which `datasets` writes, or with a footer."""
+    try:
+        file = pyarrow.memory_map(path)
+        if file.read(6) == b"ARROW1":
+            indexed = pyarrow.ipc.open_file(file)
+            return indexed.schema, (indexed.get_batch(number) for number in range(indexed.num_record_batches))
+        check_arrow_end(path)
+        file.seek(0)
+        stream = pyarrow.ipc.open_stream(file)
+        return stream.schema, iter(stream)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is no Arrow file, or was cut short: {error}") from error
+
+
+def check_arrow_end(path: str | Path) -> None:
+    """ValueError if the stream of an Arrow file does not end with its mark: readers would take what is there for the whole."""
+    with open(path, "rb") as file:
+        file.seek(-min(len(_ARROW_END), Path(path).stat().st_size), 2)
+        if file.read() != _ARROW_END:
+            raise ValueError(f"{path} has no end: it was cut short. Fetch or make it again")
+
+
+def _arrow_schema(path: str, kind: str) -> pyarrow.Schema:
+    """The columns' types, with texts as texts however they are stored."""
+    schema = _parquet_file(path).schema_arrow if kind == "parquet" else _arrow_file(path)[0]
+    for number, field in enumerate(schema):
+        if pyarrow.types.is_dictionary(field.type):
+            schema = schema.set(number, field.with_type(field.type.value_type))
+    return schema
+
+
+def _arrow_rows(path: str, kind: str, columns: list[str] | None) -> Iterator[Placed]:
+    if kind == "parquet":
+        file = _parquet_file(path)
+        types = [field.type for field in file.schema_arrow if columns is None or field.name in columns]
+        # Texts are many to a batch; with photographs, a batch has some megabytes.
+        batch_size = 4096 if all(map(pyarrow.types.is_string, types)) else 64
+        batches = file.iter_batches(batch_size=batch_size, columns=columns)
+    else:
+        batches = (batch if columns is None else batch.select(columns) for batch in _arrow_file(path)[1])
+    number = 0
+    while True:
+        try:
+            batch = next(batches, None)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise ValueError(f"{path} is damaged behind row {number}: {error}") from error
+        if batch is None:
+            return
+        for row in batch.to_pylist():
+            number += 1
+            yield f"row {number}", row
+
+
+# The kinds of tables, by the ending of the file.
+KINDS: dict[str, tuple[str, ...]] = {
+    "token": TOKEN_ENDINGS,
+    "csv": (".csv", ".tsv", ".tab"),
+    "json lines": (".jsonl", ".jsonlines", ".ndjson"),
+    "json": (".json",),
+    "parquet": (".parquet",),
+    "arrow": (".arrow",),
+    "text": (".txt",),
+}

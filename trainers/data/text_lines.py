@@ -1,0 +1,80 @@
+"""Reads texts as UTF-8, with or without a byte-order mark, and JSON; what is encoded or written otherwise is refused with its place."""
+
+import codecs
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+_MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+
+
+def read_lines(path: str | Path) -> Iterator[str]:
+    r"""
+    The lines of a file, each with its "\n", "\r\n" or "\r".
+
+    Raises:
+        FileNotFoundError: If there is no such file, or it is a pipe or a device, which could be waited for without an end.
+        ValueError: If it is not encoded as UTF-8; names the line and byte, and how to convert it.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as lines:
+            for number, line in enumerate(lines, 1):
+                if "\0" in line:
+                    raise _other_encoding(path, f"line {number} holds a zero byte", "UTF-16LE")
+                yield line
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path) from error
+
+
+def parse_json(text: str, where: str) -> Any:
+    """The value of a JSON text. ValueError that begins with `where` if it is none, an object has a key twice, or it is nested too deep."""
+    try:
+        value = json.loads(text, object_pairs_hook=_unique)
+        if "\\ud" in text or "\\uD" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where} holds half of a surrogate pair, which is no character") from error
+    except RecursionError as error:
+        raise ValueError(f"{where} is nested too deep") from error
+    except ValueError as error:
+        raise ValueError(f"{where} is no JSON: {error}") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return values
+
+
+def _not_utf8(path: str | Path) -> ValueError:
+    """Says where `path` stops to be UTF-8."""
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if number == 1:
+                for mark, encoding in _MARKS.items():
+                    if line.startswith(mark):
+                        return _other_encoding(path, f"line 1 begins with the mark of {encoding}", encoding)
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                place = f"line {number}, byte {error.start + 1} is 0x{line[error.start]:02X}"
+                return _other_encoding(path, place, "WINDOWS-1252")
+    return ValueError(f"{path} changed while it was read")
+
+
+def _other_encoding(path: str | Path, place: str, encoding: str) -> ValueError:
+    return ValueError(
+        f"{path} is not encoded as UTF-8: {place}. Convert it: iconv -f {encoding} -t UTF-8 {path} > NEW"
+    )
