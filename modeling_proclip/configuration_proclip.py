@@ -1,5 +1,6 @@
 """ProCLIP model configuration."""
 
+import copy
 import difflib
 import math
 from dataclasses import fields
@@ -8,13 +9,16 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
+from transformers.utils import logging
 
 from .configuration_eva_clip import EvaCLIPVisionConfig  # noqa: F401  it registers itself as a tower's type
 
 
+logger = logging.get_logger(__name__)
+
 TOWERS = ("vision_config", "text_config")
 
-# Keys that the library itself passes beside the fields of a configuration (from config.json or from its own loading code).
+# Keys that the library itself passes beside the fields of a configuration, from config.json or from its own loading code.
 _LIBRARY_KEYS = {
     "model_type",
     "auto_map",
@@ -80,7 +84,8 @@ class ProCLIPConfig(PreTrainedConfig):
         lean (`bool`, defaults to `False`):
             Whether the checkpoint leaves the LLM's weights out, as `save_pretrained(..., lean=True)` does.
 
-    Unknown keys and impossible combinations raise an error that names the key and the remedy.
+    Unknown keys that are passed and impossible combinations raise an error that names the key and the remedy. Unknown keys of a saved file
+    are kept, with a warning.
 
     Example:
 
@@ -117,6 +122,25 @@ class ProCLIPConfig(PreTrainedConfig):
     training: list[dict[str, Any]] | None = None
     lean: bool = False
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """
+        As [`~transformers.PreTrainedConfig.from_dict`], for a saved configuration. Keys that are unknown here, which a later release or
+        other code has added, are kept with a warning.
+        """
+        known = {field.name for field in fields(cls)}
+        unknown = {key: value for key, value in config_dict.items() if key not in known | _LIBRARY_KEYS}
+        if unknown:
+            logger.warning(
+                f"The saved ProCLIPConfig has keys that this release does not know and keeps unused: {', '.join(sorted(unknown))}. If a later "
+                "release wrote them, the model may be meant to work differently."
+            )
+        made = super().from_dict({key: value for key, value in config_dict.items() if key not in unknown}, **kwargs)
+        config = made[0] if isinstance(made, tuple) else made  # a tuple with unused keywords
+        for key, value in unknown.items():
+            setattr(config, key, value)
+        return made
+
     def __post_init__(self, **kwargs):
         known = {field.name for field in fields(self)}
         for key in kwargs:
@@ -130,7 +154,9 @@ class ProCLIPConfig(PreTrainedConfig):
             kwargs[key] = {} if kwargs.get(key) is None else kwargs[key]
             check_tower_keys(kwargs[key])
         super().__post_init__(**kwargs)
-        self.text_config.is_causal = False
+        if getattr(self.text_config, "is_causal", True):
+            self.text_config = copy.deepcopy(self.text_config)  # the caller's stays as it is
+            self.text_config.is_causal = False
 
     def validate_architecture(self):
         """Part of the `@strict` validation: refuses combinations that no model can be built from."""

@@ -19,7 +19,7 @@ from .identity import (
     state_sha256,
     weights_sha256,
 )
-from .pretrained_towers import absolute, load_text
+from .pretrained_towers import bidirectional, lasting_name, load_text_tower
 
 
 logger = logging.get_logger(__name__)
@@ -140,7 +140,7 @@ def recorded_text_model(
             _check_hash(config, source, weights_sha256(source, revision, **download_kwargs))
     except OSError as error:
         raise OSError(f"The LLM {source!r} of this lean checkpoint cannot be read: {error}\n{remedy}") from error
-    config.text_model_name_or_path, config.text_model_revision = absolute(source), revision
+    config.text_model_name_or_path, config.text_model_revision = lasting_name(source), revision
     device_map = kwargs.get("device_map")
     if isinstance(device_map, dict):  # what it says of text_model, seen from the LLM
         device_map = {
@@ -148,7 +148,7 @@ def recorded_text_model(
             for module, device in device_map.items()
             if module in ("", "text_model") or module.startswith("text_model.")
         }
-    loaded = load_text(
+    loaded = load_text_tower(
         source, revision, dtype, config.text_config._attn_implementation, device_map=device_map, **download_kwargs
     )
     if verify:
@@ -178,8 +178,7 @@ def _given_text_model(config: ProCLIPConfig, text_model: PreTrainedModel, verify
                 "The LLM given has other weights than the one that the checkpoint was made with, or the same in another dtype than its files "
                 "have. Name its folder in place of the model, or pass verify_text_model=False if you know that it is the right one."
             )
-    text_model.config.is_causal = False
-    return text_model
+    return bidirectional(text_model)
 
 
 def _check_hash(config: ProCLIPConfig, source: str, found: str) -> None:

@@ -18,7 +18,13 @@ from .configuration_proclip import TOWERS, ProCLIPConfig, check_tower_keys
 from .modeling_eva_clip import EvaCLIPVisionModel
 from .pooling import pool_tokens
 from .pretrained_proclip import ProCLIPPreTrainedModel
-from .pretrained_towers import absolute, of_tower, take_text, take_vision
+from .pretrained_towers import (
+    bidirectional,
+    lasting_name,
+    pretrained_text_tower,
+    pretrained_vision_tower,
+    tower_argument,
+)
 from .text_adapter import TextAdapter
 
 
@@ -89,6 +95,9 @@ class ProCLIPModel(ProCLIPPreTrainedModel):
     ):
         super().__init__(config)
         config.validate()  # once more: `from_pretrained` sets what it is asked to override after the config's own validation
+        if text_model is not None:
+            text_model = bidirectional(text_model)
+            config.text_config = text_model.config
         config.text_config.is_causal = False
         dtypes = dtypes or {tower: getattr(config, tower).dtype for tower in TOWERS}
         for tower in (vision_model, text_model):
@@ -158,19 +167,39 @@ class ProCLIPModel(ProCLIPPreTrainedModel):
         (self.vision_model if self.text_model is None else self.text_model).set_input_embeddings(value)
 
     @can_return_tuple
-    def get_image_features(self, pixel_values: torch.FloatTensor, **kwargs: Any) -> tuple | BaseModelOutputWithPooling:
+    def get_image_features(
+        self,
+        pixel_values: torch.FloatTensor,
+        pixel_attention_mask: torch.Tensor | None = None,
+        spatial_shapes: torch.LongTensor | None = None,
+        **kwargs: Any,
+    ) -> tuple | BaseModelOutputWithPooling:
         r"""
         Args:
             pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`): From [`ProCLIPProcessor`].
+            pixel_attention_mask (`torch.Tensor` of shape `(batch_size, max_num_patches)`, *optional*):
+                For towers that keep an image's aspect ratio (SigLIP2 NaFlex), whose `pixel_values` are
+                `(batch_size, max_num_patches, num_channels * patch_size ** 2)`: 1 on patches, 0 on padding.
+            spatial_shapes (`torch.LongTensor` of shape `(batch_size, 2)`, *optional*): For the same towers, rows and columns of patches.
             kwargs: Of the image encoder, such as `interpolate_pos_encoding` or `output_hidden_states`.
 
         Returns:
             `BaseModelOutputWithPooling`; `pooler_output` `(batch_size, projection_dim)` is the embedding, not normalised.
+
+        Raises:
+            ValueError: If the image encoder does not pool.
         """
+        shapes = {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
+        kwargs.update({name: value for name, value in shapes.items() if value is not None})
         outputs = self.vision_model(pixel_values=pixel_values, return_dict=True, **kwargs)
+        pooled = getattr(outputs, "pooler_output", None)
+        if pooled is None or pooled.ndim != 2:
+            raise ValueError(
+                f"The image encoder {type(self.vision_model).__name__} gives no pooled image of shape (batch_size, hidden_size): take one that "
+                "pools, such as CLIP, SigLIP, DINOv2 or a ViT with its pooling layer."
+            )
         if self.config.vision_projection:
-            pooled = outputs.pooler_output.to(self.visual_projection.weight.dtype)
-            outputs.pooler_output = self.visual_projection(pooled)
+            outputs.pooler_output = self.visual_projection(pooled.to(self.visual_projection.weight.dtype))
         return outputs
 
     def get_llm_embeds(
@@ -192,7 +221,7 @@ class ProCLIPModel(ProCLIPPreTrainedModel):
             `torch.FloatTensor` of shape `(batch_size, text_config.hidden_size)`.
 
         Raises:
-            ValueError: If the model was loaded without its LLM.
+            ValueError: If the model was loaded without its LLM, or `input_ids` are floats.
         """
         return self._run_text_model(input_ids, attention_mask, token_type_ids, **kwargs).pooler_output
 
@@ -200,6 +229,11 @@ class ProCLIPModel(ProCLIPPreTrainedModel):
         if self.text_model is None:
             raise ValueError(
                 "This model was loaded without its LLM (load_text_model=False): pass llm_embeds in place of input_ids, or load the whole model."
+            )
+        if input_ids.is_floating_point():
+            raise ValueError(
+                f"input_ids must be whole numbers, got {input_ids.dtype}. Embeddings of the LLM are passed as llm_embeds=..., here and in "
+                "get_text_features; get_llm_embeds makes them of tokens."
             )
         outputs = self.text_model(
             input_ids=input_ids, attention_mask=attention_mask, use_cache=False, return_dict=True, **kwargs
@@ -234,11 +268,17 @@ class ProCLIPModel(ProCLIPPreTrainedModel):
             it is all there is.
 
         Raises:
-            ValueError: Unless exactly one of `input_ids` and `llm_embeds` is given.
+            ValueError: Unless exactly one of `input_ids` and `llm_embeds` is given, or if it is of another dtype or shape.
         """
         if (input_ids is None) == (llm_embeds is None):
             raise ValueError("Give either input_ids or llm_embeds.")
         if llm_embeds is not None:
+            hidden_size = self.config.text_config.hidden_size
+            if llm_embeds.ndim != 2 or llm_embeds.shape[1] != hidden_size:
+                raise ValueError(
+                    f"llm_embeds must be of shape (batch_size, {hidden_size}), got {tuple(llm_embeds.shape)}: they are made with this model's own "
+                    "LLM, by get_llm_embeds or `proclip embed`."
+                )
             return BaseModelOutputWithPooling(pooler_output=self.text_adapter(llm_embeds))
         outputs = self._run_text_model(input_ids, attention_mask, token_type_ids, **kwargs)
         outputs.pooler_output = self.text_adapter(outputs.pooler_output)
@@ -330,7 +370,9 @@ class ProCLIPModel(ProCLIPPreTrainedModel):
             vision (`str`, `os.PathLike` or `PreTrainedModel`):
                 Name, path or loaded model of a CLIP or SigLIP, whose image encoder, projection and logit scale are taken, or of an image
                 encoder alone. Of a loaded model the parts themselves are taken, not copies.
-            text (`str`, `os.PathLike` or `PreTrainedModel`): Name, path or loaded model of a decoder LLM; a language-modelling head is dropped.
+            text (`str`, `os.PathLike` or `PreTrainedModel`):
+                Name, path or loaded model of a decoder LLM; a language-modelling head is dropped. A loaded model stays causal: what reads in
+                both directions is a copy that shares its weights.
             vision_revision, text_revision (`str`, defaults to `"main"`): Revisions on the Hub. The LLM's commit is kept in the config.
             dtype, attn_implementation (*optional*): For both towers, or a dict with the keys `vision_config` and `text_config`.
             config_kwargs: Fields of [`ProCLIPConfig`].
@@ -341,11 +383,17 @@ class ProCLIPModel(ProCLIPPreTrainedModel):
         for argument in (dtype, attn_implementation):
             check_tower_keys(argument)
         vision_name = vision.name_or_path if isinstance(vision, PreTrainedModel) else vision
-        vision_model, projection, logit_scale = take_vision(
-            vision, vision_revision, of_tower(dtype, "vision_config"), of_tower(attn_implementation, "vision_config")
+        vision_model, projection, logit_scale = pretrained_vision_tower(
+            vision,
+            vision_revision,
+            tower_argument(dtype, "vision_config"),
+            tower_argument(attn_implementation, "vision_config"),
         )
-        text_model, name_or_path, commit = take_text(
-            text, text_revision, of_tower(dtype, "text_config"), of_tower(attn_implementation, "text_config")
+        text_model, name_or_path, commit = pretrained_text_tower(
+            text,
+            text_revision,
+            tower_argument(dtype, "text_config"),
+            tower_argument(attn_implementation, "text_config"),
         )
         defaults = {
             "projection_dim": vision_model.config.hidden_size if projection is None else projection.out_features,
@@ -353,7 +401,7 @@ class ProCLIPModel(ProCLIPPreTrainedModel):
             "vision_projection_bias": projection is not None and projection.bias is not None,
             "text_model_name_or_path": name_or_path,
             "text_model_revision": commit,
-            "vision_model_name_or_path": absolute(vision_name) or None,
+            "vision_model_name_or_path": lasting_name(vision_name) or None,
         }
         if logit_scale is not None:
             defaults["logit_scale_init_value"] = logit_scale

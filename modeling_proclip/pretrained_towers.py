@@ -1,5 +1,6 @@
 """Loading of pretrained image encoders and LLMs, and arguments that differ between the two."""
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from .configuration_proclip import TOWERS
 from .identity import load_llm_config
 
 
-def of_tower(value: Any, tower: str, default: Any = None) -> Any:
-    """What an argument says of one tower: of itself, or under the tower's key of a dict, or under `""`."""
+def tower_argument(value: Any, tower: str, default: Any = None) -> Any:
+    """One tower's part of an argument: the argument itself, or what a dict has under the tower's key or under `""`."""
     return value.get(tower, value.get("", default)) if isinstance(value, dict) else value
 
 
@@ -25,10 +26,10 @@ def tower_dtypes(dtype: str | torch.dtype | dict | None, config: PreTrainedConfi
     saved = {tower: getattr(config, tower).dtype for tower in TOWERS}
     # AutoModel writes the whole argument over what the configuration says.
     saved[""] = saved["vision_config"] if isinstance(config.dtype, dict) else config.dtype
-    return {part: of_tower(dtype, part, default) for part, default in saved.items()}
+    return {part: tower_argument(dtype, part, default) for part, default in saved.items()}
 
 
-def take_vision(
+def pretrained_vision_tower(
     vision: str | os.PathLike | PreTrainedModel, revision: str, dtype: Any, attn_implementation: str | None
 ) -> tuple[PreTrainedModel, nn.Linear | None, float | None]:
     """The image encoder, and its projection and logit scale (as a logarithm) where the checkpoint has them."""
@@ -44,6 +45,11 @@ def take_vision(
     # CLIP, SigLIP and their kin all name their parts so; an image encoder alone has none of them.
     parts = dict(vision.named_children())
     if "vision_model" not in parts:
+        if not isinstance(getattr(vision.config, "hidden_size", None), int):
+            raise ValueError(
+                f"{type(vision).__name__} has no hidden_size, so it is no image encoder that ProCLIP takes: it needs one pooled vector of that size "
+                "for an image, as CLIP, SigLIP, DINOv2 and a ViT with its pooling layer give."
+            )
         return vision, None, None
     projection = parts.get("visual_projection")
     logit_scale = dict(vision.named_parameters()).get("logit_scale")
@@ -54,26 +60,38 @@ def take_vision(
     )
 
 
-def take_text(
+def pretrained_text_tower(
     text: str | os.PathLike | PreTrainedModel, revision: str, dtype: Any, attn_implementation: str | None
 ) -> tuple[PreTrainedModel, str | None, str | None]:
-    """The base model of a decoder LLM, and its name (a folder's absolute path) and commit where it has them."""
+    """The base model of a decoder LLM, bidirectional, and its name (a folder's absolute path) and commit where it has them."""
     if isinstance(text, PreTrainedModel):
-        text.config.is_causal = False
-        return text.base_model, absolute(text.name_or_path) or None, None
+        return bidirectional(text.base_model), lasting_name(text.name_or_path) or None, None
     _refuse_other_modules(text)
     commit = None
     if not os.path.isdir(text):
         commit = Path(cached_file(text, "config.json", revision=revision)).parent.name
-    return load_text(text, commit, dtype, attn_implementation), absolute(text), commit
+    return load_text_tower(text, commit, dtype, attn_implementation), lasting_name(text), commit
 
 
-def absolute(name_or_path: str | os.PathLike) -> str:
-    """A folder's absolute path, which a checkpoint can be loaded by from anywhere; a name on the Hub as it is."""
+def bidirectional(text_model: PreTrainedModel) -> PreTrainedModel:
+    """
+    An LLM whose attention looks both ways: itself if it does, or else a copy that shares all weights, so that whoever made the LLM can go on
+    generating with it.
+    """
+    if not getattr(text_model.config, "is_causal", True):
+        return text_model
+    weights = {id(tensor): tensor for tensor in (*text_model.parameters(), *text_model.buffers())}
+    text_model = copy.deepcopy(text_model, memo=weights)
+    text_model.config.is_causal = False
+    return text_model
+
+
+def lasting_name(name_or_path: str | os.PathLike) -> str:
+    """A folder's absolute path, by which it can be loaded from anywhere; a name on the Hub as it is."""
     return str(Path(name_or_path).resolve()) if os.path.isdir(name_or_path) else os.fspath(name_or_path)
 
 
-def load_text(
+def load_text_tower(
     name_or_path: str | os.PathLike,
     revision: str | None,
     dtype: Any,

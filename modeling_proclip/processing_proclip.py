@@ -21,6 +21,8 @@ from .sentence_transformers_files import write_sentence_transformers_files
 
 logger = logging.get_logger(__name__)
 
+_OWN_KEYS = ("prompt_template", "instruction", "max_length")  # of processor_config.json
+
 
 class ProCLIPProcessor(ProcessorMixin):
     r"""
@@ -50,14 +52,73 @@ class ProCLIPProcessor(ProcessorMixin):
         max_length: int = 512,
         **kwargs: Any,
     ):
-        self.prompt_template = choose_template(tokenizer) if prompt_template is None else prompt_template
-        self.instruction = instruction
-        self.max_length = max_length
-        tokenizer = templated_tokenizer(tokenizer, self.prompt_template, instruction, max_length)
+        self._prompt_template = choose_template(tokenizer) if prompt_template is None else prompt_template
+        self._instruction = instruction
+        tokenizer = templated_tokenizer(tokenizer, self._prompt_template, instruction, max_length)
         super().__init__(image_processor, tokenizer, **kwargs)
-        self._template_length = len(tokenizer("")["input_ids"])
         self._check_length(max_length)
         self._said_truncated = False
+
+    # Template and instruction are part of the tokenizer and the length is the tokenizer's own, so that whoever sets or reads them anywhere,
+    # such as `SentenceTransformer.max_seq_length`, means the same.
+
+    @property
+    def prompt_template(self) -> str:
+        """The prompt template, with `{text}` in it. Setting it takes effect at once."""
+        return self._prompt_template
+
+    @prompt_template.setter
+    def prompt_template(self, value: str) -> None:
+        self._set_template(value, self.instruction)
+
+    @property
+    def instruction(self) -> str | None:
+        """What stands before every text. Setting it takes effect at once."""
+        return self._instruction
+
+    @instruction.setter
+    def instruction(self, value: str | None) -> None:
+        self._set_template(self.prompt_template, value)
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens of a text, template included. Setting it takes effect at once."""
+        return self.tokenizer.model_max_length
+
+    @max_length.setter
+    def max_length(self, value: int) -> None:
+        self._check_length(value)
+        self.tokenizer.model_max_length = value
+
+    def _set_template(self, prompt_template: str, instruction: str | None) -> None:
+        before = self.tokenizer
+        self.tokenizer = templated_tokenizer(before, prompt_template, instruction, self.max_length)
+        try:
+            self._check_length(self.max_length)
+        except ValueError:
+            self.tokenizer = before
+            raise
+        self._prompt_template, self._instruction = prompt_template, instruction
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `processor_config.json` keeps."""
+        return super().to_dict() | {key: getattr(self, key) for key in _OWN_KEYS}
+
+    @classmethod
+    def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> "ProCLIPProcessor":
+        """As the library, which passes over unknown keys: a misspelt one of the caller is refused, one of the file is warned of."""
+        if "model_max_length" in kwargs:  # the tokenizer's name for it, and that of sentence-transformers
+            kwargs.setdefault("max_length", kwargs["model_max_length"])
+        for key in kwargs:
+            close = difflib.get_close_matches(key, _OWN_KEYS, n=1, cutoff=0.8)
+            if close and key not in _OWN_KEYS:
+                raise TypeError(f"{cls.__name__} has no argument {key!r}; did you mean {close[0]!r}?")
+        unknown = set(processor_dict) - {*_OWN_KEYS, *cls.get_attributes(), "processor_class", "auto_map"}
+        if unknown:
+            logger.warning(
+                f"The saved processor has keys that this release does not know: {', '.join(sorted(unknown))}."
+            )
+        return super().from_args_and_dict(args, processor_dict, **kwargs)
 
     @property
     def text_kwargs(self) -> dict[str, Any]:
@@ -145,10 +206,13 @@ class ProCLIPProcessor(ProcessorMixin):
                 raise TypeError(f"{type(self).__name__} has no argument {name!r}{hint}")
 
     def _check_length(self, max_length: int) -> None:
-        if max_length <= self._template_length:
+        if not isinstance(max_length, int):
+            raise ValueError(f"max_length must be a whole number of tokens, got {max_length!r}.")
+        template_length = len(self.tokenizer("")["input_ids"])
+        if max_length <= template_length:
             raise ValueError(
-                f"max_length={max_length} leaves no room for text: prompt template, instruction and special tokens take "
-                f"{self._template_length} tokens."
+                f"max_length={max_length} leaves no room for text: prompt template, instruction and special tokens take {template_length} "
+                "tokens."
             )
 
     def _warn_if_truncated(self, features: BatchFeature, max_length: int, text: str | list[str]) -> None:

@@ -84,6 +84,33 @@ def test_settings_are_saved_with_the_processor(checkpoint):
     np.testing.assert_allclose(similarity, embed(checkpoint, images=PICTURES) @ embed(checkpoint, TEXTS).T, atol=1e-5)
 
 
+def test_the_length_is_followed_and_saved(checkpoint, tmp_path):
+    def tokens_read(model: SentenceTransformer) -> int:
+        return len(model.encode(["word " * 100], output_value=None)[0]["input_ids"])
+
+    model = SentenceTransformer(str(checkpoint))
+    assert tokens_read(model) == 40
+    model.max_seq_length = 16
+    assert tokens_read(model) == 16
+    model.save_pretrained(str(tmp_path))
+    again = SentenceTransformer(str(tmp_path))
+    assert again.max_seq_length == 16 == tokens_read(again)
+    given = SentenceTransformer(str(checkpoint), processor_kwargs={"model_max_length": 20})
+    assert given.max_seq_length == 20 == tokens_read(given)
+    model.max_seq_length = 9
+    with pytest.raises(ValueError, match="max_length=9 leaves no room for text"):
+        model.encode(["a red fox"])
+
+
+def test_images_of_their_own_aspect_ratio(tmp_path):
+    torch.manual_seed(0)
+    ProCLIPModel.from_vision_text_pretrained(tiny.naflex(), tiny.LLAMA_DIR).save_pretrained(tmp_path)
+    tiny.processor(tiny.naflex_image_processor()).save_pretrained(tmp_path)
+    np.testing.assert_allclose(
+        SentenceTransformer(str(tmp_path)).encode(PICTURES, batch_size=3), embed(tmp_path, images=PICTURES), atol=1e-5
+    )
+
+
 def test_a_prompt_is_read_as_the_beginning_of_the_text(checkpoint):
     """It is pooled, unlike the processor's `instruction`, which stands in the template."""
     model = SentenceTransformer(str(checkpoint))

@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, SiglipVisionConfig
+from transformers import AutoConfig, AutoModel, CLIPVisionConfig, LlamaConfig, SiglipVisionConfig
 
 from modeling_proclip import ProCLIPConfig
 from tests.modeling_proclip import tiny
@@ -107,10 +107,46 @@ def test_the_library_s_own_keys_are_no_unknown_ones(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(recorded))
     config = ProCLIPConfig.from_pretrained(tmp_path)
     assert str(config.dtype) == "torch.float16" and config.auto_map == recorded["auto_map"]
-    recorded["adapter_layers"] = 4
-    (tmp_path / "config.json").write_text(json.dumps(recorded))
-    with pytest.raises(ValueError, match="adapter_layers"):
-        AutoConfig.from_pretrained(tmp_path)
+
+
+def test_keys_of_a_later_release_are_kept_with_a_warning(tmp_path, caplog):
+    """At the top and in the towers; the model loads and saves them again."""
+    model = tiny.model()
+    model.save_pretrained(tmp_path / "later")
+    recorded = json.loads((tmp_path / "later/config.json").read_text())
+    recorded |= {"adapter_layers": 4, "new_setting": {"a": [1, None]}}
+    recorded["text_config"]["new_attention"] = "ring"
+    recorded["vision_config"]["new_patches"] = 3
+    (tmp_path / "later/config.json").write_text(json.dumps(recorded))
+    for loader in (AutoConfig, ProCLIPConfig):
+        caplog.clear()
+        config = loader.from_pretrained(tmp_path / "later")
+        assert "does not know and keeps unused: adapter_layers, new_setting." in caplog.text
+        assert config.adapter_layers == 4 and config.new_setting == {"a": [1, None]}
+    loaded = AutoModel.from_pretrained(tmp_path / "later")
+    loaded.save_pretrained(tmp_path / "again")
+    again = json.loads((tmp_path / "again/config.json").read_text())
+    assert again == {**recorded, "architectures": ["ProCLIPModel"]}
+    with pytest.raises(ValueError, match="ProCLIPConfig has no key 'new_setting'"):
+        ProCLIPConfig(new_setting=1)
+
+
+@pytest.mark.parametrize("key, value", [("pad_token_id", 3), ("tokenizer_class", "LlamaTokenizer"), ("my_note", "x")])
+def test_what_other_code_sets_is_saved_and_loaded(key, value, tmp_path):
+    config = tiny.config()
+    setattr(config, key, value)
+    config.save_pretrained(tmp_path)
+    again = AutoConfig.from_pretrained(tmp_path, text_pooling="bos_token")
+    assert getattr(again, key) == value and again.text_pooling == "bos_token"
+    again.save_pretrained(tmp_path / "again")
+    assert getattr(ProCLIPConfig.from_pretrained(tmp_path / "again"), key) == value
+
+
+def test_the_caller_s_configuration_stays_causal():
+    text_config = LlamaConfig(**tiny.TEXT)
+    before = text_config.to_dict()
+    assert tiny.config(text_config=text_config).text_config.is_causal is False
+    assert text_config.to_dict() == before
 
 
 def test_text_config_is_bidirectional_however_it_comes(tmp_path):

@@ -177,12 +177,12 @@ def test_refuses_what_was_loaded_if_it_is_not_what_was_hashed(lean, monkeypatch)
     """Whatever way Transformers finds to load other weights than the files that have the hash."""
 
     def load_another(*args, **kwargs):
-        model = load_text(*args, **kwargs)
+        model = load_text_tower(*args, **kwargs)
         model.norm.weight.data[3] += 1e-3
         return model
 
-    load_text = lean_checkpoint.load_text
-    monkeypatch.setattr(lean_checkpoint, "load_text", load_another)
+    load_text_tower = lean_checkpoint.load_text_tower
+    monkeypatch.setattr(lean_checkpoint, "load_text_tower", load_another)
     with pytest.raises(
         ValueError, match="loads something else from .*llm' than its safetensors: text_model.norm.weight"
     ):
@@ -279,7 +279,8 @@ def test_another_llm_is_taken_only_if_that_is_said(lean, llm, tmp_path):
     for model in (other, in_half):
         with pytest.raises(ValueError, match="other weights.*or the same in another dtype.*verify_text_model=False"):
             ProCLIPModel.from_pretrained(lean, text_model=model)
-        assert ProCLIPModel.from_pretrained(lean, text_model=model, verify_text_model=False).text_model is model
+        taken = ProCLIPModel.from_pretrained(lean, text_model=model, verify_text_model=False).text_model
+        assert taken.norm.weight is model.norm.weight
     change_one_weight(llm)
     with pytest.raises(ValueError, match="SHA-256.*verify_text_model=False"):
         AutoModel.from_pretrained(lean)
@@ -374,12 +375,18 @@ def test_pairs_with_shards_and_with_a_causal_lm(llm, pair, tmp_path):
     assert_same_embeddings(pair, AutoModel.from_pretrained(tmp_path / "lean"))
 
 
-def test_gpt2_names_its_parts_otherwise(tmp_path):
+def test_gpt_neox_names_its_parts_otherwise(tmp_path):
     """The prefix and the head of a causal-LM checkpoint are the family's own."""
-    sizes = {"vocab_size": 100, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **sizes))
+    sizes = {
+        "vocab_size": 100,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_neox", **sizes))
     model.save_pretrained(tmp_path / "causal_lm")
-    model.transformer.save_pretrained(tmp_path / "base")
+    model.gpt_neox.save_pretrained(tmp_path / "base")
     assert weights_sha256(tmp_path / "causal_lm") == weights_sha256(tmp_path / "base")
     pair = ProCLIPModel.from_vision_text_pretrained(tiny.clip(), tmp_path / "causal_lm")
     pair.save_pretrained(tmp_path / "lean", lean=True)

@@ -120,6 +120,18 @@ def test_inputs_that_cannot_be(inputs):
         model()
     with pytest.raises(ValueError, match="either input_ids or llm_embeds"):
         model(input_ids=inputs["input_ids"], llm_embeds=torch.randn(3, 32))
+    # What LLM2CLIP's cards write, where embeddings of the LLM come first.
+    for call in (model.get_text_features, model.get_llm_embeds):
+        with pytest.raises(ValueError, match="input_ids must be whole numbers, got torch.float32.*llm_embeds="):
+            call(torch.randn(3, 32))
+    for embeds, shape in (
+        (torch.randn(3, 4096), r"\(3, 4096\)"),
+        (torch.randn(32), r"\(32,\)"),
+        (torch.randn(1, 3, 32), r"\(1, 3, 32\)"),
+    ):
+        for call in (model.get_text_features, model):
+            with pytest.raises(ValueError, match=rf"llm_embeds must be of shape \(batch_size, 32\), got {shape}"):
+                call(llm_embeds=embeds)
     for pair in ({"input_ids": inputs["input_ids"]}, {**inputs, "pixel_values": inputs["pixel_values"][:2]}):
         with pytest.raises(ValueError, match="as many texts as images"):
             model(**pair, return_loss=True)

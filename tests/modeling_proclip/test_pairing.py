@@ -13,10 +13,15 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
+    ResNetConfig,
+    ResNetModel,
     Siglip2VisionConfig,
+    ViTConfig,
+    ViTModel,
 )
 
 from modeling_proclip import ProCLIPModel
+from modeling_proclip.attention_proof import check_bidirectional
 from tests.modeling_proclip import tiny
 
 
@@ -104,6 +109,43 @@ def test_another_llm_for_a_proclip(folders, vision, tmp_path):
     assert_same_weights(old.visual_projection, new.visual_projection)
     assert new.text_adapter.projection.in_features == 16 and new.logit_scale == old.logit_scale
     assert new.config.vision_projection_bias == (vision == "biased")
+
+
+@pytest.mark.parametrize("way", ["pairing", "constructor", "lean"])
+def test_the_caller_s_llm_stays_causal(way, tmp_path):
+    """What reads in both directions shares its weights."""
+    torch.manual_seed(0)
+    llm = LlamaForCausalLM(LlamaConfig(**tiny.TEXT)).eval()
+    ids = torch.arange(5, 12)[None]
+    before = llm(ids).logits
+    if way == "pairing":
+        pair = ProCLIPModel.from_vision_text_pretrained(tiny.clip(), llm)
+    elif way == "constructor":
+        pair = ProCLIPModel(tiny.config(text_config=llm.config), text_model=llm.model)
+    else:
+        llm.save_pretrained(tmp_path / "llm")
+        made = ProCLIPModel.from_vision_text_pretrained(tiny.clip(), tmp_path / "llm")
+        made.save_pretrained(tmp_path / "lean", lean=True)
+        pair = ProCLIPModel.from_pretrained(tmp_path / "lean", text_model=llm)
+    assert torch.equal(llm(ids).logits, before) and getattr(llm.config, "is_causal", True)
+    check_bidirectional(pair.text_model)
+    assert pair.text_model.config is pair.config.text_config
+    for name, parameter in llm.model.named_parameters():
+        assert pair.text_model.get_parameter(name) is parameter
+
+
+def test_image_encoders_that_do_not_pool_are_refused():
+    llm = LlamaModel(LlamaConfig(**tiny.TEXT))
+    resnet = ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1]))
+    with pytest.raises(
+        ValueError, match="ResNetModel has no hidden_size, so it is no image encoder that ProCLIP takes"
+    ):
+        ProCLIPModel.from_vision_text_pretrained(resnet, llm)
+    vit = ViTModel(ViTConfig(**tiny.VISION), add_pooling_layer=False)
+    with pytest.raises(
+        ValueError, match="ViTModel gives no pooled image of shape .batch_size, hidden_size.: take one"
+    ):
+        ProCLIPModel.from_vision_text_pretrained(vit, llm).get_image_features(torch.zeros(1, 3, 16, 16))
 
 
 def test_parts_of_a_loaded_model_are_taken_themselves():

@@ -335,6 +335,50 @@ def test_round_trip(tmp_path, caplog):
     )
 
 
+@pytest.mark.parametrize(
+    "name, value",
+    [("instruction", "Given a sentence"), ("instruction", None), ("prompt_template", "<{text}>"), ("max_length", 16)],
+)
+def test_a_setting_takes_effect_at_once(name, value, tmp_path):
+    settings = {"prompt_template": tiny.LLAMA3, "instruction": "Describe:", "max_length": 40}
+    changed = tiny.processor(**settings)
+    setattr(changed, name, value)
+    expected = tiny.processor(**{**settings, name: value})
+    texts = [*ODD_TEXTS, "word " * 50]
+    changed.save_pretrained(tmp_path)
+    for processor in (changed, ProCLIPProcessor.from_pretrained(tmp_path)):
+        assert getattr(processor, name) == value
+        assert processor(text=texts).data == expected(text=texts).data
+        assert processor.tokenizer("word " * 50, truncation=True) == expected.tokenizer("word " * 50, truncation=True)
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("prompt_template", "no text", "must hold {text} exactly once"),
+        ("instruction", "word " * 50, "max_length=40 leaves no room"),
+        ("max_length", 3, "max_length=3 leaves no room"),
+        ("max_length", None, "must be a whole number of tokens, got None"),
+    ],
+)
+def test_a_setting_that_cannot_be_changes_nothing(name, value, message):
+    processor = tiny.processor(prompt_template=tiny.LLAMA3, instruction="Describe:", max_length=40)
+    before = processor(text=ODD_TEXTS).data, processor.to_dict()
+    with pytest.raises(ValueError, match=message):
+        setattr(processor, name, value)
+    assert (processor(text=ODD_TEXTS).data, processor.to_dict()) == before
+
+
+def test_keys_of_a_later_release(tmp_path, caplog):
+    tiny.processor(max_length=40).save_pretrained(tmp_path)
+    file = tmp_path / "processor_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "new_setting": 1}))
+    assert ProCLIPProcessor.from_pretrained(tmp_path).max_length == 40
+    assert "keys that this release does not know: new_setting" in caplog.text
+    with pytest.raises(TypeError, match="no argument 'instrucion'; did you mean 'instruction'"):
+        ProCLIPProcessor.from_pretrained(tmp_path, instrucion="Describe:")
+
+
 def test_settings_can_be_changed_at_load(tmp_path):
     tiny.processor(prompt_template=tiny.LLAMA3, instruction="Given a sentence").save_pretrained(tmp_path)
     for loader in (AutoProcessor, ProCLIPProcessor):

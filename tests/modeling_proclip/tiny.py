@@ -4,8 +4,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, CLIPConfig, CLIPModel, PreTrainedTokenizerBase, SiglipConfig, SiglipModel
+from transformers import (
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPModel,
+    PreTrainedTokenizerBase,
+    Siglip2Config,
+    Siglip2Model,
+    SiglipConfig,
+    SiglipModel,
+)
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 
 from modeling_proclip import ProCLIPConfig, ProCLIPModel, ProCLIPProcessor
 from tests.golden import GOLDEN_DIR
@@ -70,6 +80,17 @@ def siglip(seed: int = 0) -> SiglipModel:
     return SiglipModel(SiglipConfig(text_config=CLIP_TEXT, vision_config=VISION)).eval()
 
 
+def naflex(seed: int = 0) -> Siglip2Model:
+    """A SigLIP2 that keeps an image's aspect ratio: patches, with a mask and the shape of each image."""
+    torch.manual_seed(seed)
+    vision = {key: value for key, value in VISION.items() if key != "image_size"}
+    return Siglip2Model(Siglip2Config(text_config=CLIP_TEXT, vision_config={**vision, "num_patches": 16})).eval()
+
+
+def naflex_image_processor() -> Siglip2ImageProcessorPil:
+    return Siglip2ImageProcessorPil(patch_size=8, max_num_patches=16)
+
+
 def tokenizer(folder: str | Path = LLAMA_DIR) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(folder)
 
@@ -78,8 +99,8 @@ def image_processor() -> CLIPImageProcessorPil:
     return CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
 
 
-def processor(**kwargs: Any) -> ProCLIPProcessor:
-    return ProCLIPProcessor(image_processor(), tokenizer(), **kwargs)
+def processor(images: Any = None, **kwargs: Any) -> ProCLIPProcessor:
+    return ProCLIPProcessor(images or image_processor(), tokenizer(), **kwargs)
 
 
 def inputs(num_texts: int = 3, num_images: int = 3, length: int = 7) -> dict[str, torch.Tensor]:

@@ -42,10 +42,10 @@ class EMATeacher:
         self.averaged.update_parameters(_image_encoder(model))
 
     @torch.no_grad()
-    def embed(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """v*: `(batch_size, 3, height, width)` to `(batch_size, projection_dim)`, float32, of unit length."""
+    def embed(self, **images: torch.Tensor) -> torch.Tensor:
+        """v* `(batch_size, projection_dim)`, float32, of unit length, of what the image encoder takes, such as `pixel_values`."""
         encoder = self.averaged.module
-        pooled = encoder["vision_model"](pixel_values=pixel_values, return_dict=True).pooler_output
+        pooled = encoder["vision_model"](**images, return_dict=True).pooler_output
         return unit_length(encoder["visual_projection"](pooled))
 
     def save(self, folder: str | Path) -> None:

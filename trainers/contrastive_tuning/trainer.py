@@ -11,7 +11,7 @@ from transformers.trainer_utils import has_length
 
 from modeling_proclip import ProCLIPModel
 from trainers.alignment.checks import trained_with_peft
-from trainers.alignment.collators import ContrastiveTuningCollator
+from trainers.alignment.collators import ContrastiveTuningCollator, image_inputs
 from trainers.alignment.losses import distillation_loss
 from trainers.alignment.trainer import AlignmentTrainer
 from trainers.base.trainer import replaced
@@ -117,10 +117,10 @@ class ContrastiveTuningTrainer(AlignmentTrainer):
         self.text_store, self._held_out = text_store, HeldOutRetrieval()
 
     def embed(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """v of `pixel_values (batch_size, 3, height, width)` and t of `llm_embeds (batch_size, hidden_size)`; t alone if E_I is frozen."""
+        """v of `pixel_values (batch_size, 3, height, width)`, with what else the image encoder takes, and t of `llm_embeds (batch_size, hidden_size)`; t alone if E_I is frozen."""
         if self.args.freeze_vision:
             return (unit_length(model(llm_embeds=batch["llm_embeds"]).text_model_output.pooler_output),)
-        outputs = model(pixel_values=batch["pixel_values"], llm_embeds=batch["llm_embeds"])
+        outputs = model(**image_inputs(batch), llm_embeds=batch["llm_embeds"])
         return unit_length(outputs.vision_model_output.pooler_output), unit_length(
             outputs.text_model_output.pooler_output
         )
@@ -130,11 +130,11 @@ class ContrastiveTuningTrainer(AlignmentTrainer):
         if self.args.freeze_vision:
             self.model.vision_model.eval()  # Trainer puts all in training mode, and batch norms would go on learning
             with torch.no_grad():
-                return (unit_length(model(pixel_values=batch["pixel_values"]).vision_model_output.pooler_output),)
+                return (unit_length(model(**image_inputs(batch)).vision_model_output.pooler_output),)
         if self.ema is None:
             return ()
         with self.accelerator.autocast():
-            return (self.ema.embed(batch["pixel_values"]),)
+            return (self.ema.embed(**image_inputs(batch)),)
 
     def loss_of(self, embeds: tuple[torch.Tensor, ...], frozen: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """L_stage2."""

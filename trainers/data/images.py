@@ -21,7 +21,7 @@ def decode_picture(value: Any, folder: str | None = None) -> Image.Image:
         An image in memory, of mode "RGB".
 
     Raises:
-        BrokenPicture: If there is no image (None, no bytes, no such file), or it cannot be decoded.
+        BrokenPicture: If there is no image (None, no bytes, no such file, an address), or it cannot be decoded.
     """
     if isinstance(value, dict):
         value = value.get("path") if value.get("bytes") is None else value["bytes"]
@@ -31,13 +31,9 @@ def decode_picture(value: Any, folder: str | None = None) -> Image.Image:
         return decode_image(value)
     if not isinstance(value, (str, os.PathLike)):
         raise BrokenPicture(f"expected an image, found {type(value).__name__}")
-    path = os.fspath(value)
-    if "://" in path:
-        import fsspec
-
-        with fsspec.open(path, "rb") as file:
-            return decode_image(file.read())
-    return decode_image(os.path.join(folder or "", path))
+    if "://" in os.fspath(value):  # what is at an address is the business of whoever wrote the row, who might name any
+        raise BrokenPicture(f"{os.fspath(value)!r:.80} is an address, and images are read from files only")
+    return decode_image(os.path.join(folder or "", value))
 
 
 __all__ = ["BrokenPicture", "decode_picture"]

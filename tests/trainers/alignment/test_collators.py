@@ -92,6 +92,18 @@ def test_pixel_values_of_any_kind():
         assert torch.equal(batch["llm_embeds"], TEXT_STORE.lookup([CAPTIONS[0][0], CAPTIONS[1][0]]))
 
 
+def test_images_are_decoded_as_everywhere():
+    """Also where the trainer has a bare image processor, which would read a float image as black and make gigabytes of a strip."""
+    collate = ContrastiveTuningCollator(TEXT_STORE, CLIPImageProcessor(size={"shortest_edge": 8}, crop_size=8))
+    transparent = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    white = [{"image": image, "text": CAPTIONS[0]} for image in (transparent, Image.new("RGB", (8, 8), "white"))]
+    first, second = collate(white)["pixel_values"]
+    assert torch.equal(first, second)
+    for image, reason in ((Image.new("RGB", (30_000, 1)), "a strip of 30000 x 1"), (Image.new("F", (8, 8)), "floats")):
+        with pytest.raises(ValueError, match=f"the image of row 1 of the batch cannot be read: .*{reason}"):
+            collate([white[0], {"image": image, "text": CAPTIONS[0]}])
+
+
 def test_pictures_go_through_the_image_processor():
     processor = CLIPImageProcessor(size={"shortest_edge": 8}, crop_size=8)
     images = [Image.new("RGB", (20, 10), color) for color in ("red", "blue")]

@@ -42,7 +42,7 @@ def test_embeds_as_the_encoder_did_at_the_start():
     model.train()
     teacher = EMATeacher(model, 0.9)
     perturb(model, 0)
-    embeds = teacher.embed(pixels)  # without dropout, and not moved by the student
+    embeds = teacher.embed(pixel_values=pixels)  # without dropout, and not moved by the student
     assert torch.equal(embeds, expected) and not embeds.requires_grad
     assert not any(p.requires_grad for p in teacher.averaged.parameters())
     assert all(p.requires_grad for p in model.vision_model.parameters())

@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy, normalize
 from transformers import AutoModel, AutoProcessor, AutoTokenizer, CLIPImageProcessor
 
-from modeling_proclip import ProCLIPProcessor
+from modeling_proclip import ProCLIPModel, ProCLIPProcessor
 from tests.golden import GOLDEN_DIR
+from tests.modeling_proclip import tiny
 from tests.trainers.tiny_training import (
     CAPTIONS,
     LLM_DIM,
@@ -60,6 +61,31 @@ def test_a_frozen_image_encoder_is_in_eval_mode(tmp_path):
     _, (texts, images) = trainer.compute_loss(model, trainer.data_collator(picture_rows(6)), return_outputs=True)
     assert torch.equal(images, expected)
     assert texts.requires_grad and not images.requires_grad
+
+
+@pytest.mark.parametrize("method", ["proclip", "lit"])
+@pytest.mark.parametrize("processed", [False, True])
+@pytest.mark.parametrize("caching", [None, 2])
+def test_images_of_their_own_aspect_ratio(tmp_path, method, processed, caching):
+    """SigLIP2 NaFlex takes masks and shapes beside the pixels: the first loss is what `model(**inputs)` gives."""
+    torch.manual_seed(0)
+    model = ProCLIPModel.from_vision_text_pretrained(tiny.naflex(), tiny.LLAMA_DIR)
+    processor, store = tiny.processor(tiny.naflex_image_processor()), TinyStore(32, 1)
+    images = [Image.new("RGB", (20 + 9 * i, 30), (40 * i, 5, 5)) for i in range(6)]
+    rows = [{"image": image, "text": captions[0]} for image, captions in zip(images, CAPTIONS, strict=False)]
+    inputs = processor(images=images, return_tensors="pt")
+    with torch.no_grad():
+        expected = model(
+            **inputs, llm_embeds=store.lookup([row["text"] for row in rows]), return_loss=True
+        ).loss.item()
+    if processed:
+        rows = [
+            {"text": row["text"], **{name: side[i] for name, side in inputs.items()}} for i, row in enumerate(rows)
+        ]
+    settings = {"method": method, "max_steps": 1, "gradient_caching_batch_size": caching}
+    trainer = tuning_trainer(tmp_path, model, rows, text_store=store, processing_class=processor, **settings)
+    trainer.train()
+    assert trainer.state.log_history[0]["info_nce_loss"] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

@@ -28,7 +28,6 @@ def test_every_way_to_give_an_image(tmp_path):
         ("a.png", str(tmp_path)),
         ({"bytes": png(), "path": "elsewhere.png"}, None),
         ({"bytes": None, "path": str(tmp_path / "a.png")}, None),
-        ((tmp_path / "a.png").as_uri(), None),
     ):
         assert np.array_equal(np.asarray(decode_picture(value, folder)), NOISE)
 
@@ -42,6 +41,8 @@ def test_every_way_to_give_an_image(tmp_path):
         ({"bytes": None, "path": None}, "there is no image"),
         (7, "expected an image, found int"),
         ("nowhere.png", "there is no file nowhere.png"),
+        ("http://127.0.0.1:9/a.png", "is an address, and images are read from files only"),
+        ("reference://x::file:///a.json", "is an address"),
         (b"<html>not found</html>", "not an image"),
     ],
 )
