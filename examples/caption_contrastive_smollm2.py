@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoTokenizer, TrainerCallback
 
 from trainers import CaptionContrastiveConfig, CaptionContrastiveTrainer
-from trainers.base.checkpoints import last_complete_checkpoint
+from trainers.base.checkpoints import last_complete_checkpoint, list_checkpoints
 from trainers.compute.dtypes import native_dtype
 from trainers.openmoji.images import LANGUAGES, Concept, View, long_caption, random_view
 from trainers.openmoji.task import SIZES, make_task
@@ -158,7 +158,7 @@ def train(output: Path, steps: int, seed: int) -> None:
         plain_text_dataset=plain,
     )
     trainer.add_callback(Clock())
-    trainer.train(resume_from_checkpoint=any((output / "training").glob("checkpoint-*")) or None)
+    trainer.train(resume_from_checkpoint=bool(list_checkpoints(output / "training")))
 
 
 def measure(output: Path, seed: int) -> None:

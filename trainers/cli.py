@@ -7,8 +7,6 @@ error and exit code 1; `--traceback` shows where it came from. Control-C ends in
 """
 
 import os
-import platform
-from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
 
 import typer
@@ -22,12 +20,15 @@ from trainers.commands.publish import publish
 from trainers.commands.quickstart import quickstart
 from trainers.commands.search import search
 from trainers.commands.train import train
+from trainers.storage.versions import installed_versions
 
 
 # Threads that wait for each other sleep instead of spinning, unless told otherwise: with another program on one of two cores, a training
 # step took a quarter to a tenth of the time. OpenMP reads this when torch is imported, which the commands do later.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-os.environ.setdefault("LANCEDB_LOG", "error")  # of the database of `proclip index`, which warns of every table that it makes
+os.environ.setdefault(
+    "LANCEDB_LOG", "error"
+)  # of the database of `proclip index`, which warns of every table that it makes
 
 # What the library raises for input that it refuses: a wrong value, a missing file or model, an extra that is not installed.
 INPUT_ERRORS = (ValueError, OSError, ImportError)
@@ -49,13 +50,10 @@ EXTRA_OF = {
 
 def describe_versions() -> str:
     """The line that `proclip --version` prints: this package and what its results depend on, as a bug report needs them."""
-    parts = []
-    for package in ("proclip-transformers", "torch", "transformers"):
-        try:
-            parts.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            parts.append(f"{package} (not installed)")
-    return ", ".join([*parts, f"Python {platform.python_version()}"])
+    packages = ("proclip-transformers", "torch", "transformers")
+    found = installed_versions(packages)
+    parts = [f"{package} {found.get(package, '(not installed)')}" for package in packages]
+    return ", ".join([*parts, f"Python {found['python']}"])
 
 
 class OneLineErrors(TyperGroup):

@@ -17,6 +17,7 @@ from hub_cards import adapter_card
 from hub_cards.adapter import TRAINING_FILE
 from hub_cards.publish import publish, publish_saved
 from modeling_proclip import ProCLIPModel
+from modeling_proclip.finite_weights import check_finite
 from modeling_proclip.publisher import take_hub_arguments
 from trainers.storage.files import write_file, write_safetensors
 
@@ -69,8 +70,11 @@ class ProCLIPPeftModel(PeftModel):
     ) -> None:
         """
         Saves as [`peft.PeftModel.save_pretrained`] does, with the logit scale, a card, and `training.json` where a trainer recorded its stages.
-        With `push_to_hub` the folder is published too, to `repo_id` (by default its name).
+        With `push_to_hub` the folder is published too, to `repo_id` (by default its name). Raises ValueError if a trained weight is NaN or
+        infinite.
         """
+        trained = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+        check_finite(trained, f"{save_directory} was not written")
         hub_arguments = take_hub_arguments(kwargs, Path(save_directory).name) if push_to_hub else None
         super().save_pretrained(str(save_directory), *args, **kwargs)
         if not kwargs.get("is_main_process", True):

@@ -1,13 +1,13 @@
 """What a checkpoint records of a stage of its training, in its configuration, for the model card."""
 
 import dataclasses
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from transformers import Trainer, TrainingArguments
 
 from trainers.data.captions import DrawnCaptions
 from trainers.data.pairs import PairRows, PairStream
+from trainers.storage.versions import installed_versions
 
 
 # Of the Trainer's own arguments those that decide what is learned; a stage's own settings are recorded all.
@@ -47,6 +47,7 @@ def training_record(trainer: Trainer, stage: str, rows: DrawnCaptions | PairStre
         field.name for field in dataclasses.fields(TrainingArguments)
     }
     settings = {name: getattr(args, name) for name in (*sorted(own), *_SETTINGS)}
+    versions = installed_versions(_PACKAGES)
     logged: dict[str, Any] = {}
     for entry in state.log_history:
         logged.update(entry)
@@ -61,7 +62,7 @@ def training_record(trainer: Trainer, stage: str, rows: DrawnCaptions | PairStre
         "data": _data(rows.rows if isinstance(rows, DrawnCaptions) else rows),
         "settings": {name: _plain(value) for name, value in settings.items() if value is not None},
         "final": {name: logged[name] for name in sorted(logged) if name == "loss" or name.endswith("_loss")},
-        "versions": {package: _version(package) for package in _PACKAGES},
+        "versions": {package: versions.get(package, "not installed") for package in _PACKAGES},
     }
 
 
@@ -74,10 +75,3 @@ def _data(rows: Any) -> dict[str, Any] | None:
 
 def _plain(value: Any) -> Any:
     return value if isinstance(value, (bool, int, float)) else str(value)
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

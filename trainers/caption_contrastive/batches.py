@@ -6,15 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import IterableDataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
 from modeling_proclip.prompt_template import templated_tokenizer
 from trainers.data.epochs import EpochDataset
-
-
-TokenRow = Mapping[str, list[int]]  # a text's "input_ids", "attention_mask" and "token_type_ids", not padded
+from trainers.text_store.token_batches import TokenRow, length_sorted_batches, pad_rows
 
 
 class CaptionPairs(EpochDataset):
@@ -213,27 +210,9 @@ def micro_batches(
     Returns:
         The micro-batches, and `(len(rows),)` int64: the row that each of their rows, joined, is.
     """
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]), reverse=True)
-    padding = {"input_ids": pad_token_id, "attention_mask": 0, "token_type_ids": 0}
-    batches, start = [], 0
-    while start < len(order):
-        size = len(order) - start if max_texts is None else max_texts
-        if token_budget is not None:
-            size = min(size, max(token_budget // len(rows[order[start]]["input_ids"]), 1))
-        chosen = order[start : start + size]
-        batches.append(
-            {
-                name: pad_sequence(
-                    [torch.tensor(rows[i][name]) for i in chosen],
-                    batch_first=True,
-                    padding_value=value,
-                    padding_side="left",
-                )
-                for name, value in padding.items()
-            }
-        )
-        start += size
-    return batches, torch.tensor(order)
+    order = list(length_sorted_batches(rows, token_budget, max_texts))
+    batches = [pad_rows([rows[i] for i in chosen], pad_token_id, "left") for chosen in order]
+    return batches, torch.tensor([i for chosen in order for i in chosen], dtype=torch.int64)
 
 
 def pair_keys(pairs: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:

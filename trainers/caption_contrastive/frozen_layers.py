@@ -7,7 +7,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .batches import TokenRow, micro_batches
+from trainers.text_store.token_batches import TokenRow
+
+from .batches import micro_batches
 
 
 class _PassThrough(nn.Module):

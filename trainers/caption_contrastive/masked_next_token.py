@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_proclip.attention_proof import check_bidirectional
+from modeling_proclip.finite_weights import check_finite
 from modeling_proclip.prompt_template import NO_TEMPLATE, templated_tokenizer
 from trainers.base.trainer import StageTrainer
 from trainers.data.captions import DrawnCaptions
@@ -243,7 +244,9 @@ class MaskedNextTokenTrainer(StageTrainer):
 
     def merge(self) -> PreTrainedModel:
         """The base model with the LoRA merged into its weights: what stage 0 goes on from. Call it last."""
-        return self.adapter.merge_and_unload()
+        merged = self.adapter.merge_and_unload()
+        check_finite(dict(merged.named_parameters()), "the merged LLM")
+        return merged
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self.args.should_save:

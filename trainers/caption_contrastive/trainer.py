@@ -13,6 +13,7 @@ from transformers.trainer_utils import speed_metrics
 
 from modeling_proclip import ProCLIPModel, ProCLIPProcessor
 from modeling_proclip.attention_proof import check_bidirectional
+from modeling_proclip.finite_weights import check_finite
 from modeling_proclip.pooling import pool_tokens
 from modeling_proclip.prompt_template import choose_template
 from trainers.base.gradient_caching import cached_backward
@@ -110,9 +111,12 @@ class CaptionContrastiveTrainer(StageTrainer):
     def merge(self) -> PreTrainedModel:
         """
         The LLM with the LoRA merged into its weights, as a plain model of Transformers; save it by `save_pretrained`. A [`ProCLIPModel`] that
-        was passed in has it as its `text_model`. Call it last: the trainer's model is no longer one of PEFT.
+        was passed in has it as its `text_model`. Call it last: the trainer's model is no longer one of PEFT. Raises ValueError if a merged
+        weight is NaN or infinite, as float16's may be.
         """
-        return self.accelerator.unwrap_model(self.model).merge_and_unload()
+        merged = self.accelerator.unwrap_model(self.model).merge_and_unload()
+        check_finite(dict(merged.named_parameters()), "the merged LLM")
+        return merged
 
     def get_train_dataloader(self) -> DataLoader:
         """As Trainer; with `cache_frozen_layers` all rows are read first."""

@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from modeling_proclip import ProCLIPModel
+from modeling_proclip.finite_weights import check_finite
 from trainers.compute.precision import unit_length
 from trainers.storage.files import write_safetensors
 
@@ -51,6 +52,7 @@ class EMATeacher:
     def save(self, folder: str | Path) -> None:
         """Write `ema_teacher.safetensors` into `folder`, as a whole or not at all."""
         state = {name: tensor.contiguous() for name, tensor in self.averaged.state_dict().items()}
+        check_finite(state, f"{Path(folder) / EMA_FILE} was not written")
         write_safetensors(Path(folder) / EMA_FILE, state, {"format": "pt"})
 
     def load(self, folder: str | Path) -> None:

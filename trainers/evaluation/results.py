@@ -1,15 +1,14 @@
 """What an evaluation writes: `results.json`, and the outcome of every item beside it in `items/`."""
 
 import json
-import platform
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from trainers.storage.files import write_file, write_safetensors
+from trainers.storage.versions import installed_versions
 
 
 FORMAT_VERSION = 1
@@ -70,21 +69,8 @@ class Results:
 
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
-    found = {"python": platform.python_version()}
-    for package in (
-        "proclip-transformers",
-        "torch",
-        "transformers",
-        "tokenizers",
-        "datasets",
-        "pillow",
-        "torchvision",
-    ):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    packages = ("proclip-transformers", "torch", "transformers", "tokenizers", "datasets", "pillow", "torchvision")
+    return installed_versions(packages)
 
 
 def read_results(folder: str | Path) -> dict[str, Any]:

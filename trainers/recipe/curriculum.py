@@ -16,12 +16,10 @@ The output directory of a recipe:
 import json
 import logging
 import os
-import platform
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -38,6 +36,7 @@ from trainers.contrastive_tuning.trainer import ContrastiveTuningTrainer
 from trainers.data.pairs import iter_texts, open_pairs
 from trainers.inheritance.trainer import RepresentationInheritanceTrainer
 from trainers.storage.files import write_file
+from trainers.storage.versions import installed_versions
 from trainers.text_store.store import TextEmbeddingStore
 
 from .files import RecipeError
@@ -401,7 +400,7 @@ class _Captions:
 
 def versions() -> dict[str, str]:
     """What a result depends on, beside the recipe."""
-    return {**{name: version(name) for name in _VERSIONS_OF}, "python": platform.python_version()}
+    return installed_versions(_VERSIONS_OF)
 
 
 def _partial(folder: Path) -> Path:

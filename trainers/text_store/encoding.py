@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase
 
 from modeling_proclip import ProCLIPModel, ProCLIPProcessor
@@ -20,6 +19,8 @@ from modeling_proclip.identity import (
 )
 from modeling_proclip.lean_checkpoint import text_model_sha256
 from trainers.compute.onednn import fastest_linear
+
+from .token_batches import length_sorted_batches, pad_rows
 
 
 # Padded tokens in a batch. On two CPU cores 1,000 encode faster than 8,000, whose activations leave the caches; a GPU wants to be filled.
@@ -84,22 +85,11 @@ def encode_texts(
     if token_budget < 1:
         raise ValueError(f"token_budget must be at least 1, got {token_budget}")
     tokenizer = _tokenizer(processor)
-    padding = {"input_ids": tokenizer.pad_token_id, "attention_mask": 0, "token_type_ids": 0}
     model.eval()
     rows, truncated = _tokenize(texts, model, processor)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]), reverse=True)
-    while order:
-        size = max(token_budget // len(rows[order[0]]["input_ids"]), 1)
-        indices, order = order[:size], order[size:]
-        inputs = {
-            name: pad_sequence(
-                [torch.tensor(rows[i][name]) for i in indices],
-                batch_first=True,
-                padding_value=padding[name],
-                padding_side=tokenizer.padding_side,
-            ).to(device)
-            for name in rows[indices[0]]
-        }
+    for indices in length_sorted_batches(rows, token_budget):
+        batch = pad_rows([rows[i] for i in indices], tokenizer.pad_token_id, tokenizer.padding_side)
+        inputs = {name: values.to(device) for name, values in batch.items()}
         with torch.no_grad(), fastest_linear(device):
             if isinstance(model, ProCLIPModel):
                 embeddings = model.get_llm_embeds(**inputs)

@@ -12,7 +12,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from hub_cards.publish import publish
 from modeling_proclip import ProCLIPModel, ProCLIPProcessor
-from tests.hub_server import HubServer, hub_server
+from tests.hub_server import TOKEN, HubServer, hub_server
 from tests.modeling_proclip import tiny
 from tests.trainers.tiny_training import LLM_DIM, inheritance_trainer, tiny_model, tuning_trainer
 
@@ -93,12 +93,19 @@ def test_the_whole_checkpoint_is_sent_where_it_is_asked_for(hub, tmp_path):
         "max_steps": 1,
         "push_to_hub": True,
         "hub_strategy": "checkpoint",
+        "hub_token": TOKEN,
+        "hub_private_repo": False,
     }
     trainer = inheritance_trainer(tmp_path / "run", named_model(), processing_class=PROCESSOR, **settings)
     trainer.train()
     trainer._finish_current_push()
     assert {"last-checkpoint/optimizer.pt", "last-checkpoint/trainer_state.json"} <= names(hub, "alice/run")
     assert json.loads(hub.read("alice/run", "config.json"))["lean"]
+    trainer.save_model(tmp_path / "saved")
+    for name in names(hub, "alice/run"):
+        assert TOKEN.encode() not in hub.read("alice/run", name), name
+    for file in (file for file in tmp_path.rglob("*") if file.is_file() and "home" not in file.parts):
+        assert TOKEN.encode() not in file.read_bytes(), file
 
 
 def test_what_could_not_be_published_is_refused_before_training(hub, tmp_path):

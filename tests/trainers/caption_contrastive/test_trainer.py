@@ -196,6 +196,31 @@ def test_plain_text_is_mixed_in_at_its_share(tmp_path):
     assert len(seen) == 4 + 4
 
 
+def test_rows_are_read_when_they_are_needed(tmp_path):
+    read = set()
+
+    class Rows(list):
+        def __getitem__(self, index):
+            read.add(index)
+            return super().__getitem__(index)
+
+    tiny_llm.trainer(tmp_path / "a", rows=Rows(tiny_llm.ROWS), max_steps=1).train()
+    assert len(read) <= 2 * 6, "two batches: that of the step, and the one that waits"
+    layers = {"lora_num_layers": 2, "cache_frozen_layers": True}
+    tiny_llm.trainer(tmp_path / "b", rows=Rows(tiny_llm.ROWS), max_steps=1, **layers).train()
+    assert len(read) == 24, "whose states are computed once"
+
+
+def test_a_merged_weight_that_overflows_is_refused(tmp_path):
+    trainer = tiny_llm.trainer(tmp_path, model=tiny_llm.llm().half())
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_" in name:
+                parameter.fill_(1e3)
+    with pytest.raises(ValueError, match="the merged LLM: layers.0.self_attn.q_proj.weight holds NaN or infinity"):
+        trainer.merge()
+
+
 def on_rank(rank: int, world_size: int) -> dict:
     # As `accelerate launch` tells it; the process group exists already, so the address is not used.
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}

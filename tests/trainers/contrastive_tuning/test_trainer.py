@@ -271,6 +271,15 @@ def test_without_self_distillation_no_teacher_is_saved(tmp_path, method):
     assert (tmp_path / "checkpoint-1").is_dir() and not (tmp_path / "checkpoint-1" / EMA_FILE).exists()
 
 
+def test_a_teacher_that_is_not_finite_is_not_saved(tmp_path):
+    trainer = tuning_trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+    next(trainer.ema.averaged.parameters()).data.fill_(float("inf"))
+    with pytest.raises(ValueError, match="NaN or infinity|loss is"):
+        trainer.train()
+    with pytest.raises(ValueError, match=f"{EMA_FILE} was not written: module.*NaN or infinity"):
+        trainer.ema.save(tmp_path)
+
+
 def test_resuming_without_the_teacher_is_one_clear_error(tmp_path):
     tuning_trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
     (tmp_path / "checkpoint-1" / EMA_FILE).unlink()
