@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from huggingface_hub import get_session
 from PIL import Image, ImageFile
-from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import BatchFeature, PreTrainedTokenizerBase, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, TextKwargs
 from transformers.utils import logging
 
@@ -42,6 +42,8 @@ class ProCLIPProcessor(ProcessorMixin):
     Raises:
         ValueError: If the template does not hold `{text}` once, the tokenizer is not a fast one, or `max_length` leaves no room for text.
     """
+
+    tokenizer: PreTrainedTokenizerFast
 
     def __init__(
         self,
