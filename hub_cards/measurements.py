@@ -135,12 +135,12 @@ def shown_source(data: Mapping[str, Any]) -> str:
     What others are told of where data came from: its name on the Hub, an address without a password, or the last part of a path.
 
     Args:
-        data: "source" of a record of training or evaluation, with the "revision" that data of the Hub have and "read_from" where there was a
-            local copy of what has a name.
+        data: "source" of a record of training or evaluation, with the "revision" or "on_hub" that data of the Hub have, and "read_from" where
+            there was a local copy of what has a name.
     """
     source = data["source"]
     shown = scrub(source)
-    named = data.get("revision") is not None or data.get("read_from") == "local copy" or "://" in shown
+    named = data.get("revision") or data.get("on_hub") or data.get("read_from") == "local copy" or "://" in shown
     return shown if named or not shown else Path(shown).name
 
 

@@ -95,8 +95,9 @@ def model_card(
     }
     recorded = [stage.data for stage in checkpoint.training if stage.data]
     trained_on = {**{shown_source(data): None for data in recorded}, **scrub(dict(datasets or {}))}
-    # A recorded source may be a path; only of a data set on the Hub there is a revision.
-    on_hub = {data["source"] for data in recorded if data.get("revision")} | {*filter(is_hub_name, datasets or {})}
+    on_hub = {data["source"] for data in recorded if data.get("revision") or data.get("on_hub")} | {
+        *filter(is_hub_name, datasets or {})
+    }
     if languages is None:
         languages = [code for code in _listed(base_cards.get("text", {}).get("language")) if is_language(code)]
     name = repo_id or PLACEHOLDER

@@ -1,5 +1,6 @@
-"""What is published beside whole checkpoints, laid out as it is to lie on the Hub: PEFT adapters, and processors."""
+"""What else is sent, laid out as it is to lie on the Hub: PEFT adapters, processors, and checkpoints that a training resumes from."""
 
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -63,4 +64,32 @@ def stage_processor(source: Path, folder: Path) -> Staged:
     outgoing.copy_modules()
     for code in code_files():
         shutil.copyfile(code, folder / code.name)
+    return outgoing.staged(lean=True)
+
+
+# What Trainer, Accelerate, FSDP, DeepSpeed and our stages write into a checkpoint, beside the model, to resume from. Never `training_args.bin`:
+# it is a pickle with the token of the Hub in it.
+_RESUMED_FROM = re.compile(
+    r"""(optimizer|scheduler|scaler)\.(pt|bin) | rng_state(_\d{1,5})?\.pth | stream_\d{1,5}\.json | ema_teacher\.safetensors
+    | model(-\d{5}-of-\d{5})?\.safetensors | model\.safetensors\.index\.json
+    | (optimizer|pytorch_model_fsdp)_\d{1,3}/(\.metadata|__\d{1,5}_\d{1,5}\.distcp)
+    | latest | global_step\d{1,12}/[a-z0-9_]{1,60}_(model|optim)_states\.pt""",
+    re.VERBOSE,
+)
+
+
+def stage_resumable(source: Path, folder: Path) -> Staged:
+    """
+    Lay a checkpoint of a training out in `folder`, which must be empty, so that the training can be resumed from it: model, processor, optimizer
+    and random states (pickles), the state of the Trainer. Settings and texts are scrubbed; files with other names stay behind.
+    """
+    outgoing = OutgoingFiles(source, folder)
+    for name in ("config.json", "trainer_state.json", *SETTINGS):
+        outgoing.copy_settings(name)
+    outgoing.copy_tokenizer()
+    outgoing.copy_modules()
+    for name in outgoing.names():
+        if _RESUMED_FROM.fullmatch(name) and (file := outgoing.find(name)):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).symlink_to(file.resolve())
     return outgoing.staged(lean=True)

@@ -88,9 +88,12 @@ class OutgoingFiles:
 
     def staged(self, lean: bool, used: Collection[str] = ()) -> Staged:
         """What is laid out in the folder now. Files of the source that are `used` in another form do not count as left out."""
-        files = {path.relative_to(self.folder).as_posix(): path.stat().st_size for path in _files(self.folder)}
-        left_out = {path.relative_to(self.source).as_posix() for path in _files(self.source)} - {*files, *used}
-        return Staged(self.folder, lean, files, sorted(left_out), self.notes)
+        files = {name: (self.folder / name).stat().st_size for name in _names(self.folder)}
+        return Staged(self.folder, lean, files, sorted({*self.names()} - {*files, *used}), self.notes)
+
+    def names(self) -> list[str]:
+        """Names of all files of the source, and of those in its folders."""
+        return _names(self.source)
 
     def find(self, name: str) -> Path | None:
         """
@@ -229,5 +232,5 @@ def read_text(file: Path) -> str:
         raise PublishError(f"{file} is not UTF-8, so it is no text that can be sent: save it as UTF-8.") from error
 
 
-def _files(folder: Path) -> list[Path]:
-    return [path for path in sorted(folder.rglob("*")) if path.is_file()]
+def _names(folder: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]

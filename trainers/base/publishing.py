@@ -5,6 +5,7 @@ import os
 import shutil
 from concurrent.futures import Future
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import HfApi
@@ -13,9 +14,16 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
 from hub_cards.checkpoint_facts import is_hub_name
+from hub_cards.hub_errors import readable_hub_errors
+from hub_cards.other_staging import stage_resumable
 from hub_cards.publish import PublishReport, full_name, make_repository, publish
 from modeling_proclip import ProCLIPModel
 
+from .checkpoints import complete
+
+
+# Folders of links to a checkpoint that is being sent.
+_LINKS = "_push-"
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +57,8 @@ class Publisher:
         self.repo_id = full_name(args.hub_model_id or Path(args.output_dir).absolute().name, token)
         make_repository(self.repo_id, args.hub_private_repo if private is None else private, token)
         self._background = HfApi(token=token)  # sends one thing after the other
+        for left in Path(args.output_dir).glob(f"{_LINKS}*"):  # by a run that was killed
+            shutil.rmtree(left, ignore_errors=True)
 
     def publish(
         self,
@@ -69,9 +79,9 @@ class Publisher:
     def publish_checkpoint(self, folder: Path, step: int) -> Future:
         """
         Send a checkpoint in the background, from links to its files, as it may be rotated away meanwhile; with `hub_strategy="checkpoint"` or
-        "all_checkpoints" also the whole of it, to resume from.
+        "all_checkpoints" also what a training resumes from.
         """
-        links = folder.with_name(f"_push-{step}")
+        links = folder.with_name(f"{_LINKS}{step}")
         shutil.rmtree(links, ignore_errors=True)
         shutil.copytree(folder, links, copy_function=_link)
         whole = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: folder.name}
@@ -80,22 +90,29 @@ class Publisher:
         )
 
     def _publish_and_remove(self, folder: Path, message: str, whole: str | None) -> None:
-        """Send `folder`, and all of its files into the folder `whole` of the repository."""
+        """Send `folder`, and what a training resumes from into the folder `whole` of the repository."""
         try:
             publish(folder, self.repo_id, **self._settings(message))
             if whole is not None:
-                self._background.upload_folder(
-                    repo_id=self.repo_id,
-                    folder_path=folder,
-                    path_in_repo=whole,
-                    commit_message=f"{message}, checkpoint",
-                    revision=self.args.hub_revision,
-                )
+                self._send_whole(folder, whole, f"{message}, checkpoint")
         except Exception as error:  # nobody looks at what the future raised, and training goes on
             logger.error(f"{self.repo_id} did not get {message!r}: {error}")
             raise
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+    def _send_whole(self, folder: Path, name: str, message: str) -> None:
+        with TemporaryDirectory() as staging:
+            stage_resumable(folder, Path(staging))
+            complete(Path(staging))  # the manifest of the files as they are sent
+            with readable_hub_errors(self.repo_id, self.args.hub_token):
+                self._background.upload_folder(
+                    repo_id=self.repo_id,
+                    folder_path=staging,
+                    path_in_repo=name,
+                    commit_message=message,
+                    revision=self.args.hub_revision,
+                )
 
     def _settings(
         self, message: str | None, token: str | None = None, revision: str | None = None, private: bool | None = None
@@ -112,7 +129,7 @@ def _check_publishable(model: nn.Module, processing_class: Any) -> None:
     if not isinstance(model, ProCLIPModel):
         raise ValueError(
             "push_to_hub sends a whole ProCLIPModel, and this trainer trains adapters of PEFT, which the model sends itself: leave it out and "
-            "call trainer.model.push_to_hub(repo_id, private=True)"
+            "call trainer.model.push_to_hub(repo_id)"
         )
     name = model.config.text_model_name_or_path
     if name is None or not is_hub_name(name):

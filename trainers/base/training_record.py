@@ -5,6 +5,9 @@ from typing import Any
 
 from transformers import Trainer, TrainingArguments
 
+from hub_cards.checkpoint_facts import is_hub_name
+from hub_cards.measurements import shown_source
+from hub_cards.scrubbing import scrub
 from trainers.data.captions import DrawnCaptions
 from trainers.data.pairs import PairRows, PairStream
 from trainers.storage.versions import installed_versions
@@ -37,10 +40,10 @@ def training_record(trainer: Trainer, stage: str, rows: DrawnCaptions | PairStre
         rows: What it is trained on.
 
     Returns:
-        "stage", "trainer", "steps", "num_epochs", "batch_size" (rows of a step, of all processes), "num_processes", "num_rows" (None of a stream), "data" (source, split and revision
-        of what [`open_pairs`] opened, else None), "settings"
-        (those of the stage that are set, and those of the Trainer that decide what is learned), "final" (what was logged last) and
-        "versions" of the packages.
+        "stage", "trainer", "steps", "num_epochs", "batch_size" (rows of a step, of all processes), "num_processes", "num_rows" (None of a
+        stream), "data" ("source", "split", "revision" and "on_hub" of what [`open_pairs`] opened, else None; of files the last part of their
+        path), "settings" (those of the stage that are set, and those of the Trainer that decide what is learned), "final" (what was logged
+        last) and "versions" of the packages.
     """
     args, state = trainer.args, trainer.state
     own = {field.name for field in dataclasses.fields(args)} - {
@@ -60,7 +63,7 @@ def training_record(trainer: Trainer, stage: str, rows: DrawnCaptions | PairStre
         "num_processes": args.world_size,
         "num_rows": len(rows) if isinstance(rows, DrawnCaptions) else None,
         "data": _data(rows.rows if isinstance(rows, DrawnCaptions) else rows),
-        "settings": {name: _plain(value) for name, value in settings.items() if value is not None},
+        "settings": scrub({name: _plain(value) for name, value in settings.items() if value is not None}),
         "final": {name: logged[name] for name in sorted(logged) if name == "loss" or name.endswith("_loss")},
         "versions": {package: versions.get(package, "not installed") for package in _PACKAGES},
     }
@@ -69,8 +72,10 @@ def training_record(trainer: Trainer, stage: str, rows: DrawnCaptions | PairStre
 def _data(rows: Any) -> dict[str, Any] | None:
     if not isinstance(rows, (PairRows, PairStream)):
         return None
-    source = rows.source
-    return {"source": str(source.source), "split": source.split, "revision": source.revision}
+    source, name = rows.source, str(rows.source.source)
+    place = {"source": name, "revision": source.revision, "on_hub": is_hub_name(name)}
+    # A configuration is written for others: no folder of this machine, and no password of an address.
+    return {**place, "source": shown_source(place), "split": source.split}
 
 
 def _plain(value: Any) -> Any:

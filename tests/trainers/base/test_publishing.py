@@ -106,6 +106,39 @@ def test_the_whole_checkpoint_is_sent_where_it_is_asked_for(hub, tmp_path):
         assert TOKEN.encode() not in hub.read("alice/run", name), name
     for file in (file for file in tmp_path.rglob("*") if file.is_file() and "home" not in file.parts):
         assert TOKEN.encode() not in file.read_bytes(), file
+    fetched = Path(snapshot_download("alice/run", local_dir=tmp_path / "fetched"), "last-checkpoint")
+    resumed = inheritance_trainer(tmp_path / "again", named_model(), processing_class=PROCESSOR, max_steps=2)
+    assert resumed.train(resume_from_checkpoint=str(fetched)).global_step == 2
+
+
+@pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint", "all_checkpoints"])
+def test_no_token_and_no_path_reaches_the_hub(hub, tmp_path, monkeypatch, strategy):
+    model = named_model()
+    model.config.vision_model_name_or_path = str(tmp_path / "clip")
+
+    settings = {
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "max_steps": 2,
+        "push_to_hub": True,
+        "hub_always_push": True,
+    }
+    settings |= {"hub_strategy": strategy, "hub_token": TOKEN, "hub_private_repo": False}
+    trainer = inheritance_trainer(tmp_path / "run", model, processing_class=PROCESSOR, **settings)
+
+    def leave_something(folder: Path) -> None:
+        trainer.state.best_model_checkpoint = str(folder)
+        for name in ("training_args.bin", "optimizer.pt.bak", "notes.json"):
+            (folder / name).write_text(TOKEN)
+
+    monkeypatch.setattr(trainer, "save_state", leave_something)
+    trainer.train()
+    trainer._finish_current_push()
+    trainer.push_to_hub()
+    assert strategy == "end" or len(hub.repositories["model", "alice/run"].commits) > 3
+    for name in names(hub, "alice/run"):
+        content = hub.read("alice/run", name)
+        assert TOKEN.encode() not in content and str(tmp_path).encode() not in content, name
 
 
 def test_what_could_not_be_published_is_refused_before_training(hub, tmp_path):

@@ -51,7 +51,7 @@ def test_the_data_is_recorded_and_on_the_card(tmp_path, streaming):
     inheritance_trainer(tmp_path / "run", model, open_pairs(source, images=False), max_steps=2).train()
     (stage,) = model.config.training
     assert stage["num_rows"] == (None if streaming else len(CAPTIONS))
-    assert stage["data"] == {"source": str(tmp_path / "captions.jsonl"), "split": "train", "revision": None}
+    assert stage["data"] == {"source": "captions.jsonl", "split": "train", "revision": None, "on_hub": False}
     model.save_pretrained(tmp_path / "model")
     card = model_card(tmp_path / "model")
     assert "| data | captions.jsonl, train |" in card.text and "| data, captions.jsonl | unknown |" in card.text
