@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from modeling_proclip import ProCLIPModel
 from trainers.data import TextEmbeddingStore
 from trainers.data.captions import DrawnCaptions, captions_of
+from trainers.data.languages import BalancedLanguages
 from trainers.data.pair_rows import PairRows
 from trainers.data.pair_stream import PairStream
 from trainers.text_store.keys import text_keys
@@ -114,6 +115,8 @@ def check_texts(name: str, store: Any, dataset: Any, reader: str = "text") -> No
 
 def _captions(dataset: Any, reader: str) -> Iterator[list[str]] | None:
     """The captions of each row for `reader`, "text" or "teacher_text", or None if reading them would decode pictures."""
+    if isinstance(dataset, BalancedLanguages):
+        return _captions(dataset.rows, reader)
     if isinstance(dataset, PairRows):
         return dataset.captions(reader)
     if isinstance(dataset, datasets.Dataset) and dataset.format["type"] != "custom" and "text" in dataset.column_names:

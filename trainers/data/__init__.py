@@ -12,9 +12,11 @@ if TYPE_CHECKING:
     from trainers.text_store.on_the_fly import OnTheFlyStore
     from trainers.text_store.store import TextEmbeddingStore
 
+    from .languages import BalancedLanguages
     from .pairs import PairRows, PairSource, PairStream, iter_texts, open_pairs
 
 _MODULES = {
+    "BalancedLanguages": "trainers.data.languages",
     "OnTheFlyStore": "trainers.text_store.on_the_fly",
     "PairRows": "trainers.data.pairs",
     "PairSource": "trainers.data.pairs",
@@ -26,6 +28,7 @@ _MODULES = {
 }
 
 __all__ = [
+    "BalancedLanguages",
     "OnTheFlyStore",
     "PairRows",
     "PairSource",

@@ -36,6 +36,12 @@ class DrawnCaptions(EpochDataset):
     def __len__(self) -> int:
         return len(self.rows)
 
+    def set_epoch(self, epoch: int) -> None:
+        """As of any [`EpochDataset`], of the rows too if they are one."""
+        super().set_epoch(epoch)
+        if isinstance(self.rows, EpochDataset):
+            self.rows.set_epoch(epoch)
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.rows[index]
         return {**row, **draw_captions(row, f"row {index}", self.seed, self.epoch, index)}

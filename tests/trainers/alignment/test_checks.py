@@ -13,7 +13,7 @@ from tests.trainers.tiny_encoders import tiny_proclip
 from tests.trainers.tiny_pairs import captions, color, write_layout
 from tests.trainers.tiny_training import picture_rows, tuning_trainer
 from trainers.alignment.checks import check_texts, refuse_sharding
-from trainers.data import TextEmbeddingStore, open_pairs
+from trainers.data import BalancedLanguages, TextEmbeddingStore, open_pairs
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +36,9 @@ def pairs(tmp_path, count: int):
 
 MAKERS = {
     "list": lambda tmp_path, count: [{"text": captions(i)} for i in range(count)],
+    "languages": lambda tmp_path, count: BalancedLanguages(
+        [{"text": captions(i), "language": "en"} for i in range(count)], 0
+    ),
     "datasets": lambda tmp_path, count: undecodable(count),
     "pairs": pairs,
 }
