@@ -1,4 +1,4 @@
-"""Data of the trainers: pictures with captions from any layout, and embeddings of frozen text models, computed once.
+"""Data of the trainers: images with captions from any layout, and embeddings of frozen text models, computed once.
 
 Importing this package loads nothing: a process that only looks embeddings up needs neither `datasets` nor Transformers.
 """

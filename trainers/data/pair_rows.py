@@ -1,4 +1,4 @@
-"""Rows of pictures with captions by number; what a broken row is, and how many of them are borne."""
+"""Rows of images with captions by number; what a broken row is, and how many of them are borne."""
 
 import hashlib
 import logging
@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from PIL import Image
 from torch.utils.data import Dataset
+
+from modeling_proclip.images import BrokenImage
 
 from .archives import BROKEN
 from .copies import PLACE
-from .images import BrokenPicture, decode_picture
+from .images import decode_stored_image
 from .pair_source import PairSource
 from .pair_sources import NAMES, RawRows
 from .text_lines import parse_json, read_lines
@@ -38,25 +39,30 @@ class SkippedRows:
 
     Attributes:
         rows: read, broken ones included.
-        broken_pictures: rows whose picture could not be decoded.
+        broken_images: rows whose image could not be decoded.
         without_caption: rows without any caption.
         examples: the first of them, named, with the reason.
     """
 
     rows: int = 0
-    broken_pictures: int = 0
+    broken_images: int = 0
     without_caption: int = 0
     examples: list[str] = field(default_factory=list)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "SkippedRows":
+        """What `asdict` made of it, by this release or an earlier one."""
+        return cls(**{"broken_images" if name == "broken_pictures" else name: value for name, value in values.items()})
 
     @property
     def skipped(self) -> int:
         """Rows that could not be used."""
-        return self.broken_pictures + self.without_caption
+        return self.broken_images + self.without_caption
 
     def note(self, name: str, error: Exception) -> None:
         """Counts the broken row `name`, and warns of the first ones."""
-        if isinstance(error, BrokenPicture):
-            self.broken_pictures += 1
+        if isinstance(error, BrokenImage):
+            self.broken_images += 1
         else:
             self.without_caption += 1
         if len(self.examples) < _NAMED:
@@ -74,14 +80,14 @@ class SkippedRows:
     def __add__(self, other: "SkippedRows") -> "SkippedRows":
         return SkippedRows(
             self.rows + other.rows,
-            self.broken_pictures + other.broken_pictures,
+            self.broken_images + other.broken_images,
             self.without_caption + other.without_caption,
             (self.examples + other.examples)[:_NAMED],
         )
 
     def __str__(self) -> str:
         return (
-            f"{self.broken_pictures:,} broken pictures and {self.without_caption:,} rows without a caption among "
+            f"{self.broken_images:,} broken images and {self.without_caption:,} rows without a caption among "
             f"{self.rows:,} rows"
         )
 
@@ -161,7 +167,7 @@ def read_row(row: Mapping[str, Any], rows: RawRows) -> dict[str, Any]:
 
     Raises:
         BrokenRow: If it has no caption.
-        BrokenPicture: If its picture cannot be decoded.
+        BrokenImage: If its image cannot be decoded.
     """
     texts = texts_of(row, rows)
     if not texts:
@@ -171,32 +177,20 @@ def read_row(row: Mapping[str, Any], rows: RawRows) -> dict[str, Any]:
         captions["teacher_text"] = texts_of(row, rows, "teacher_text")
     if not rows.image_columns:
         return captions
-    return {"image": _decoded(_undecoded(row, rows), rows), **captions}
-
-
-def _decoded(value: Any, rows: RawRows) -> Image.Image:
-    """The image, which may be the name of a file."""
-    path = value.get("path") if isinstance(value, Mapping) and value.get("bytes") is None else value
-    if isinstance(path, str) and path:
-        try:
-            assert rows.files is not None
-            value = rows.files.find(path)
-        except (OSError, ValueError) as error:
-            raise BrokenPicture(str(error)) from error
-    return decode_picture(value)
+    return {"image": decode_stored_image(_undecoded(row, rows), rows.files), **captions}
 
 
 def row_key(row: Mapping[str, Any], rows: RawRows) -> str:
     """
-    What tells an undecoded row from others, wherever in a stream it comes: a hash of its captions and of its picture's bytes or file name.
+    What tells an undecoded row from others, wherever in a stream it comes: a hash of its captions and of its image's bytes or file name.
     """
-    picture = _undecoded(row, rows) if rows.image_columns else None
-    if isinstance(picture, Mapping):
-        picture = picture.get("bytes") or picture.get("path")
-    if isinstance(picture, str):
-        picture = os.path.basename(picture).encode("utf-8", "surrogatepass")
+    image = _undecoded(row, rows) if rows.image_columns else None
+    if isinstance(image, Mapping):
+        image = image.get("bytes") or image.get("path")
+    if isinstance(image, str):
+        image = os.path.basename(image).encode("utf-8", "surrogatepass")
     digest = hashlib.blake2b("\n".join(texts_of(row, rows)).encode("utf-8", "surrogatepass"), digest_size=16)
-    digest.update(picture if isinstance(picture, bytes) else b"")
+    digest.update(image if isinstance(image, bytes) else b"")
     return digest.hexdigest()
 
 
@@ -214,13 +208,13 @@ def row_name(row: Mapping[str, Any], rows: RawRows, number: int | None = None) -
 
 
 def _undecoded(row: Mapping[str, Any], rows: RawRows) -> Any:
-    """The picture in the first column that has one."""
+    """The image in the first column that has one."""
     return next((row[column] for column in rows.image_columns if row.get(column) is not None), None)
 
 
 class PairRows(Dataset):
     """
-    Rows `{"image": picture (PIL, RGB), "text": [captions]}` by number; `{"text": [captions]}` where pictures are not read.
+    Rows `{"image": image (PIL, RGB), "text": [captions]}` by number; `{"text": [captions]}` where images are not read.
 
     A broken row must not shift the batches that come after it, so another one stands in for it: the row whose number is drawn by seed, the
     broken row's number and attempt alone, whatever was read before.
@@ -236,7 +230,7 @@ class PairRows(Dataset):
 
     def __init__(self, rows: RawRows, source: PairSource, seed: int):
         self.rows, self.source, self.seed = rows, source, seed
-        # What is known of each row, in memory shared with data workers, each row in a byte of its own: 0 unread, 1 good, 2 broken picture,
+        # What is known of each row, in memory shared with data workers, each row in a byte of its own: 0 unread, 1 good, 2 broken image,
         # 3 no caption.
         self._known = torch.zeros(len(rows.table), dtype=torch.uint8).share_memory_()
         self._examples: list[str] = []
@@ -252,7 +246,7 @@ class PairRows(Dataset):
                 raw = self.rows.table[number]
                 try:
                     row = read_row(raw, self.rows)
-                except (BrokenRow, BrokenPicture) as error:
+                except (BrokenRow, BrokenImage) as error:
                     self._note(row_name(raw, self.rows, number), number, error)
                 else:
                     self._known[number] = 1
@@ -275,7 +269,7 @@ class PairRows(Dataset):
 
     def _note(self, name: str, number: int, error: Exception) -> None:
         known_before = bool(self._known[number] > 1)
-        self._known[number] = 2 if isinstance(error, BrokenPicture) else 3
+        self._known[number] = 2 if isinstance(error, BrokenImage) else 3
         if not known_before:
             counted = SkippedRows(examples=self._examples)
             counted.note(name, error)  # names it

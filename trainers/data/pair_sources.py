@@ -98,7 +98,9 @@ def read_found(found: FoundRows, source: PairSource, *, images: bool, streaming:
 
 def missing_column(where: str, column: str, columns: Sequence[str], purpose: str = "") -> ValueError:
     """The error of a column that is not there; proposes the nearest."""
-    close = difflib.get_close_matches(column, columns, n=1)
+    close = difflib.get_close_matches(column, columns, 1) or difflib.get_close_matches(
+        column.partition(".")[0], columns, 1
+    )
     return ValueError(
         f"{where} has no column {column!r}{purpose}; its columns are {', '.join(columns) or 'none'}"
         + (f"; did you mean {close[0]!r}?" if close else "")

@@ -1,4 +1,4 @@
-"""A stream of pictures with captions: every row once an epoch over all processes and data workers, shuffled by seed, and resumable anywhere."""
+"""A stream of images with captions: every row once an epoch over all processes and data workers, shuffled by seed, and resumable anywhere."""
 
 import random
 from collections.abc import Iterator
@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import fsspec.asyn
 from torch.utils.data import IterableDataset, get_worker_info
 
-from .images import BrokenPicture
+from modeling_proclip.images import BrokenImage
+
 from .pair_rows import ENOUGH_ROWS, BrokenRow, SkippedRows, good_texts, read_row, row_key, row_name
 from .pair_source import PairSource
 from .pair_sources import RawRows
@@ -78,7 +79,7 @@ def parts_of_reader(num_shards: int, reader: int, num_readers: int, seed: int, e
 
 class PairStream(IterableDataset):
     """
-    Rows `{"image": picture (PIL, RGB), "text": [captions]}` as they come; `{"text": [captions]}` where pictures are not read.
+    Rows `{"image": image (PIL, RGB), "text": [captions]}` as they come; `{"text": [captions]}` where images are not read.
 
     One iteration is one epoch of one process, split over the DataLoader's workers if there are any. Shards (files) are shuffled by seed and
     epoch and dealt out to the readers (processes times workers). Each reader gathers `shuffle_buffer_size` rows, undecoded, shuffles these, gives
@@ -155,7 +156,7 @@ class PairStream(IterableDataset):
                 skipped.rows += 1
                 try:
                     read = read_row(raw, rows)
-                except (BrokenRow, BrokenPicture) as error:
+                except (BrokenRow, BrokenImage) as error:
                     skipped.note(row_name(raw, rows, end - 1), error)
                     skipped.check(rows.name, self.source.max_broken_fraction, ENOUGH_ROWS)
                 else:

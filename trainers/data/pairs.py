@@ -1,4 +1,4 @@
-"""Pictures with captions from any layout that people have: webdataset shards, parquet, folders, tables of paths, the Hub."""
+"""Images with captions from any layout that people have: webdataset shards, parquet, folders, tables of paths, the Hub."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -18,10 +18,10 @@ def open_pairs(source: PairSource, seed: int = 0, *, images: bool = True) -> Dat
     Args:
         source: what to read.
         seed: of a stream's order, and of the rows that stand in for broken ones.
-        images: False: rows have captions only, and no picture is decoded (stage 1 and stage 0 read texts alone).
+        images: False: rows have captions only, and no image is decoded (stage 1 and stage 0 read texts alone).
 
     Returns:
-        Rows `{"image": picture (PIL, RGB), "text": [captions]}`: a [`PairRows`], or a [`PairStream`] if `source.streaming`.
+        Rows `{"image": image (PIL, RGB), "text": [captions]}`: a [`PairRows`], or a [`PairStream`] if `source.streaming`.
 
     Raises:
         FileNotFoundError: If there is nothing at that place, or no dataset of that name.

@@ -84,7 +84,7 @@ class StreamLoader:
                     f"the checkpoint's stream has {name} = {state[name]}, but now {name} = {value}: resume with what it was started with"
                 )
         self._positions = [Position(*position) for position in state["positions"]]
-        self._skipped = [SkippedRows(**skipped) for skipped in state["skipped"]]
+        self._skipped = [SkippedRows.from_dict(skipped) for skipped in state["skipped"]]
         self._next_worker = state["next_worker"]
 
     def _readers(self) -> dict[str, int]:

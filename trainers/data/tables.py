@@ -238,7 +238,7 @@ def _text_rows(path: str) -> Iterator[Placed]:
 
 def _parquet_file(path: str) -> pyarrow.parquet.ParquetFile:
     try:
-        return pyarrow.parquet.ParquetFile(path)
+        return pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
     except pyarrow.ArrowException as error:
         raise ValueError(f"{path} is no Parquet file, or was cut short: {error}") from error
 

@@ -46,7 +46,7 @@ MAKERS = {
 
 @pytest.mark.parametrize("kind", list(MAKERS))
 def test_all_captions_are_looked_for(tmp_path, model_and_store, kind, monkeypatch):
-    monkeypatch.setattr("trainers.data.pair_rows.decode_picture", lambda *args: 1 / 0)
+    monkeypatch.setattr("trainers.data.pair_rows.decode_stored_image", lambda *args: 1 / 0)
     store = model_and_store[1]
     check_texts("text_store", store, MAKERS[kind](tmp_path, 4))
     with pytest.raises(KeyError, match="text_store: 4 of the texts are not in the text store .*caption 4.*caption 5"):

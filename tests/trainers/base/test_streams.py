@@ -96,7 +96,7 @@ def test_an_epoch_of_a_stream_has_every_row(tmp_path, caplog):
     shown = [text.split()[-1] for batch in trainer.kept for text in batch]
     good = sorted(str(number) for number in range(ROWS) if number != 9)
     assert sorted(shown[:39]) == sorted(shown[39:78]) == good
-    assert "process 0 passed over 2 broken pictures and 0 rows without a caption among 82 rows" in caplog.text
+    assert "process 0 passed over 2 broken images and 0 rows without a caption among 82 rows" in caplog.text
     assert trainer.model.config.training[-1]["num_rows"] is None
 
 

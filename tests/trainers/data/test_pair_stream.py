@@ -126,8 +126,8 @@ def test_resuming_reads_and_decodes_nothing_twice(source, monkeypatch):
     """Only the shuffled block that was begun is read again, and none of its rows is decoded again."""
     stopped = loader(source)
     take(stopped, 8)
-    decoded, real = [], pair_rows.decode_picture
-    monkeypatch.setattr(pair_rows, "decode_picture", lambda *args: decoded.append(1) or real(*args))
+    decoded, real = [], pair_rows.decode_stored_image
+    monkeypatch.setattr(pair_rows, "decode_stored_image", lambda *args: decoded.append(1) or real(*args))
     resumed = loader(source)
     resumed.load_state_dict(stopped.state_dict())
     take(resumed, 1)
@@ -149,18 +149,18 @@ def test_broken_rows_are_counted_over_workers_and_resuming(source, num_workers):
     state = loader(source, 1, num_workers)
     take(state, 30)
     before = state.skipped()
-    assert before.broken_pictures >= 1 and before.rows == 30 + before.broken_pictures
+    assert before.broken_images >= 1 and before.rows == 30 + before.broken_images
     assert "001.tar, 00008: " in before.examples[0]
     resumed = loader(source, 1, num_workers)
     resumed.load_state_dict(state.state_dict())
     take(resumed, 30)
-    assert resumed.skipped().rows == 60 + resumed.skipped().broken_pictures
-    assert resumed.skipped().broken_pictures > before.broken_pictures
+    assert resumed.skipped().rows == 60 + resumed.skipped().broken_images
+    assert resumed.skipped().broken_images > before.broken_images
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_too_many_broken_rows_end_an_endless_stream(source, num_workers):
-    with pytest.raises(ValueError, match="broken pictures .* max_broken_fraction = 0.0001 allows"):
+    with pytest.raises(ValueError, match="broken images .* max_broken_fraction = 0.0001 allows"):
         take(loader(replace(source, max_broken_fraction=1e-4), num_workers=num_workers), 100)
 
 

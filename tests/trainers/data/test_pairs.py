@@ -121,14 +121,14 @@ def test_another_row_stands_in_for_a_broken_one(tmp_path, caplog):
     other = open_pairs(source, seed=4)
     assert numbers([other[i] for i in (1, 4, 5)]) != [shown[i] for i in (1, 4, 5)]
     skipped = rows.skipped()
-    assert (skipped.rows, skipped.broken_pictures, skipped.without_caption) == (12, 3, 0)
+    assert (skipped.rows, skipped.broken_images, skipped.without_caption) == (12, 3, 0)
     assert "passed over 000.tar, 00001:" in caplog.text and "it has no bytes" in caplog.text
 
 
 def test_data_workers_count_together(tmp_path):
     rows = open_pairs(write_broken(tmp_path))
     list(DataLoader(rows, batch_size=3, num_workers=2, collate_fn=list))
-    assert (rows.skipped().rows, rows.skipped().broken_pictures) == (12, 3)
+    assert (rows.skipped().rows, rows.skipped().broken_images) == (12, 3)
 
 
 def test_a_stream_passes_over_broken_rows(tmp_path):
@@ -140,7 +140,7 @@ def test_a_stream_passes_over_broken_rows(tmp_path):
 def test_too_many_broken_rows_are_an_error(tmp_path, streaming):
     rows = open_pairs(replace(write_broken(tmp_path), streaming=streaming, max_broken_fraction=0.2))
     with pytest.raises(
-        ValueError, match=r"3 broken pictures and 0 rows without .* 0.2 allows. The first: 00\d.tar, 0000\d: .*Repair"
+        ValueError, match=r"3 broken images and 0 rows without .* 0.2 allows. The first: 00\d.tar, 0000\d: .*Repair"
     ):
         list(rows) if streaming else [rows[i] for i in range(12)]
 
@@ -158,7 +158,7 @@ def test_rows_without_a_caption_are_counted(tmp_path, streaming):
     assert {text for row in shown for text in row["text"]} == {"a", "e"}
     assert list(iter_texts(source)) == ["a", "e"]
     if not streaming:
-        assert (rows.skipped().broken_pictures, rows.skipped().without_caption) == (0, 3)
+        assert (rows.skipped().broken_images, rows.skipped().without_caption) == (0, 3)
 
 
 def test_what_is_no_text_is_refused(tmp_path):

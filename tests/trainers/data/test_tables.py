@@ -1,0 +1,411 @@
+"""Tables of every kind: captions stay text to the letter, and what would be lost or changed is refused by file and line, in all three commands."""
+
+import json
+from pathlib import Path
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from tests.trainers.tiny_pairs import picture
+from trainers.data import PairSource, iter_texts, open_pairs
+from trainers.data.tables import TableFile
+from trainers.data.text_files import read_texts
+from trainers.evaluation.data.manifest import own_images
+from trainers.evaluation.data.sources import open_data
+from trainers.evaluation.scoring.tasks import prepare_task
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """`datasets` keeps what it copies in a folder of this test."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+def by_number(file: Path, split: str) -> list[str]:
+    rows = open_pairs(PairSource(source=str(file), text_columns="caption", split=split))
+    return [text for i in range(len(rows)) for text in rows[i]["text"]]
+
+
+def streamed(file: Path, split: str) -> list[str]:
+    source = PairSource(
+        source=str(file),
+        text_columns="caption",
+        split=split,
+        streaming=True,
+        shuffle_buffer_size=1,
+        max_broken_fraction=0,
+    )
+    return [text for row in open_pairs(source) for text in row["text"]]
+
+
+def evaluated(file: Path, split: str) -> list[str]:
+    manifest = own_images(file.parent, file, "image", "caption")
+    return prepare_task(manifest, open_data(manifest)).texts
+
+
+# What the three commands read the captions of a file with.
+READERS = {
+    "train, by number": by_number,
+    "train, streaming": streamed,
+    "embed": lambda file, split: list(read_texts(file, "caption", split)),
+    "evaluate": evaluated,
+}
+
+
+def with_images(folder: Path, count: int = 4) -> Path:
+    for i in range(count):
+        picture(i).save(folder / f"{i}.png")
+    return folder
+
+
+def table(captions: list[str], delimiter: str = ",", ending: str = "\n") -> str:
+    rows = [("image", "caption"), *((f"{i}.png", caption) for i, caption in enumerate(captions))]
+    return "".join(delimiter.join(row) + ending for row in rows)
+
+
+def objects(captions: list[str], **more) -> list[dict]:
+    return [{"image": f"{i}.png", "caption": caption, **more} for i, caption in enumerate(captions)]
+
+
+def coco(captions: list[str]) -> str:
+    images = [{"id": 7 * i, "file_name": f"{i}.png"} for i in range(len(captions))]
+    annotations = [{"id": i, "image_id": 7 * i, "caption": caption} for i, caption in enumerate(captions)]
+    return json.dumps({"info": {}, "licenses": [], "images": images, "annotations": annotations[::-1]})
+
+
+def karpathy(captions: list[str], split: str = "test", **more) -> str:
+    images = [
+        {"filename": f"{i}.png", "split": split, "sentences": [{"raw": caption, "tokens": []}], **more}
+        for i, caption in enumerate(captions)
+    ]
+    unused = {"filename": "0.png", "split": "restval", "sentences": [{"raw": "of another split"}]}
+    return json.dumps({"dataset": "flickr30k", "images": [*images, unused]})
+
+
+WORDS = ["NA", "null", "None", "nan"]
+NUMBERS = ["007", "12", "1e5", "3.10"]
+DATES = [f"2024-01-0{i}T10:00:00" for i in range(1, 5)]
+TEXTS = ["a fox", "ein Übungsfuchs", "狐狸 🦊", "a 5\" nail, it's 50%"]
+
+FILES = {
+    "csv": lambda some: ("a.csv", table([f'"{text.replace(chr(34), chr(34) * 2)}"' for text in some])),
+    "csv from pandas": lambda some: (
+        "a.csv",
+        ",image,caption\n" + "".join(f'{i},{i}.png,"{t.replace(chr(34), chr(34) * 2)}"\n' for i, t in enumerate(some)),
+    ),
+    "CSV of Windows": lambda some: ("A.CSV", table([text.replace(",", " ") for text in some], ",", "\r\n")),
+    "semicolons": lambda some: ("a.csv", table(some, ";")),
+    "bars": lambda some: ("results.csv", table(some, "| ")),
+    "tabs": lambda some: ("a.tsv", table(some, "\t")),
+    "TABS": lambda some: ("A.TSV", table(some, "\t")),
+    "mark": lambda some: ("a.tsv", "\ufeff" + table(some, "\t")),
+    "json lines": lambda some: ("a.jsonl", "".join(json.dumps(row) + "\n" for row in objects(some))),
+    "JSON LINES": lambda some: (
+        "A.JSONL",
+        "\ufeff" + "\r\n\n".join(json.dumps(row, ensure_ascii=False) for row in objects(some)),
+    ),
+    "json": lambda some: ("a.json", json.dumps(objects(some))),
+    "numbered json": lambda some: ("a.json", json.dumps({str(i): row for i, row in enumerate(objects(some))})),
+    "lines as json": lambda some: ("a.json", "\n".join(json.dumps(row) for row in objects(some))),
+    "lists": lambda some: ("a.json", json.dumps([{**row, "caption": [row["caption"]]} for row in objects(some)])),
+    "coco": lambda some: ("captions_val2017.json", coco(some)),
+    "karpathy": lambda some: ("dataset_flickr30k.json", karpathy(some)),
+    "token": lambda some: ("results_20130124.token", "".join(f"{i}.png#{i}\t{text}\n" for i, text in enumerate(some))),
+    "Flickr8k": lambda some: ("Flickr8k.token.txt", "".join(f"{i}.png#0\t{text}\r\n" for i, text in enumerate(some))),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+@pytest.mark.parametrize("captions", [WORDS, NUMBERS, DATES, TEXTS], ids=["words", "numbers", "dates", "texts"])
+def test_captions_are_text_to_the_letter(tmp_path, kind, captions):
+    name, content = FILES[kind](captions)
+    file = with_images(tmp_path) / name
+    file.write_bytes(content.encode())
+    expected = [text.replace(",", " ") for text in captions] if kind == "CSV of Windows" else captions
+    for reader, read in READERS.items():
+        assert read(file, "test" if kind == "karpathy" else "train") == expected, reader
+
+
+@pytest.mark.parametrize("kind", ["string", "large_string", "dictionary", "list"])
+@pytest.mark.parametrize("ending", ["parquet", "arrow", "arrow file"])
+def test_texts_in_arrow_however_they_are_stored(tmp_path, kind, ending):
+    texts = pyarrow.array(TEXTS)
+    if kind == "dictionary":
+        texts = texts.dictionary_encode()
+    elif kind == "list":
+        texts = pyarrow.array([[text] for text in TEXTS])
+    else:
+        texts = texts.cast(kind)
+    rows = pyarrow.table({"image": [f"{i}.png" for i in range(4)], "caption": texts, "unused": [1, 2, 3, 4]})
+    file = with_images(tmp_path) / f"A.{ending.split()[0].upper()}"
+    if ending == "parquet":
+        pyarrow.parquet.write_table(rows, file)
+    else:
+        write = pyarrow.ipc.new_file if ending == "arrow file" else pyarrow.ipc.new_stream
+        with write(str(file), rows.schema) as writer:
+            writer.write_table(rows, max_chunksize=3)
+    for reader, read in READERS.items():
+        assert read(file, "train") == TEXTS, reader
+
+
+def test_quoted_texts_of_several_lines(tmp_path):
+    file = with_images(tmp_path) / "a.csv"
+    file.write_bytes(b'image,caption\r\n0.png,"one,\r\ntwo ""three"""\r\n\r\n1.png,"four"\r\n')
+    for reader, read in READERS.items():
+        assert read(file, "train") == ['one,\r\ntwo "three"', "four"], reader
+
+
+REFUSED = {
+    "unquoted comma": (
+        "a.csv",
+        "image,caption\n0.png,a fox\n1.png,a cat, black\n",
+        "a.csv, line 3: 3 fields where the header",
+    ),
+    "too few fields": (
+        "a.csv",
+        "image,caption\n0.png,a fox\n1.png\n",
+        "a.csv, line 3: 1 fields where the header names 2",
+    ),
+    "after a quoted line break": (
+        "a.csv",
+        'image,caption\n0.png,"a\nfox"\n1.png,a,b\n',
+        "a.csv, line 4: 3 fields where the header names 2",
+    ),
+    "open quote": (
+        "a.csv",
+        'image,caption\n0.png,a\n1.png,"b\n2.png,c\n',
+        "a.csv, line 3: a quote opens that is never closed",
+    ),
+    "quote opens later in the row": (
+        "a.csv",
+        'caption,image\n"a\nfox","0.png\n',
+        "a.csv, line 3: a quote opens that is never closed",
+    ),
+    "open quote before a long file": (
+        "a.csv",
+        'image,caption\n0.png,"a\n' + "1.png,b\n" * 20_000,
+        "a.csv, line 2: a quote opens that is never closed",
+    ),
+    "text behind a quote": ("a.csv", 'image,caption\n0.png,"a" fox\n', "a.csv, line 2: "),
+    "two columns of one name": (
+        "a.csv",
+        "image,caption,caption\n0.png,a,b\n",
+        "a.csv, line 1: the column 'caption' is named twice",
+    ),
+    "no names": ("a.csv", ",,\n0.png,a,b\n", "a.csv, line 1 names no columns"),
+    "a column without a name": (
+        "a.csv",
+        "image,caption,\n0.png,a, b\n",
+        "a.csv, line 2: ' b' is in column 3, which has no name",
+    ),
+    "empty": ("a.csv", "\n\n", "a.csv is empty"),
+    "UTF-16": (
+        "a.csv",
+        table(TEXTS).encode("utf-16"),
+        "a.csv is not encoded as UTF-8: line 1 begins with the mark of UTF-16. Convert it: iconv -f UTF-16",
+    ),
+    "UTF-16 without a mark": (
+        "a.csv",
+        table(["a"]).encode("utf-16-le"),
+        "a.csv is not encoded as UTF-8: line 1 holds a zero byte",
+    ),
+    "Windows-1252": (
+        "a.csv",
+        b"image,caption\n0.png,a fox\n1.png,a caf\xe9\n",
+        "a.csv is not encoded as UTF-8: line 3, byte 12 is 0xE9. Convert it: iconv -f WINDOWS-1252 -t UTF-8",
+    ),
+    "Windows-1252 in lines": (
+        "a.jsonl",
+        b'{"image": "0.png", "caption": "caf\xe9"}\n',
+        "a.jsonl is not encoded as UTF-8: line 1, byte 35",
+    ),
+    "Windows-1252 in JSON": (
+        "a.json",
+        b'[{"image": "0.png", "caption": "caf\xe9"}]\n',
+        "a.json is not encoded as UTF-8: line 1, byte 36",
+    ),
+    "Windows-1252 in tokens": ("a.token", b"0.png#0\tcaf\xe9\n", "a.token is not encoded as UTF-8: line 1, byte 12"),
+    "cut JSON line": ("a.jsonl", '{"image": "0.png", "caption": "a"}\n{"image": "1.p', "a.jsonl, line 2 is no JSON"),
+    "cut JSON": ("a.json", '[{"image": "0.png", "caption": "a"}, {"im', "a.json is no JSON"),
+    "a key twice": (
+        "a.jsonl",
+        '{"image": "0.png", "caption": "a", "caption": "b"}',
+        "a.jsonl, line 1 is no JSON: the key 'caption' is there twice",
+    ),
+    "a number": ("a.jsonl", '{"image": "0.png", "caption": 7}', "a.jsonl, line 1"),
+    "no number": ("a.jsonl", '{"image": "0.png", "caption": NaN}', "a.jsonl, line 1"),
+    "a date in Parquet": ("a.parquet", {"image": ["0.png"], "caption": [7.5]}, "a.parquet, row 1"),
+    "half a character": (
+        "a.jsonl",
+        '{"image": "0.png", "caption": "\\ud83d"}',
+        "a.jsonl, line 1 holds half of a surrogate pair",
+    ),
+    "deep JSON": ("a.json", "[" * 200_000, "a.json is nested too deep"),
+    "a row that is no object": ("a.json", "[7]", "a.json, row 1: expected an object or a text, found int 7"),
+    "instances of COCO": (
+        "a.json",
+        json.dumps({"images": [{"id": 1, "file_name": "0.png"}], "annotations": [{"image_id": 1, "bbox": []}]}),
+        "a.json: annotation 1 has no caption: take the file captions_*.json",
+    ),
+    "an annotation of no image": (
+        "a.json",
+        json.dumps({"images": [{"id": 1, "file_name": "0.png"}], "annotations": [{"image_id": 2, "caption": "a"}]}),
+        "a.json: annotation 1 is of the image 2, which is not among the images",
+    ),
+    "Karpathy's without a split": (
+        "a.json",
+        json.dumps({"images": [{"filename": "0.png", "sentences": [{"raw": "a"}]}]}),
+        "a.json, image 1 is not made as Karpathy's",
+    ),
+    "a line that is no token": (
+        "a.token",
+        "0.png#0\ta fox\n1.png a cat\n",
+        "a.token, line 2: expected IMAGE#NUMBER, a tab and a caption",
+    ),
+    "no Parquet": ("a.parquet", "image,caption\n", "a.parquet is no Parquet file, or was cut short"),
+    "no Arrow": ("a.arrow", "image,caption\n", "a.arrow has no end: it was cut short"),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("situation", REFUSED)
+def test_what_would_be_lost_is_refused_by_file_and_line(tmp_path, situation, reader):
+    name, content, message = REFUSED[situation]
+    file = with_images(tmp_path) / name
+    if isinstance(content, dict):
+        datasets.Dataset.from_dict(content).to_parquet(file)
+    else:
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError) as error:
+        READERS[reader](file, "test" if "Karpathy" in situation else "train")
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("damage", ["cut", "page"])
+def test_damaged_parquet_is_named(tmp_path, damage):
+    rows = {"caption": TEXTS, "image": [f"{i}.png" for i in range(4)]}
+    file = with_images(tmp_path) / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table(rows), file, compression="gzip")
+    data = bytearray(file.read_bytes())
+    if damage == "cut":
+        data = data[: len(data) // 2]
+    else:
+        data[30:60] = bytes(30)
+    file.write_bytes(data)
+    for read in READERS.values():
+        with pytest.raises(ValueError, match=r"a\.parquet"):
+            read(file, "train")
+
+
+def test_arrow_that_was_cut_between_batches_is_named(tmp_path):
+    """A reader of Arrow takes the batches that are there for the whole."""
+    rows = pyarrow.table({"image": [f"{i}.png" for i in range(4)], "caption": TEXTS})
+    file = with_images(tmp_path) / "a.arrow"
+    ends = []
+    with open(file, "wb") as sink, pyarrow.ipc.new_stream(sink, rows.schema) as writer:
+        for batch in rows.to_batches(max_chunksize=2):
+            writer.write_batch(batch)
+            sink.flush()
+            ends.append(file.stat().st_size)
+    file.write_bytes(file.read_bytes()[: ends[0]])
+    for read in READERS.values():
+        with pytest.raises(ValueError, match=r"a\.arrow has no end: it was cut short"):
+            read(file, "train")
+    saved = tmp_path / "saved"
+    datasets.Dataset(rows).save_to_disk(saved)
+    (arrow,) = saved.glob("*.arrow")
+    arrow.write_bytes(arrow.read_bytes()[:-8])
+    with pytest.raises(ValueError, match=r"\.arrow has no end: it was cut short"):
+        open_pairs(PairSource(source=str(saved), text_columns="caption"))
+
+
+def test_a_split_of_karpathys_file(tmp_path):
+    images = [("0.png", "train"), ("1.png", "restval"), ("2.png", "val"), ("3.png", "test")]
+    rows = [{"filename": name, "split": split, "sentences": [{"raw": split}]} for name, split in images]
+    file = with_images(tmp_path) / "dataset_coco.json"
+    file.write_text(json.dumps({"images": rows, "dataset": "coco"}))
+    for read in (by_number, streamed, READERS["embed"]):
+        assert read(file, "train") == ["train"] and read(file, "val") == ["val"]
+        assert read(file, "train+restval") == ["train", "restval"]
+        for split in ("validation", "train+rest"):
+            with pytest.raises(
+                ValueError, match=r"dataset_coco.json has no images of the split .*; it has train, restval, val, test"
+            ):
+                read(file, split)
+
+
+def test_images_of_coco_by_the_folder_of_their_split(tmp_path):
+    """COCO as it is unpacked: Karpathy's file has a folder of its own, and names `val2014/COCO_val2014_1.jpg`."""
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "val2014").mkdir()
+    file = tmp_path / "annotations" / "dataset_coco.json"
+    file.write_text(karpathy(["a fox", "a cat"], filepath="val2014"))
+    with_images(tmp_path / "val2014", 2)
+    for folder in (tmp_path, tmp_path / "val2014"):
+        source = PairSource(source=str(file), split="test", text_columns="caption", image_folder=str(folder))
+        rows = open_pairs(source)
+        assert [rows[i]["text"] for i in range(2)] == [["a fox"], ["a cat"]]
+        assert rows[1]["image"].getpixel((0, 0)) == picture(1).getpixel((0, 0))
+    with pytest.raises(ValueError, match=r"2 broken .* there is no file|1 broken .* there is no file"):
+        open_pairs(PairSource(source=str(file), split="test", text_columns="caption"))[0]
+
+
+def test_plain_texts_have_the_column_text(tmp_path):
+    contents = {
+        "a.txt": "a fox\n\n b\u2028c \n",
+        "a.json": '["a fox", " b\\u2028c "]',
+        "a.jsonl": '"a fox"\n" b\\u2028c "\n',
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_text(content, encoding="utf-8")
+        source = PairSource(source=str(tmp_path / name))
+        assert list(read_texts(tmp_path / name)) == list(iter_texts(source)) == ["a fox", " b\u2028c "]
+        assert open_pairs(source, images=False)[1] == {"text": [" b\u2028c "]}
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_misspelt_nested_column_is_refused_with_the_nearest(tmp_path, streaming):
+    rows = [{"image": f"{i}.png", "json": {"caption": TEXTS[i], "url": "x"}} for i in range(3)]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    for name in ("a.json", "a.parquet"):
+        source = PairSource(source=str(tmp_path / name), text_columns="json.captoin", streaming=streaming)
+        with pytest.raises(
+            ValueError, match=rf"{name} has no column 'json.captoin' .*; did you mean 'json.caption'\?"
+        ):
+            open_pairs(source, images=False)
+    with pytest.raises(
+        ValueError, match=r"no column 'jsn.caption' .*; its columns are image, json; did you mean 'json'\?"
+    ):
+        open_pairs(PairSource(source=str(tmp_path / "a.json"), text_columns="jsn.caption"), images=False)
+
+
+def test_a_file_that_lacks_a_column_of_the_others_is_named(tmp_path):
+    (tmp_path / "a.csv").write_text("image,caption\n0.png,a\n")
+    (tmp_path / "b.csv").write_text("image,captions\n1.png,b\n")
+    with pytest.raises(
+        ValueError, match=r"b.csv has no column 'caption', which .*a.csv has; its columns are image, captions"
+    ):
+        open_pairs(PairSource(source=str(tmp_path / "*.csv"), text_columns="caption"))
+
+
+def test_tables_in_several_folders_name_images_as_seen_from_their_own(tmp_path):
+    for name in "ab":
+        folder = tmp_path / name
+        folder.mkdir()
+        with_images(folder, 2)
+        (folder / "rows.csv").write_text(f"image,caption\n1.png,{name} 1\n")
+    picture(9).save(tmp_path / "b" / "1.png")
+    rows = open_pairs(PairSource(source=str(tmp_path / "*" / "rows.csv"), text_columns="caption"))
+    shown = [(rows[i]["text"], rows[i]["image"].getpixel((0, 0))[0]) for i in range(2)]
+    assert shown == [(["a 1"], 1), (["b 1"], 9)]
+
+
+def test_the_columns_of_a_table(tmp_path):
+    (tmp_path / "a.csv").write_text(",image,caption\n0,0.png,a\n")
+    assert TableFile(str(tmp_path / "a.csv")).columns() == ["image", "caption"]
+    (tmp_path / "a.jsonl").write_text('{"a": 1}\n{"b": 2}\n')
+    assert TableFile(str(tmp_path / "a.jsonl")).columns() == ["a", "b"]
+    assert TableFile(str(tmp_path / "a.jsonl")).num_rows() == 2
