@@ -6,8 +6,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from modeling_proclip.images import BrokenImage
 from trainers.data.captions import captions_of
-from trainers.data.images import BrokenPicture, decode_picture
+from trainers.data.data_folder import LocalFiles
+from trainers.data.images import decode_stored_image
 
 
 IMAGE_INPUTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes")  # of `ProCLIPModel.get_image_features`
@@ -91,8 +93,8 @@ def _decoded(image: Any, row: int) -> Any:
     if isinstance(image, (np.ndarray, torch.Tensor)):
         return image
     try:
-        return decode_picture(image)
-    except BrokenPicture as error:
+        return decode_stored_image(image, LocalFiles())
+    except BrokenImage as error:
         raise ValueError(f"the image of row {row} of the batch cannot be read: {error}") from error
 
 

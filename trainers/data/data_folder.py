@@ -86,6 +86,18 @@ class DataFolder:
             return False
 
 
+class LocalFiles:
+    """All files of this computer, for rows that the user's own program has made."""
+
+    def find(self, name: str) -> Path:
+        """As of [`NamedFiles`]."""
+        if _ADDRESS.match(name):
+            raise ValueError(f"{name!r:.200} is an address, and images are read from files only")
+        if not Path(name).is_file():
+            raise FileNotFoundError(f"there is no file {name}")
+        return Path(name)
+
+
 @dataclass(frozen=True)
 class HubFiles:
     """

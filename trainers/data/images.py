@@ -17,7 +17,7 @@ def decode_stored_image(value: Any, files: NamedFiles | None = None) -> Image.Im
 
     Args:
         value: an image of Pillow, the bytes of a file, the name of one, or `{"bytes": ..., "path": ...}` as `datasets` gives undecoded images.
-        files: what a name may be of; None: names are not followed.
+        files: what the row may name; None: nothing.
 
     Returns:
         An image in memory, of mode "RGB".
