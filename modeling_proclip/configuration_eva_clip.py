@@ -15,8 +15,8 @@ class EvaCLIPVisionConfig(PreTrainedConfig):
         intermediate_size (`int`, defaults to 2730): Hidden width of an MLP.
         num_hidden_layers (`int`, defaults to 24): Number of layers.
         num_attention_heads (`int`, defaults to 16): Number of attention heads.
-        num_channels (`int`, defaults to 3): Channels of a picture.
-        image_size (`int`, defaults to 224): Height and width of a picture in pixels.
+        num_channels (`int`, defaults to 3): Channels of an image.
+        image_size (`int`, defaults to 224): Height and width of an image in pixels.
         patch_size (`int`, defaults to 14): Height and width of a patch in pixels.
         qkv_bias (`bool`, defaults to `True`): Whether queries and values have a bias. Keys have none.
         gated_mlp (`bool`, defaults to `True`): SwiGLU (EVA02) in place of two linear layers around GELU (EVA01).

@@ -88,7 +88,7 @@ class EvaCLIPEmbeddings(nn.Module):
         height, width = pixel_values.shape[-2:]
         if height != self.image_size or width != self.image_size:
             raise ValueError(
-                f"Pictures are {height} x {width} pixels, and this model takes {self.image_size} x {self.image_size}: use its processor, or "
+                f"Images are {height} x {width} pixels, and this model takes {self.image_size} x {self.image_size}: use its processor, or "
                 "convert the checkpoint with another image_size."
             )
         patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
@@ -253,7 +253,7 @@ class EvaCLIPVisionModel(PreTrainedModel):
     def forward(self, pixel_values: torch.FloatTensor, **kwargs: Any) -> tuple | BaseModelOutputWithPooling:
         r"""
         Args:
-            pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, image_size, image_size)`): Normalised pictures.
+            pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, image_size, image_size)`): Normalised images.
 
         Returns:
             `BaseModelOutputWithPooling`; `last_hidden_state` `(batch_size, 1 + num_patches, hidden_size)` before the last layer norm, as

@@ -29,7 +29,7 @@ SO400M_WIDTH, SO400M_HEAD_WIDTH = 1152, 72
 
 
 def convert_siglip(tensors: Mapping[str, StoredTensor], options: Options) -> Tower:
-    """The tower of the `.pt` files with SigLIP2. Its pooled picture is the embedding: it has no projection."""
+    """The tower of the `.pt` files with SigLIP2. Its pooled image is the embedding: it has no projection."""
     if options.quick_gelu:
         raise ConversionError("SigLIP's towers have no QuickGELU: leave quick_gelu out.")
     width, channels, patch_size, _ = shape_of(tensors, f"{TRUNK}patch_embed.proj.weight", 4)

@@ -96,7 +96,7 @@ def convert(
         head_width: Width of an attention head: 64 in OpenAI's and EVA02's towers. 64 means 72 for SigLIP2-So400m, whose width tells it.
         quick_gelu: Whether OpenAI's tower has QuickGELU. By default it has, as OpenAI's weights need, unless a config.json beside them says
             otherwise.
-        image_size: Height and width of the pictures, if not those that the checkpoint is for: position embeddings are resized.
+        image_size: Height and width of the images, if not those that the checkpoint is for: position embeddings are resized.
         patch_size: Size of the patches, if not the stored one; EVA's layout only.
         rope_pretrained_grid: Patches a side that EVA02's rotary positions were made for.
         adapter_input_norm: Whether the adapter divides its input by its length ("l2") or not ("none"). By default "none" for the SigLIP2
@@ -267,7 +267,7 @@ def _facts(tower: Tower, adapter: Adapter, config: ProCLIPConfig, planned: list[
     norm = {"l2": "divided by its length", "none": "as it is"}[adapter.input_norm]
     return {
         "tower": tower.title,
-        "pictures": f"{vision.image_size} x {vision.image_size} pixels, patches of {vision.patch_size}",
+        "images": f"{vision.image_size} x {vision.image_size} pixels, patches of {vision.patch_size}",
         "tower sizes": f"width {vision.hidden_size}, {vision.num_hidden_layers} layers, {vision.num_attention_heads} heads, MLP "
         f"{vision.intermediate_size}",
         "embedding": f"{config.projection_dim} dimensions",

@@ -1,4 +1,4 @@
-"""Position embeddings and patches for pictures of another size, each as the published code of its layout does it."""
+"""Position embeddings and patches for images of another size, each as the published code of its layout does it."""
 
 from collections.abc import Callable
 

@@ -105,7 +105,7 @@ def count_heads(width: int, head_width: int) -> int:
 
 
 def new_grid(grid: int, patch_size: int, image_size: int | None) -> tuple[int, int]:
-    """The size of the pictures and the number of patches a side, as stored or, with `image_size`, as asked for."""
+    """The size of the images and the number of patches a side, as stored or, with `image_size`, as asked for."""
     if image_size is None:
         return grid * patch_size, grid
     if image_size < patch_size:

@@ -1,4 +1,4 @@
-"""Retrieval on a held-out set while stage 2 trains: all pictures, all captions, each once, over all processes."""
+"""Retrieval on a held-out set while stage 2 trains: all images, all captions, each once, over all processes."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -41,7 +41,7 @@ class HeldOutRetrieval:
         self._batches: list[tuple[torch.Tensor, ...]] = []
 
     def add(self, images: torch.Tensor, captions: torch.Tensor, num_captions: torch.Tensor) -> None:
-        """Pictures `(rows, dim)`, their captions `(sum(num_captions), dim)` and how many each has `(rows,)`; a process may have no rows."""
+        """Images `(rows, dim)`, their captions `(sum(num_captions), dim)` and how many each has `(rows,)`; a process may have no rows."""
         self._batches.append((images.cpu(), captions.cpu(), num_captions.cpu()))
 
     def recall(self, device: torch.device) -> dict[str, float]:

@@ -30,9 +30,9 @@ logger = logging.getLogger(__name__)
 SCORING = {
     "embeddings": "brought to unit length; scores are cosine similarities in float64",
     "ties": "scores within 1e-12 of each other tie, and a tie counts against the model",
-    "recall": "share of the queries whose right answer is among the first k; of several captions of a picture, the best counts",
+    "recall": "share of the queries whose right answer is among the first k; of several captions of an image, the best counts",
     "prompt_ensemble": "a class is the mean of its prompts' unit-length embeddings, brought to unit length",
-    "mean_per_class": "mean over the classes that have pictures of the share of a class's pictures that are right",
+    "mean_per_class": "mean over the classes that have images of the share of a class's images that are right",
 }
 
 
@@ -63,7 +63,7 @@ def evaluate(
         data_dir: folder that has a copy under the name of every benchmark whose data is not to come from the Hub.
         cache_dir: of embeddings; by default `features/` in `output_dir`. Several evaluations may share one, one after the other.
         limit: draw only so many rows of every benchmark. The results are marked as partial.
-        batch_size: pictures in a batch.
+        batch_size: images in a batch.
         token_budget: padded tokens in a batch of texts, see [`trainers.text_store.encoding.encode_texts`].
         seed: of the rows that `limit` draws, and of the examples.
         progress: whether to show bars.
@@ -189,7 +189,7 @@ class _Run:
         repeated = len(keys) - len(np.unique(keys, axis=0))
         if repeated and manifest.kind == "retrieval":
             notes.append(
-                f"{repeated} pictures are byte for byte another one: they tie, a tie counts against the model, and so text-to-image recall@1 "
+                f"{repeated} images are byte for byte another one: they tie, a tie counts against the model, and so text-to-image recall@1 "
                 "of their captions is 0."
             )
         entry = {
@@ -233,12 +233,12 @@ class _Run:
 
 
 def images_fingerprint(keys: np.ndarray) -> str:
-    """SHA-256 of the pictures' keys in order: benchmarks on the same pictures, such as the languages of one, share it."""
+    """SHA-256 of the images' keys in order: benchmarks on the same images, such as the languages of one, share it."""
     return hashlib.sha256(np.ascontiguousarray(keys).astype("<i8").tobytes()).hexdigest()
 
 
 def fingerprint(task: Task, keys: np.ndarray) -> str:
-    """SHA-256 of what a benchmark consists of, in order: pictures' bytes, texts, labels. The same data has the same one anywhere."""
+    """SHA-256 of what a benchmark consists of, in order: images' bytes, texts, labels. The same data has the same one anywhere."""
     digest = hashlib.sha256(images_fingerprint(keys).encode())
     digest.update(json.dumps([task.texts, task.identity], ensure_ascii=False).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()

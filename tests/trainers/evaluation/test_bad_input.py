@@ -79,7 +79,7 @@ def test_an_empty_set_and_one_picture(bench: Bench, tmp_path):
     datasets.Dataset.from_dict({"image": [], "captions": []}, features=empty).to_parquet(tmp_path / "empty.parquet")
     assert "mine: " in bench.refused(retrieval(str(tmp_path / "empty.parquet")))
     source = save_rows(tmp_path, [bench.pair("a fox")])
-    assert "one picture has nothing to be told from" in bench.refused(retrieval(source))
+    assert "one image has nothing to be told from" in bench.refused(retrieval(source))
 
 
 def test_empty_captions_are_named(bench: Bench, tmp_path):
@@ -165,7 +165,7 @@ def test_duplicate_pictures_tie_and_are_counted(bench: Bench, tmp_path):
     assert task["metrics"]["t2i_r@1"] <= 3 / 4 and task["metrics"]["i2t_r@1"] == 3 / 4
     assert task["protocol"]["num_repeated_images"] == 1
     (note,) = task["notes"]
-    assert note.startswith("1 pictures are byte for byte another one: they tie")
+    assert note.startswith("1 images are byte for byte another one: they tie")
     rows[1] = bench.pair(
         "a second fox", shown="a fox", shade=9
     )  # other bytes, the same embedding: the tie stays, the count does not
@@ -190,7 +190,7 @@ def test_classes_without_pictures_and_with_one_name(bench: Bench, tmp_path):
     assert task["metrics"]["top1"] == 4 / 5
     assert task["metrics"]["mean_per_class"] == (3 / 4 + 1) / 2, "over the two classes that have pictures"
     assert task["protocol"]["num_classes_without_images"] == 1
-    assert task["notes"][0].startswith("1 of 3 classes have no pictures (such as 'owl')")
+    assert task["notes"][0].startswith("1 of 3 classes have no images (such as 'owl')")
     task = bench.run(zero_shot(source, ["cat", "dog", "cat"]))
     assert task["metrics"]["top1"] == 1 / 5, "two classes have one name: none of their pictures can be right"
     assert any(note.startswith("1 class names are also another class's") for note in task["notes"])

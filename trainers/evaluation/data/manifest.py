@@ -69,12 +69,12 @@ class Data:
         files: for the layout "table", a pattern of the split's files in the source, where other files lie beside them (`test/*.tar`).
         num_items: rows. A source with another number is refused. None, for your own data, checks nothing.
         num_captions: captions in all rows together, likewise.
-        layout: "table" (anything `datasets` reads: rows with columns), "caption_file" (a file whose rows name pictures in a folder),
-            "caption_folder" (pictures in `image/`, a text file of the same name for each in `caption/`), "mmvp" (that of MMVP-VLM) or
+        layout: "table" (anything `datasets` reads: rows with columns), "caption_file" (a file whose rows name images in a folder),
+            "caption_folder" (images in `image/`, a text file of the same name for each in `caption/`), "mmvp" (that of MMVP-VLM) or
             "openmoji" (drawn here, from the packages of the quickstart; `config` says which part).
         caption_file: for the layout "caption_file", the .csv, .tsv, .json, .jsonl or .parquet file, in the source's folder. The columns
             may then be paths into a row, such as `conversations.1.value`.
-        image_folder: for the layout "caption_file", where in the source's folder the pictures' names begin.
+        image_folder: for the layout "caption_file", where in the source's folder the images' names begin.
         where: column -> value: take only the rows that have it.
         first: take only so many rows, the first.
         own_captions: in place of `caption_file`, a file that the user names on the command line, wherever it lies; not written in a file.
@@ -126,14 +126,14 @@ class Manifest:
         data: where the rows are.
         train: of a linear probe, where the rows to train on are; `data` has those to test on. A limit draws from `data` only.
         columns: what the columns of the data are called. retrieval: `image`, `captions`; zero_shot: `image`, `label`; caption_retrieval:
-            `captions`; fine_grained: `image`, `caption`, `negative` (one picture, a right and a wrong text) or `image_1`, `image_2`,
-            `caption_1`, `caption_2` (two pictures, and the text of each), and perhaps `category`.
+            `captions`; fine_grained: `image`, `caption`, `negative` (one image, a right and a wrong text) or `image_1`, `image_2`,
+            `caption_1`, `caption_2` (two images, and the text of each), and perhaps `category`.
         metric: the one that stands for the benchmark in tables; by default the first of `METRICS`.
         classes: of a zero-shot benchmark or a linear probe.
         prompts: of a zero-shot benchmark, each with `{}` where the class name goes: a list, or "resource:FILE". Of a fine-grained one, at
             most one: the frame of every text.
         caption_separator: splits one string into several captions.
-        max_captions: take only so many captions of a picture, the first.
+        max_captions: take only so many captions of an image, the first.
         variants: each makes a benchmark of its own; `{variant}` in name, title, source, split, config, caption_file and columns stands
             for it. A list, or for every variant what `num_items` and `num_captions` are.
         facts: which of the above was read where; what could not be checked says so.
@@ -257,7 +257,7 @@ def load_suite(name_or_path: str | Path) -> Suite:
 
 
 def own_images(images: Path, captions: Path, image_column: str, caption_column: str) -> Manifest:
-    """The benchmark that a folder of pictures and a file of their captions make: retrieval, both ways.
+    """The benchmark that a folder of images and a file of their captions make: retrieval, both ways.
 
     Raises:
         FileNotFoundError: If one of them is not there.

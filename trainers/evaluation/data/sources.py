@@ -32,10 +32,10 @@ _SECONDS_FOR_EDITS = 10  # of all class names: an expression from somebody else 
 
 @dataclass
 class OpenedData:
-    """The rows of one benchmark, checked as far as can be without reading a picture.
+    """The rows of one benchmark, checked as far as can be without reading an image.
 
     Attributes:
-        rows: the dataset; pictures are not decoded.
+        rows: the dataset; images are not decoded.
         source: where the rows were read: the manifest's source, or the local copy that replaced it.
         folder: that local folder, None for the Hub.
         limit: how many of the rows were drawn, None for all.
@@ -273,18 +273,18 @@ def _caption_folder(folder: Path, manifest: Manifest) -> datasets.Dataset:
     where = f"benchmark {manifest.name}"
     found = [_inside(folder, str(path.relative_to(folder)), where) for path in sorted(folder.glob("*/*"))]
     found = [path for path in found if path.is_file() and not path.name.startswith(".")]
-    pictures = {path.stem: path for path in found if path.parent.name == "image" and path.suffix.lower() in IMAGES}
+    images = {path.stem: path for path in found if path.parent.name == "image" and path.suffix.lower() in IMAGES}
     texts = {path.stem: path for path in found if path.parent.name == "caption" and path.suffix.lower() == ".txt"}
-    alone = sorted(set(pictures) ^ set(texts))
+    alone = sorted(set(images) ^ set(texts))
     if alone:
         raise ValueError(
-            f"benchmark {manifest.name}: {folder} must hold a picture in image/ and a text in caption/ under every name, but "
+            f"benchmark {manifest.name}: {folder} must hold an image in image/ and a text in caption/ under every name, but "
             f"{alone[0]!r} has only one of them"
         )
-    names = list(pictures)
+    names = list(images)
     return datasets.Dataset.from_dict(
         {
-            manifest.columns["image"]: [str(pictures[name].absolute()) for name in names],
+            manifest.columns["image"]: [str(images[name].absolute()) for name in names],
             manifest.columns["captions"]: [_first_line(texts[name]) for name in names],
         }
     )
@@ -361,14 +361,14 @@ def _inside(folder: Path, name: str, where: str) -> Path:
 
 
 def _mmvp(folder: Path, where: str) -> datasets.Dataset:
-    """Rows of pairs from MMVP-VLM's `Questions.csv`: number, kind and statement of a picture in every row, two rows a pair."""
+    """Rows of pairs from MMVP-VLM's `Questions.csv`: number, kind and statement of an image in every row, two rows a pair."""
     rows = [list(row.values()) for _, row in TableFile(str(folder / "Questions.csv")).rows()]
     if len(rows) % 2:
         raise ValueError(f"{where}: Questions.csv has {len(rows)} rows, which is not an even number: two are a pair")
     columns: dict[str, list[str]] = {name: [] for name in ("image_1", "image_2", "caption_1", "caption_2", "category")}
     for first, second in zip(rows[::2], rows[1::2], strict=True):
         for place, (number, _, statement) in enumerate((first, second), 1):
-            # Both pictures lie in the folder of the first one's kind.
+            # Both images lie in the folder of the first one's kind.
             columns[f"image_{place}"].append(
                 str(_inside(folder, f"MLLM_VLM Images/{first[1]}/{number}.jpg", where).absolute())
             )

@@ -1,12 +1,12 @@
 """Bootstrap confidence intervals of hit rates, and of the difference of two models that were scored on the same items.
 
-An item is a picture with everything that belongs to it: in retrieval all its captions go with it, because they are no independent draws
+An item is an image with everything that belongs to it: in retrieval all its captions go with it, because they are no independent draws
 (a cluster bootstrap). Every resample draws as many items as there are, with replacement; both models, and all tasks that share the
-pictures, see the same resample, so that what is hard for both cancels in the difference (a paired bootstrap). A mean over classes is resampled
-within each class: its interval speaks of other pictures of the same classes, and no class is ever empty.
+images, see the same resample, so that what is hard for both cancels in the difference (a paired bootstrap). A mean over classes is resampled
+within each class: its interval speaks of other images of the same classes, and no class is ever empty.
 
 Items with the same outcome are interchangeable, so a resample is one draw from a multinomial distribution over the distinct
-outcomes instead of a draw of every item. That is exactly the same distribution, and a million pictures that two models get
+outcomes instead of a draw of every item. That is exactly the same distribution, and a million images that two models get
 right or wrong take as long as four.
 
 Efron and Tibshirani, An Introduction to the Bootstrap, 1993: chapters 8 (clusters, strata) and 13 (percentile interval).
@@ -31,7 +31,7 @@ class Outcomes:
 
     Attributes:
         hits: `(num_items,)` whole numbers, in how many of its trials an item was right.
-        trials: `(num_items,)` whole numbers, at least 1: 1 where a picture is classified, the number of captions in text-to-image retrieval.
+        trials: `(num_items,)` whole numbers, at least 1: 1 where an image is classified, the number of captions in text-to-image retrieval.
         strata: `(num_items,)` whole numbers, the class of each item, for a mean over classes; otherwise `None`.
     """
 
@@ -98,12 +98,12 @@ def image_to_text_outcomes(ranks: np.ndarray, k: int) -> Outcomes:
 
 
 def text_to_image_outcomes(ranks: np.ndarray, text_to_image: np.ndarray, k: int) -> Outcomes:
-    """Outcomes whose score is text-to-image recall@k; an item is a picture with all its captions.
+    """Outcomes whose score is text-to-image recall@k; an item is an image with all its captions.
 
     Args:
-        ranks: `(num_texts,)`, how many wrong pictures come before the caption's own.
-        text_to_image: `(num_texts,)`, the picture of each caption; every picture has one.
-        k: how many pictures are looked at.
+        ranks: `(num_texts,)`, how many wrong images come before the caption's own.
+        text_to_image: `(num_texts,)`, the image of each caption; every image has one.
+        k: how many images are looked at.
     """
     text_to_image = np.asarray(text_to_image)
     trials = np.bincount(text_to_image)

@@ -25,7 +25,7 @@ class Retrieved:
         model: its name.
         image_embeds: `(num_images, p)`.
         text_embeds: `(num_texts, p)`.
-        ranks: `(num_texts,)`, how many wrong pictures come before the right one.
+        ranks: `(num_texts,)`, how many wrong images come before the right one.
     """
 
     model: str
@@ -39,18 +39,18 @@ def retrieval_examples(
     texts: Sequence[str],
     text_to_image: torch.Tensor,
     retrieved: Sequence[Retrieved],
-    picture: Callable[[int], Image.Image],
+    image: Callable[[int], Image.Image],
     seed: int,
     baseline: Retrieved | None = None,
 ) -> list[dict[str, Any]]:
-    """Draws captions by `seed`, at most one of a picture, and gives for each the right picture and what every model finds first.
+    """Draws captions by `seed`, at most one of an image, and gives for each the right image and what every model finds first.
 
     Args:
         task: its name.
         texts: the captions.
-        text_to_image: `(num_texts,)`, the picture of each.
+        text_to_image: `(num_texts,)`, the image of each.
         retrieved: of the model that the examples are for first, then of others that are shown beside it.
-        picture: number of a picture to the picture.
+        image: number of an image to the image.
         seed: of the draw.
         baseline: of the model that they came from, which is shown before them.
 
@@ -87,7 +87,7 @@ def retrieval_examples(
                 {
                     "model": entry.model,
                     "rank": int(entry.ranks[text]),
-                    "picture": thumbnail(picture(_first(entry, text, right))),
+                    "picture": thumbnail(image(_first(entry, text, right))),
                 }
                 for entry in shown
             ]
@@ -96,24 +96,24 @@ def retrieval_examples(
                     "task": task,
                     "heading": heading,
                     "query": texts[text],
-                    "picture": thumbnail(picture(right)),
+                    "picture": thumbnail(image(right)),
                     "found": found,
                 }
             )
     return examples
 
 
-def thumbnail(picture: Image.Image) -> str:
-    """A picture as a JPEG of at most 112 x 112 pixels in a data URI: 2 to 5 kB."""
-    picture = decode_image(picture)
-    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+def thumbnail(image: Image.Image) -> str:
+    """An image as a JPEG of at most 112 x 112 pixels in a data URI: 2 to 5 kB."""
+    image = decode_image(image)
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
     file = io.BytesIO()
-    picture.save(file, "JPEG", quality=85)
+    image.save(file, "JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode("ascii")
 
 
 def _first(entry: Retrieved, text: int, right: int) -> int:
-    """The picture that `text` finds first. As in the ranks, a tie with the right one counts against the model."""
+    """The image that `text` finds first. As in the ranks, a tie with the right one counts against the model."""
     if int(entry.ranks[text]) == 0:
         return right
     query = F.normalize(entry.text_embeds[text].double(), dim=0)

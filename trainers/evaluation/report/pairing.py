@@ -132,9 +132,9 @@ def pair(model: ModelResults, baseline: ModelResults) -> Pairing:
             if metric not in others:
                 left_out[name] = f"{baseline.name} has another metric for it"
                 continue
-            # Tasks on the same pictures, such as the languages of one benchmark, are resampled together.
-            pictures = dataset.get("images_fingerprint") or dataset["fingerprint"]
-            tasks.append(Task(name, metric, entry["group"], own[metric], others[metric], pictures))
+            # Tasks on the same images, such as the languages of one benchmark, are resampled together.
+            images = dataset.get("images_fingerprint") or dataset["fingerprint"]
+            tasks.append(Task(name, metric, entry["group"], own[metric], others[metric], images))
     for name in baseline.tasks:
         if name not in model.tasks:
             left_out[name] = f"{model.name} was not scored on it"

@@ -1,4 +1,4 @@
-"""The report as one HTML file that needs nothing else: plots and pictures are inside it."""
+"""The report as one HTML file that needs nothing else: plots and images are inside it."""
 
 import base64
 from collections.abc import Sequence

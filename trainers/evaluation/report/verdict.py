@@ -8,7 +8,7 @@ The rules, for the difference "model minus baseline" of a score, with its interv
     otherwise         undecided   the data allow both a loss beyond the margin and none
 
 They are tried in this order. Fewer than 30 items decide nothing. Averages are plain means over tasks, resampled as the tasks are: tasks on the
-same pictures together, others independently. The intervals of all tasks hold together with the stated confidence, and so do those of all
+same images together, others independently. The intervals of all tasks hold together with the stated confidence, and so do those of all
 averages (Bonferroni), so that one of twenty tasks is not "lost" by luck. In words, ends are rounded outwards.
 """
 
@@ -69,7 +69,7 @@ class Change:
         model, baseline: the scores, each with its own interval.
         difference: model minus baseline, with its paired interval, which holds together with the others'.
         decision: "gained", "kept", "lost" or "undecided".
-        num_items: pictures behind it (of an average: the fewest of its tasks).
+        num_items: images behind it (of an average: the fewest of its tasks).
     """
 
     name: str

@@ -1,15 +1,15 @@
 """Centred kernel alignment (CKA): how much of one image encoder's representation is left in another's, layer by layer.
 
-Linear CKA of the features x (N, d) and y (N, e) of the same N pictures, both centred (Kornblith et al., Similarity of Neural Network
+Linear CKA of the features x (N, d) and y (N, e) of the same N images, both centred (Kornblith et al., Similarity of Neural Network
 Representations Revisited, ICML 2019, section 3):
 
     CKA(x, y) = ||xᵀy||² / (||xᵀx|| ||yᵀy||)                       Frobenius norms
 
 1 means equal up to rotation and scale, 0 nothing in common. The numerator is the biased estimate of the Hilbert-Schmidt independence criterion
-(HSIC): with fewer pictures than some times d, even unrelated features come near 1. `debiased` takes the unbiased estimate of all three
+(HSIC): with fewer images than some times d, even unrelated features come near 1. `debiased` takes the unbiased estimate of all three
 HSICs instead (Song et al., Feature Selection via Dependence Maximization, JMLR 2012, equation 5), whose expectation is 0 for unrelated features
-however few pictures there are. Nguyen et al. (ICLR 2021) average that estimate over minibatches, because they hold N x N kernels; here
-all sums are over the d x e products, so that it is the estimate over all pictures at once, with memory that does not grow with N.
+however few images there are. Nguyen et al. (ICLR 2021) average that estimate over minibatches, because they hold N x N kernels; here
+all sums are over the d x e products, so that it is the estimate over all images at once, with memory that does not grow with N.
 """
 
 from collections.abc import Iterable
@@ -31,11 +31,11 @@ class LinearCKA:
     """
 
     def __init__(self) -> None:
-        self.num_pictures = 0
+        self.num_images = 0
 
     @torch.no_grad()
     def update(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        """Adds the features `x` (batch_size, d) and `y` (batch_size, e) of the same pictures, in any floating dtype.
+        """Adds the features `x` (batch_size, d) and `y` (batch_size, e) of the same images, in any floating dtype.
 
         Raises:
             ValueError: other shapes than before, different batch sizes, NaN or infinite values.
@@ -48,11 +48,11 @@ class LinearCKA:
             if not torch.isfinite(features).all():
                 raise ValueError(f"{name} has NaN or infinite values.")
         if len(x) != len(y):
-            raise ValueError(f"x and y must be of the same pictures, but have {len(x)} and {len(y)} rows.")
+            raise ValueError(f"x and y must be of the same images, but have {len(x)} and {len(y)} rows.")
         if x.device.type == "mps":  # Apple's GPUs have no float64
             x, y = x.cpu(), y.cpu()
         x, y = x.double(), y.double()
-        if self.num_pictures == 0:
+        if self.num_images == 0:
             # Both estimates are the same for moved features; sums of centred ones lose no digits.
             self._moves = x.mean(0), y.mean(0)
             self._sides = _Sums(x, x), _Sums(y, y), _Sums(x, y)
@@ -62,28 +62,28 @@ class LinearCKA:
         x, y = x - self._moves[0], y - self._moves[1]
         for sums, (first, second) in zip(self._sides, ((x, x), (y, y), (x, y)), strict=True):
             sums.add(first, second)
-        self.num_pictures += len(x)
+        self.num_images += len(x)
 
     def compute(self, debiased: bool = False) -> float:
-        """CKA over all pictures so far.
+        """CKA over all images so far.
 
         Args:
             debiased: the unbiased estimates of HSIC. Can be a little below 0 for unrelated features.
 
         Raises:
-            ValueError: fewer than four pictures, or features that are the same for every picture.
+            ValueError: fewer than four images, or features that are the same for every image.
         """
-        if self.num_pictures < 4:
-            raise ValueError(f"CKA needs at least 4 pictures, and has {self.num_pictures}.")
-        xx, yy, xy = (sums.hsic(self.num_pictures, debiased) for sums in self._sides)
+        if self.num_images < 4:
+            raise ValueError(f"CKA needs at least 4 images, and has {self.num_images}.")
+        xx, yy, xy = (sums.hsic(self.num_images, debiased) for sums in self._sides)
         for name, own, sums in (("x", xx, self._sides[0]), ("y", yy, self._sides[1])):
-            if own <= 1e-24 * self.num_pictures * float(sums.lengths) or own == 0:
-                raise ValueError(f"{name} is the same for every picture, so there is nothing to compare.")
+            if own <= 1e-24 * self.num_images * float(sums.lengths) or own == 0:
+                raise ValueError(f"{name} is the same for every image, so there is nothing to compare.")
         return xy / (xx * yy) ** 0.5
 
 
 class _Sums:
-    """What both estimates of HSIC(x, y) need, summed over pictures: xᵀy and moments with the squared lengths |x_i|², |y_i|²."""
+    """What both estimates of HSIC(x, y) need, summed over images: xᵀy and moments with the squared lengths |x_i|², |y_i|²."""
 
     def __init__(self, x: torch.Tensor, y: torch.Tensor):
         self.product = x.new_zeros(x.shape[1], y.shape[1])  # sum of x_i y_iᵀ
@@ -146,13 +146,13 @@ def cka_by_layer(
     Args:
         model: the tuned model, as `image_layers` takes it.
         baseline: the original, with as many layers.
-        batches: pairs of `pixel_values` of the same pictures, as each model's own processor makes them.
+        batches: pairs of `pixel_values` of the same images, as each model's own processor makes them.
 
     Returns:
         `{"layer": "patches" | "1" ... | "embedding", "cka": ..., "cka_debiased": ...}`, first layer first.
 
     Raises:
-        ValueError: no pictures, fewer than four, or encoders of different depth.
+        ValueError: no images, fewer than four, or encoders of different depth.
     """
     layers: list[LinearCKA] = []
     for own_pixels, baseline_pixels in batches:
@@ -165,7 +165,7 @@ def cka_by_layer(
         for cka, first, second in zip(layers, own, others, strict=True):
             cka.update(first, second)
     if not layers:
-        raise ValueError("there are no pictures to measure CKA on.")
+        raise ValueError("there are no images to measure CKA on.")
     names = ["patches", *(str(number) for number in range(1, len(layers) - 1)), "embedding"]
     return [
         {"layer": name, "cka": cka.compute(), "cka_debiased": cka.compute(debiased=True)}

@@ -1,4 +1,4 @@
-"""A model under evaluation: one way to embed pictures and texts for ProCLIP, CLIP, SigLIP and whatever else has both features."""
+"""A model under evaluation: one way to embed images and texts for ProCLIP, CLIP, SigLIP and whatever else has both features."""
 
 import hashlib
 import json
@@ -32,10 +32,10 @@ DTYPES: dict[str, Any] = {
 
 
 class Encoder:
-    """A model with its processor, ready to embed pictures and texts.
+    """A model with its processor, ready to embed images and texts.
 
     Args:
-        model: a `ProCLIPModel`, a CLIP or SigLIP of Transformers, or another module whose `get_image_features(**pictures)` and
+        model: a `ProCLIPModel`, a CLIP or SigLIP of Transformers, or another module whose `get_image_features(**images)` and
             `get_text_features(**tokens)` return `(N, p)` tensors, or outputs with them as `pooler_output`. Put in eval mode.
         processor: its processor, with an `image_processor` and a `tokenizer`.
         name: for people.
@@ -87,7 +87,7 @@ class Encoder:
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """That of the pictures that the model is given."""
+        """That of the images that the model is given."""
         vision = self.model.vision_model if isinstance(self.model, ProCLIPModel) else self.model
         return next(p.dtype for p in vision.parameters() if p.is_floating_point())
 
@@ -107,10 +107,10 @@ class Encoder:
         return identity
 
     def image_fingerprint(self) -> dict[str, Any]:
-        """What decides a picture's embedding: weights, processor, dtype and device."""
+        """What decides an image's embedding: weights, processor, dtype and device."""
         if isinstance(
             self.model, ProCLIPModel
-        ):  # the adapter and the LLM may change without the pictures' embeddings changing
+        ):  # the adapter and the LLM may change without the images' embeddings changing
             state = self.model.state_dict()
             weights = state_sha256(
                 {k: v for k, v in state.items() if k.startswith(("vision_model.", "visual_projection."))}
@@ -145,7 +145,7 @@ class Encoder:
 
     @torch.inference_mode()
     def project_texts(self, embeds: torch.Tensor) -> torch.Tensor:
-        """`(N, p)` float32 embeddings in the space of the pictures, on the CPU, of what [`encode_texts`] gave."""
+        """`(N, p)` float32 embeddings in the space of the images, on the CPU, of what [`encode_texts`] gave."""
         if not isinstance(self.model, ProCLIPModel):
             return embeds
         weight = self.model.text_adapter.projection.weight
@@ -158,7 +158,7 @@ class Encoder:
         return count_truncated(texts, self.model, self.processor)
 
     def protocol(self) -> dict[str, Any]:
-        """How this model was given its pictures and texts, for the results."""
+        """How this model was given its images and texts, for the results."""
         text = self._text
         image = self.processor.image_processor
         settings = image.to_dict()

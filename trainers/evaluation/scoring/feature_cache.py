@@ -1,8 +1,8 @@
-"""Embeddings of pictures and texts on the disk, found by content, so that an evaluation that was stopped goes on where it was.
+"""Embeddings of images and texts on the disk, found by content, so that an evaluation that was stopped goes on where it was.
 
 A cache is a directory `<images|texts>-<hash of the fingerprint>/` with `cache.json`, which says what made the embeddings, and shards of
-at most 512 rows, each written whole or not at all. An embedding is found by the hash of the text, or of the bytes of the picture's file:
-what several benchmarks, languages or prompts share is computed once, and so is a picture that is in a data set twice.
+at most 512 rows, each written whole or not at all. An embedding is found by the hash of the text, or of the bytes of the image's file:
+what several benchmarks, languages or prompts share is computed once, and so is an image that is in a data set twice.
 """
 
 import hashlib

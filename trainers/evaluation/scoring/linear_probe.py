@@ -1,8 +1,8 @@
-"""Linear probe: how well a linear classifier names pictures from the frozen image encoder's features.
+"""Linear probe: how well a linear classifier names images from the frozen image encoder's features.
 
 As in CLIP (Radford et al. 2021, appendix A.3): L2-regularised logistic regression by scikit-learn's L-BFGS, at most 1,000 iterations, its
 strength chosen on a validation split by a sweep that starts at seven powers of a hundred and halves its step around the best, then trained
-again on training and validation pictures together. It says what the features hold, whatever the text side makes of them.
+again on training and validation images together. It says what the features hold, whatever the text side makes of them.
 """
 
 from dataclasses import dataclass
@@ -20,9 +20,9 @@ class LinearProbe:
     """What a linear probe found.
 
     Attributes:
-        predictions: `(num_test,)` int64, the class that it gives each test picture.
-        accuracy: share of the test pictures that are right.
-        mean_per_class: mean over the test pictures' classes of the share that is right.
+        predictions: `(num_test,)` int64, the class that it gives each test image.
+        accuracy: share of the test images that are right.
+        mean_per_class: mean over the test images' classes of the share that is right.
         inverse_regularization: the C that was chosen.
         validation_accuracy: the accuracy on the validation split of every C that was tried.
     """
@@ -54,14 +54,14 @@ def linear_probe(
         train_features: `(num_train, dim)`, any floating dtype.
         train_labels: `(num_train,)` whole numbers.
         test_features, test_labels: `(num_test, dim)` and `(num_test,)`. A class that training does not have counts as wrong.
-        validation: features and labels to choose C on; `None` holds back a fifth of the training pictures of every class (at least one of a
+        validation: features and labels to choose C on; `None` holds back a fifth of the training images of every class (at least one of a
             class that has two).
         sweep_steps: how often the step is halved after the first seven C: with 3, C is chosen to a factor of 10^(1/4).
         max_iterations: of L-BFGS.
         seed: of the validation split.
 
     Raises:
-        ValueError: shapes that do not match, NaN or infinite values, no pictures, or a single class.
+        ValueError: shapes that do not match, NaN or infinite values, no images, or a single class.
         ModuleNotFoundError: without scikit-learn.
     """
     train_x, train_y = _check("train", train_features, train_labels)
@@ -85,7 +85,7 @@ def linear_probe(
         fit_x, fit_y = train_x, train_y
         train_x, train_y = np.concatenate([train_x, valid_x]), np.concatenate([train_y, valid_y])
     if len(valid_y) == 0 or len(np.unique(fit_y)) < 2:
-        raise ValueError("a validation split needs two classes with two training pictures each; or pass validation=.")
+        raise ValueError("a validation split needs two classes with two training images each; or pass validation=.")
     scale = float(np.sqrt(np.mean(np.square(fit_x))))
     if scale == 0:
         raise ValueError("train features are all 0.")
@@ -124,7 +124,7 @@ def _fit(features: np.ndarray, labels: np.ndarray, power: float, max_iterations:
     from sklearn.linear_model import LogisticRegression
 
     with warnings.catch_warnings():
-        # CLIP's protocol stops after so many iterations, converged or not; and few pictures of many classes are no mistake.
+        # CLIP's protocol stops after so many iterations, converged or not; and few images of many classes are no mistake.
         warnings.simplefilter("ignore", ConvergenceWarning)
         warnings.filterwarnings("ignore", "The number of unique classes is greater than 50%")
         return LogisticRegression(C=10.0**power, max_iter=max_iterations).fit(features, labels)

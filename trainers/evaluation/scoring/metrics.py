@@ -80,19 +80,19 @@ def caption_retrieval(
 ) -> dict[str, float]:
     """Caption-to-caption retrieval: the measure of a caption-contrastively tuned LLM (LLM2CLIP, arXiv 2411.04997).
 
-    Two captions of each picture retrieve each other: the first among all second captions, and the second among all first
-    ones. LLM2CLIP reports top-1 over the first two captions of COCO's 5,000 pictures.
+    Two captions of each image retrieve each other: the first among all second captions, and the second among all first
+    ones. LLM2CLIP reports top-1 over the first two captions of COCO's 5,000 images.
 
     Args:
-        first_embeds, second_embeds: `(num_pictures, dim)`, of any length and floating dtype; normalised here. Rows of one
-            number are captions of one picture.
-        ks: the k to report. A k above the number of pictures is allowed, and its recall is 1.
+        first_embeds, second_embeds: `(num_images, dim)`, of any length and floating dtype; normalised here. Rows of one
+            number are captions of one image.
+        ks: the k to report. A k above the number of images is allowed, and its recall is 1.
 
     Returns:
         `{"caption_r@1": ...}`, fractions, the mean over both directions.
 
     Raises:
-        ValueError: no pictures, shapes that differ, NaN or infinite values, or a k below 1.
+        ValueError: no images, shapes that differ, NaN or infinite values, or a k below 1.
     """
     recall = retrieval_recall(first_embeds, second_embeds, torch.arange(len(second_embeds)), ks)
     return {f"caption_r@{k}": (recall[f"i2t_r@{k}"] + recall[f"t2i_r@{k}"]) / 2 for k in ks}

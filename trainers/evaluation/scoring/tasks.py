@@ -40,11 +40,11 @@ class Task:
     Attributes:
         manifest: what it is.
         data: its rows.
-        image_columns: columns of its pictures.
+        image_columns: columns of its images.
         texts: its texts.
-        space: "shared", the texts' embeddings in the space of the pictures, or "text", those of the text encoder by itself (a ProCLIP's
+        space: "shared", the texts' embeddings in the space of the images, or "text", those of the text encoder by itself (a ProCLIP's
             LLM before the adapter).
-        identity: what else the data is, beside pictures and texts, for the fingerprint.
+        identity: what else the data is, beside images and texts, for the fingerprint.
         facts: counts for the results.
     """
 
@@ -62,7 +62,7 @@ class EmbeddingTask(Task):
     """A benchmark whose numbers come from one model's embeddings.
 
     Attributes:
-        score: `(image_embeds, text_embeds)` to the numbers: the pictures of the first column, then of the second, in rows' order, and the
+        score: `(image_embeds, text_embeds)` to the numbers: the images of the first column, then of the second, in rows' order, and the
             texts in theirs.
     """
 
@@ -91,7 +91,7 @@ def prepare_task(manifest: Manifest, data: OpenedData) -> Task:
 def _retrieval(manifest: Manifest, data: OpenedData) -> EmbeddingTask:
     where, captions = f"benchmark {manifest.name}", _captions(manifest, data)
     if len(captions) < 2:
-        raise ValueError(f"{where}: one picture has nothing to be told from: retrieval needs at least 2")
+        raise ValueError(f"{where}: one image has nothing to be told from: retrieval needs at least 2")
     text_to_image = torch.tensor([row for row, texts in enumerate(captions) for _ in texts])
     texts = [text for some in captions for text in some]
     _check_num_captions(manifest, data, len(texts))
@@ -157,7 +157,7 @@ def _zero_shot(manifest: Manifest, data: OpenedData) -> EmbeddingTask:
         notes = []
         if absent:
             notes.append(
-                f"{len(absent)} of {len(names)} classes have no pictures (such as {absent[0]!r}): they can be predicted, and mean_per_class "
+                f"{len(absent)} of {len(names)} classes have no images (such as {absent[0]!r}): they can be predicted, and mean_per_class "
                 "is over the others."
             )
         same = len(names) - len(set(names))
@@ -243,7 +243,7 @@ def _linear_probe(manifest: Manifest, data: OpenedData) -> EmbeddingTask:
         predictions = torch.from_numpy(found.predictions)
         items = {"correct": (predictions == test).to(torch.uint8), "label": test, "prediction": predictions}
         notes = [
-            f"Inverse regularisation {found.inverse_regularization:.3g}, chosen on training pictures that were held back."
+            f"Inverse regularisation {found.inverse_regularization:.3g}, chosen on training images that were held back."
         ]
         return Outcome({"accuracy": found.accuracy, "mean_per_class": found.mean_per_class}, items, notes)
 
@@ -299,5 +299,5 @@ def _notes_on_texts(texts: list[str]) -> list[str]:
     if not repeated:
         return []
     return [
-        f"{repeated} captions are word for word another one: of two pictures with the same caption, each counts the other's as before its own."
+        f"{repeated} captions are word for word another one: of two images with the same caption, each counts the other's as before its own."
     ]

@@ -126,11 +126,11 @@ def test_other_families_have_layers_too(family):
 
 def test_bad_input_is_refused():
     found = LinearCKA()
-    with pytest.raises(ValueError, match="at least 4 pictures, and has 0"):
+    with pytest.raises(ValueError, match="at least 4 images, and has 0"):
         found.compute()
     with pytest.raises(ValueError, match="x has NaN or infinite values"):
         found.update(torch.full((2, 3), math.nan), torch.ones(2, 3))
-    with pytest.raises(ValueError, match="same pictures, but have 2 and 3 rows"):
+    with pytest.raises(ValueError, match="same images, but have 2 and 3 rows"):
         found.update(torch.ones(2, 3), torch.ones(3, 3))
     with pytest.raises(ValueError, match="y must be floating point"):
         found.update(torch.ones(2, 3), torch.ones(2, 3, dtype=torch.long))
@@ -138,10 +138,10 @@ def test_bad_input_is_refused():
     with pytest.raises(ValueError, match=r"had \(3, 2\) dimensions before, and now have \(3, 5\)"):
         found.update(random(4, 3), random(4, 5))
     for debiased in (False, True):
-        with pytest.raises(ValueError, match="y is the same for every picture"):
+        with pytest.raises(ValueError, match="y is the same for every image"):
             found.compute(debiased)
     model, _ = tiny_proclip()
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="no images"):
         cka_by_layer(model, model, [])
     deeper, _ = tiny_clip("clip")
     deeper.vision_model.encoder.layers.append(copy.deepcopy(deeper.vision_model.encoder.layers[0]))

@@ -87,7 +87,7 @@ def test_bad_input_is_refused():
         linear_probe(*train, test[0] * float("nan"), test[1])
     with pytest.raises(ValueError, match="4 and 3 dimensions"):
         linear_probe(*train, test[0][:, :3], test[1])
-    with pytest.raises(ValueError, match="two classes with two training pictures each"):
+    with pytest.raises(ValueError, match="two classes with two training images each"):
         linear_probe(torch.eye(4)[:3], torch.arange(3), *test)
     with pytest.raises(ValueError, match="all 0"):
         linear_probe(torch.zeros(15, 4), train[1], *test)
