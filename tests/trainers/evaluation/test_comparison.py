@@ -193,7 +193,7 @@ def test_manifests_of_probes_are_checked():
     }
     with pytest.raises(ValueError, match="train belongs to linear_probe, which needs it"):
         parse_manifest(content, "a.yaml")
-    with pytest.raises(ValueError, match="a.yaml, train: 'source' is missing"):
+    with pytest.raises(ValueError, match="a.yaml: train.source: is missing"):
         parse_manifest(content | {"train": {}}, "a.yaml")
     with pytest.raises(ValueError, match="linear_probe has no prompts"):
         parse_manifest(content | {"train": {"source": "b"}, "prompts": ["a {}"]}, "a.yaml")
