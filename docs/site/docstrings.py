@@ -33,6 +33,6 @@ class TransformersDocstrings(Extension):
             return f'<autoref identifier="{identifier}" optional><code>{shown}</code></autoref>'
 
         # A dataclass shows its defaults itself.
-        marks = r"[`*]|\[`~?|`\]" + ("|, defaults to [^,)]*" if "dataclass" in obj.labels else "")
+        marks = r"\[`~?|`\]|[`*]" + ("|, defaults to [^,)]*" if "dataclass" in obj.labels else "")
         text = TYPE.sub(lambda match: match[1] + re.sub(marks, "", match[2]) + match[3], obj.docstring.value)
         obj.docstring.value = REFERENCE.sub(link, text)
