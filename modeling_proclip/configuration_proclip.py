@@ -68,6 +68,13 @@ class ProCLIPConfig(PreTrainedConfig):
         adapter_language_directions (`int`, defaults to 0):
             With "standardize": how many directions, those in which the means of the texts' languages differ most, are projected out of the
             standardised embedding, before its length. They are kept as a buffer of the model. 0 in the papers.
+        adapter_num_anchors (`int`, defaults to 0):
+            How many texts the adapter keeps the normalised embeddings of, as a buffer. A text that is near none of them (another language, say) is
+            read as a mean of those that it is nearest to, which the adapter was trained on; a text that is near one is read as it is. 0 in
+            the papers.
+        adapter_anchor_temperature (`float`, defaults to 0.02): Of the softmax over the cosines that weighs the anchors in that mean.
+        adapter_anchor_threshold (`float`, defaults to 0.75):
+            Cosine with the nearest anchor at which a text is read half as it is and half as that mean.
         adapter_output_bias (`bool`, defaults to `True`): Whether the adapter's last linear layer has a bias.
         adapter_layer_norm_eps (`float`, defaults to 1e-5): Epsilon of the adapter's layer norms.
         text_pooling (`"mean"`, `"weighted_mean"`, `"last_token"`, `"eos_token"` or `"bos_token"`, defaults to `"mean"`):
@@ -110,6 +117,9 @@ class ProCLIPConfig(PreTrainedConfig):
     adapter_expansion: int | float = 2
     adapter_input_norm: Literal["l2", "none", "standardize"] = "l2"
     adapter_language_directions: int = 0
+    adapter_num_anchors: int = 0
+    adapter_anchor_temperature: int | float = 0.02
+    adapter_anchor_threshold: int | float = 0.75
     adapter_output_bias: bool = True
     adapter_layer_norm_eps: float = 1e-5
     text_pooling: Literal["mean", "weighted_mean", "last_token", "eos_token", "bos_token"] = "mean"
@@ -160,19 +170,26 @@ class ProCLIPConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Part of the `@strict` validation: refuses combinations that no model can be built from."""
-        for name in ("projection_dim", "adapter_expansion", "adapter_layer_norm_eps"):
+        for name in ("projection_dim", "adapter_expansion", "adapter_layer_norm_eps", "adapter_anchor_temperature"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"ProCLIPConfig.{name} must be positive, got {getattr(self, name)}.")
         if self.adapter_num_layers < 0:
             raise ValueError(f"ProCLIPConfig.adapter_num_layers must not be negative, got {self.adapter_num_layers}.")
-        if self.adapter_language_directions < 0:
-            raise ValueError(
-                f"ProCLIPConfig.adapter_language_directions must not be negative, got {self.adapter_language_directions}."
-            )
+        for name in ("adapter_language_directions", "adapter_num_anchors"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"ProCLIPConfig.{name} must not be negative, got {getattr(self, name)}.")
         if self.adapter_language_directions and self.adapter_input_norm != "standardize":
             raise ValueError(
                 'ProCLIPConfig.adapter_language_directions needs adapter_input_norm="standardize", got '
                 f"{self.adapter_input_norm!r}: directions are those of standardised embeddings."
+            )
+        if self.adapter_num_anchors and self.adapter_input_norm == "none":
+            raise ValueError(
+                'ProCLIPConfig.adapter_num_anchors needs adapter_input_norm "l2" or "standardize": anchors are compared by their cosines.'
+            )
+        if not -1 <= self.adapter_anchor_threshold <= 1:
+            raise ValueError(
+                f"ProCLIPConfig.adapter_anchor_threshold is a cosine, at least -1 and at most 1, got {self.adapter_anchor_threshold}."
             )
         if not math.isfinite(self.logit_scale_init_value):
             raise ValueError(

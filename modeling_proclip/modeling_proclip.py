@@ -81,7 +81,14 @@ class ProCLIPModel(ProCLIPPreTrainedModel):
     _supports_attention_backend = True
     # The logit scale is a logarithm whose exponential multiplies every logit: half precision would round the scale by up to 4 %. The
     # statistics centre embeddings that lie close together: half precision would cancel what tells them apart.
-    _keep_in_fp32_modules_strict = ["logit_scale", "logit_bias", "input_mean", "input_std", "language_directions"]
+    _keep_in_fp32_modules_strict = [
+        "logit_scale",
+        "logit_bias",
+        "input_mean",
+        "input_std",
+        "language_directions",
+        "anchors",
+    ]
     _no_split_modules = ["TextAdapterBlock"]
 
     def __init__(
@@ -143,6 +150,8 @@ class ProCLIPModel(ProCLIPPreTrainedModel):
                 init.ones_(module.input_std)
             if module.num_language_directions:
                 init.zeros_(module.language_directions)
+            if module.num_anchors:
+                init.zeros_(module.anchors)
         elif isinstance(module, ProCLIPModel):
             if self.config.vision_projection:
                 init.normal_(module.visual_projection.weight, std=self.config.vision_config.hidden_size**-0.5)

@@ -20,9 +20,13 @@ class TextAdapterBlock(nn.Module):
         return hidden_states + self.fc2(F.gelu(self.fc1(self.layer_norm(hidden_states))))
 
 
+# How sharply an adapter with anchors tells texts that are near one from those that are not: the width of the sigmoid, as a cosine.
+_ANCHOR_WIDTH = 0.03
+
+
 class TextAdapter(nn.Module):
     """
-    From the LLM's embedding space to CLIP's: input norm, residual blocks, layer norm, linear projection.
+    From the LLM's embedding space to CLIP's: input norm, anchors (if it has any), residual blocks, layer norm, linear projection.
 
     ProCLIP trains it first by distillation from CLIP's text encoder (stage 1), then together with the image encoder (stage 2).
     """
@@ -41,6 +45,11 @@ class TextAdapter(nn.Module):
         self.num_language_directions = config.adapter_language_directions
         if self.num_language_directions:
             self.register_buffer("language_directions", torch.zeros(self.num_language_directions, size))
+        self.num_anchors = config.adapter_num_anchors
+        self.anchor_temperature = config.adapter_anchor_temperature
+        self.anchor_threshold = config.adapter_anchor_threshold
+        if self.num_anchors:
+            self.register_buffer("anchors", torch.zeros(self.num_anchors, size))
 
     def set_input_statistics(self, mean: torch.Tensor, std: torch.Tensor) -> None:
         """
@@ -67,18 +76,45 @@ class TextAdapter(nn.Module):
         self.input_mean.copy_(mean)
         self.input_std.copy_(std)
 
-    def forward(self, llm_embeds: torch.Tensor) -> torch.Tensor:
-        """`(batch_size, hidden_size)` to `(batch_size, projection_dim)`, not normalised."""
-        weight = self.projection.weight
+    def normalize(self, llm_embeds: torch.Tensor) -> torch.Tensor:
+        """The input norm, of `(batch_size, hidden_size)`, in float32."""
         # In float32: embeddings of an LLM lie close together, and half precision would cancel what tells them apart.
-        hidden_states = llm_embeds.to(device=weight.device, dtype=torch.float32)
+        hidden_states = llm_embeds.to(device=self.projection.weight.device, dtype=torch.float32)
         if self.input_norm == "standardize":
             hidden_states = (hidden_states - self.input_mean) / self.input_std
         if self.num_language_directions:
             hidden_states = hidden_states - (hidden_states @ self.language_directions.T) @ self.language_directions
         if self.input_norm != "none":
             hidden_states = F.normalize(hidden_states, dim=-1)
-        hidden_states = hidden_states.to(weight.dtype)
+        return hidden_states
+
+    def pull_to_anchors(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """
+        Replace what is far from all anchors by a mean of the nearest ones.
+
+        The weights of that mean are a softmax of the cosines, as ASIF (arXiv 2210.01738) maps one space to another by the cosines to texts that
+        are known in both. What replaces it, and by how much, depends on the nearest anchor's cosine c: the text itself keeps the
+        share sigmoid((c - threshold) / width).
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch_size, hidden_size)`): Of unit length, float32.
+
+        Returns:
+            The same shape, unit length.
+        """
+        # Outside of autocast, which would round the cosines to half precision.
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            cosines = hidden_states @ self.anchors.T
+            share = torch.sigmoid((cosines.amax(dim=-1, keepdim=True) - self.anchor_threshold) / _ANCHOR_WIDTH)
+            pulled = F.normalize(torch.softmax(cosines / self.anchor_temperature, dim=-1) @ self.anchors, dim=-1)
+            return F.normalize(share * hidden_states + (1 - share) * pulled, dim=-1)
+
+    def forward(self, llm_embeds: torch.Tensor) -> torch.Tensor:
+        """`(batch_size, hidden_size)` to `(batch_size, projection_dim)`, not normalised."""
+        hidden_states = self.normalize(llm_embeds)
+        if self.num_anchors:
+            hidden_states = self.pull_to_anchors(hidden_states)
+        hidden_states = hidden_states.to(self.projection.weight.dtype)
         for block in self.blocks:
             hidden_states = block(hidden_states)
         return self.projection(self.layer_norm(hidden_states))

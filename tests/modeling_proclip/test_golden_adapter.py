@@ -85,6 +85,41 @@ def test_standardize_against_a_naive_reference():
     assert {"input_mean", "input_std"} <= set(adapter.state_dict())
 
 
+def test_anchors_against_a_naive_reference():
+    """A text between its own direction and the softmax mean of the anchors, by the cosine with the nearest: forward and gradient."""
+    torch.manual_seed(0)
+    shapes = {"text_config": tiny.TEXT | {"hidden_size": 12}, "projection_dim": 5}
+    settings = {"adapter_anchor_threshold": 0.4, "adapter_anchor_temperature": 0.1}
+    adapter = TextAdapter(ProCLIPConfig(**shapes, adapter_num_anchors=7, **settings))
+    plain = TextAdapter(ProCLIPConfig(**shapes, adapter_input_norm="none"))
+    plain.load_state_dict({k: v for k, v in adapter.state_dict().items() if k != "anchors"})
+    anchors = torch.nn.functional.normalize(torch.randn(7, 12), dim=-1)
+    adapter.anchors.copy_(anchors)
+
+    x = torch.randn(4, 12, requires_grad=True)
+    rows = []
+    for row in x:
+        unit = row / row.norm()
+        cosines = torch.stack([unit @ anchor for anchor in anchors])
+        mean = sum(w * anchor for w, anchor in zip((cosines / 0.1).softmax(0), anchors, strict=True))
+        share = 1 / (1 + torch.exp((0.4 - cosines.max()) / 0.03))
+        mixed = share * unit + (1 - share) * mean / mean.norm()
+        rows.append(plain(mixed / mixed.norm()))
+    naive = torch.stack(rows)
+    torch.testing.assert_close(adapter(x), naive)
+    (expected_grad,) = torch.autograd.grad(naive.square().sum(), x)
+    (grad,) = torch.autograd.grad(adapter(x).square().sum(), x)
+    torch.testing.assert_close(grad, expected_grad, atol=1e-5, rtol=1e-4)
+
+    # On an anchor a text stays what it is; a long way from all of them only its nearest anchors count.
+    adapter.anchor_threshold = 0.9
+    torch.testing.assert_close(adapter.pull_to_anchors(anchors), anchors, atol=0.05, rtol=0)
+    far = torch.nn.functional.normalize(torch.randn(50, 12), dim=-1)
+    far = far[(far @ anchors.T).amax(1) < 0.7]
+    adapter.anchor_temperature = 1e-5
+    torch.testing.assert_close(adapter.pull_to_anchors(far), anchors[(far @ anchors.T).argmax(1)], atol=0.02, rtol=0)
+
+
 @pytest.mark.parametrize(
     "mean, std, message",
     [

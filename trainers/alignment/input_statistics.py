@@ -17,9 +17,14 @@ def set_input_statistics(model: ProCLIPModel, text_store: Any) -> None:
     Give an adapter that standardises its input and was not told how yet the mean and deviation of the text store.
 
     Raises:
-        ValueError: If the adapter also projects directions of languages out, which the store alone does not tell.
+        ValueError: If the adapter also projects directions of languages out or has anchors, which the store alone does not tell.
     """
     adapter = model.text_adapter
+    if model.config.adapter_num_anchors and not adapter.anchors.any():
+        raise ValueError(
+            f"the adapter has {model.config.adapter_num_anchors} anchors, which are not set yet: call "
+            "trainers.alignment.input_statistics.set_anchors(model, text_store, texts)"
+        )
     if model.config.adapter_input_norm != "standardize" or adapter.input_mean.any() or (adapter.input_std != 1).any():
         return
     if model.config.adapter_language_directions:
@@ -66,3 +71,27 @@ def fit_input_statistics(model: ProCLIPModel, text_store: Any, texts: Mapping[st
     if directions:
         right = torch.linalg.svd((means - mean) / std, full_matrices=False).Vh
         adapter.language_directions.copy_(right[:directions])
+
+
+def set_anchors(model: ProCLIPModel, text_store: Any, texts: Sequence[str]) -> None:
+    """
+    Set the texts that the adapter pulls others to: its `adapter_num_anchors` anchors.
+
+    Take texts that stage 1 trains on, in the language of CLIP's text encoder, and as many as say all that is to be told apart. They cost `4 *
+    hidden_size` bytes each in the checkpoint. Call it when the adapter's input statistics are set, which decide what is near.
+
+    Args:
+        model: Gets the anchors as a buffer of its `text_adapter`, which is saved with it.
+        text_store: Of the model's LLM; only `lookup(list[str]) -> (N, hidden_size)` is used.
+        texts: As many as the config says.
+
+    Raises:
+        ValueError: If there are not `adapter_num_anchors` texts.
+        KeyError: If a text is not in the store.
+    """
+    if len(texts) != model.config.adapter_num_anchors:
+        raise ValueError(
+            f"adapter_num_anchors is {model.config.adapter_num_anchors}, but there are {len(texts)} texts"
+        )
+    with torch.no_grad():
+        model.text_adapter.anchors.copy_(model.text_adapter.normalize(text_store.lookup(list(texts))))

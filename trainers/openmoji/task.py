@@ -76,6 +76,19 @@ class Task:
         stride = (len(self.concepts) - self.size.seen) // 5
         return [self.size.seen + stride * i for i in range(5)]
 
+    @property
+    def parallel_names(self) -> dict[str, list[str]]:
+        """Language -> names of the concepts that languages are not compared by, in the same order for every language."""
+        held_out = set(self.language_concepts)
+        others = [concept for i, concept in enumerate(self.concepts) if i not in held_out]
+        return {language: [concept.names[language] for concept in others] for language in LANGUAGES}
+
+    @property
+    def language_retrieval(self) -> list[Picture]:
+        """The pictures of `retrieval` that show a concept by which languages are compared."""
+        held_out = set(self.language_concepts)
+        return [picture for picture in self.retrieval if picture.concept in held_out]
+
     def class_prompts(self, language: str, indices: list[int]) -> list[list[str]]:
         """The prompts of each concept: the ensemble in English, the bare name in the other languages."""
         templates = ZERO_SHOT_TEMPLATES if language == "en" else ("{}",)

@@ -1,6 +1,6 @@
 """How well a model names and finds the quickstart's test pictures, in every language."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -49,18 +49,28 @@ def score(task: Task, image_embeds: torch.Tensor, embed_texts: Callable[[list[st
 
 
 def zero_shot_by_language(
-    task: Task, image_embeds: torch.Tensor, embed_texts: Callable[[list[str]], torch.Tensor], indices: list[int]
+    task: Task,
+    image_embeds: torch.Tensor,
+    embed_texts: Callable[[list[str]], torch.Tensor],
+    indices: list[int],
+    *,
+    languages: Sequence[str] = LANGUAGES,
+    shown: Sequence[int] | None = None,
 ) -> dict[str, float]:
-    """Zero-shot top-1 in every language over the concepts `indices`, on the test pictures of these; other arguments as for [`score`]."""
+    """
+    Zero-shot top-1 by language over the concepts `indices`, on the test pictures of those of them that are `shown`, by default all; other
+    arguments as for [`score`].
+    """
     concepts = torch.tensor([picture.concept for picture in task.test])
     rank = {concept: i for i, concept in enumerate(indices)}
-    rows = torch.tensor([i for i, concept in enumerate(concepts.tolist()) if concept in rank])
+    tested = rank.keys() if shown is None else set(shown)
+    rows = torch.tensor([i for i, concept in enumerate(concepts.tolist()) if concept in tested])
     labels = torch.tensor([rank[concept] for concept in concepts[rows].tolist()])
     return {
         language: zero_shot_accuracy(image_embeds[rows], _classifier(task, embed_texts, language, indices), labels)[
             "top1"
         ]
-        for language in LANGUAGES
+        for language in languages
     }
 
 

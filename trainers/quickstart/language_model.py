@@ -12,7 +12,9 @@ from transformers import AutoModel, AutoTokenizer
 from modeling_proclip import convert
 
 
-TUNING_ADAPTER = Path(__file__).parent / "assets" / "smollm2-caption-contrastive"
+_ASSETS = Path(__file__).parent / "assets"
+TUNING_ADAPTER = _ASSETS / "smollm2-caption-contrastive"
+GEMMA3_TUNING_ADAPTER = _ASSETS / "gemma3-caption-contrastive"
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class LanguageModel:
         suffix: What the names of the folders of the LLM as it is used and of its embeddings end in.
         lora: A LoRA of stage 0 to merge into it.
         instruction: Before every text that the LLM reads.
+        multilingual: Whether the adapter's input is normalised over all languages and pulled to the texts of stage 1.
     """
 
     weights: GGUFWeights
@@ -76,6 +79,7 @@ class LanguageModel:
     suffix: str
     lora: Path | None = None
     instruction: str | None = None
+    multilingual: bool = False
 
     def prepare(self, output_dir: Path, dtype: torch.dtype) -> Path:
         """The folder with the LLM as it is used, in `output_dir`; written unless it is there. Raises as [`unpack_language_model`]."""
@@ -90,7 +94,9 @@ class LanguageModel:
 LANGUAGE_MODELS = {
     "plain": LanguageModel(SMOLLM2, "llm", ""),
     "tuned": LanguageModel(SMOLLM2, "llm", "-tuned", TUNING_ADAPTER),
-    "gemma3": LanguageModel(GEMMA3, "llm-gemma3", "-gemma3", instruction="Translate to English:"),
+    "gemma3": LanguageModel(
+        GEMMA3, "llm-gemma3", "-gemma3-tuned", GEMMA3_TUNING_ADAPTER, "Translate to English:", True
+    ),
 }
 
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,13 @@ from transformers import AutoTokenizer, CLIPModel, CLIPProcessor, ProgressCallba
 
 from hub_cards import quickstart_card
 from modeling_proclip import ProCLIPModel, ProCLIPProcessor
+from trainers.alignment.input_statistics import fit_input_statistics, set_anchors
 from trainers.compute.dtypes import native_dtype
 from trainers.contrastive_tuning.config import ContrastiveTuningConfig
 from trainers.contrastive_tuning.trainer import ContrastiveTuningTrainer
 from trainers.inheritance.config import RepresentationInheritanceConfig
 from trainers.inheritance.trainer import RepresentationInheritanceTrainer
+from trainers.openmoji.images import LANGUAGES
 from trainers.openmoji.task import SIZES, PictureDataset, make_task
 from trainers.text_store.store import TextEmbeddingStore
 
@@ -178,9 +181,15 @@ class Quickstart:
 
     def pair_with_llm(self) -> None:
         self.llm_folder = self.language_model.prepare(self.output_dir, native_dtype())
+        adapter = dict(self.adapter)
+        if self.language_model.multilingual:
+            adapter |= {
+                "adapter_language_directions": len(LANGUAGES) - 1,
+                "adapter_num_anchors": len(self.task.inheritance_texts),
+            }
         set_seed(self.seed)
         self.pair = ProCLIPModel.from_vision_text_pretrained(
-            copy.deepcopy(self.clip), self.llm_folder, attn_implementation="eager", **self.adapter
+            copy.deepcopy(self.clip), self.llm_folder, attn_implementation="eager", **adapter
         )
         tokenizer = AutoTokenizer.from_pretrained(self.llm_folder)
         self.processor = ProCLIPProcessor(
@@ -188,13 +197,18 @@ class Quickstart:
         )
 
     def build_stores(self, more_texts: Sequence[str] = ()) -> None:
+        if self.language_model.multilingual:
+            more_texts = [*more_texts, *chain.from_iterable(self.task.parallel_names.values())]
         texts = list(dict.fromkeys([*self.task.all_texts(), *more_texts]))
         store = self.output_dir / f"text-store{self.language_model.suffix}"
         self.text_store = TextEmbeddingStore.build(texts, self.pair, self.processor, store)
         self.teacher_store = TextEmbeddingStore.build(
             texts, self.clip, self.clip_processor, self.output_dir / "clip-text-store"
         )
-        if self.pair.config.adapter_input_norm == "standardize":
+        if self.language_model.multilingual:
+            fit_input_statistics(self.pair, self.text_store, self.task.parallel_names)
+            set_anchors(self.pair, self.text_store, self.task.inheritance_texts)
+        elif self.pair.config.adapter_input_norm == "standardize":
             self.pair.text_adapter.set_input_statistics(*self.text_store.statistics())
         # From here on the LLM is not needed: what trains and scores reads its embeddings from the store.
         self.llm, self.pair.text_model = self.pair.text_model, None

@@ -7,7 +7,7 @@ from transformers import AutoModel
 
 from modeling_proclip import ProCLIPConfig
 from tests.trainers.tiny_training import LLM_DIM, TinyStore, inheritance_trainer, tiny_model
-from trainers.alignment.input_statistics import fit_input_statistics
+from trainers.alignment.input_statistics import fit_input_statistics, set_anchors
 
 
 LANGUAGES = ("en", "de", "fa")
@@ -89,6 +89,31 @@ def test_training_leaves_fitted_statistics_and_refuses_unset_directions(store, t
     assert torch.equal(model.text_adapter.language_directions, before)
 
 
+def test_with_anchors_a_translation_is_read_as_the_text_that_it_translates(store, tmp_path):
+    settings = {"adapter_input_norm": "standardize", "adapter_language_directions": 2, "adapter_num_anchors": 40}
+    model = tiny_model(**settings, load_text_model=True)
+    fit_input_statistics(model, store, TEXTS)
+    rows = [{"text": text} for text in TEXTS["en"]]
+    stores = {"text_store": store, "teacher_store": TinyStore(8, 1, TEXTS["en"])}
+    with pytest.raises(ValueError, match="set_anchors"):
+        inheritance_trainer(tmp_path, model, rows=rows, max_steps=1, **stores)
+    with pytest.raises(ValueError, match="adapter_num_anchors is 40, but there are 39 texts"):
+        set_anchors(model, store, TEXTS["en"][1:])
+    set_anchors(model, store, TEXTS["en"])
+    model.config.adapter_anchor_threshold = model.text_adapter.anchor_threshold = 1.0
+    adapter = model.text_adapter
+    with torch.no_grad():
+        english, persian = (adapter.normalize(store.lookup(TEXTS[language])) for language in ("en", "fa"))
+        pulled = adapter.pull_to_anchors(persian)
+    before, after = ((states * english).sum(-1).mean() for states in (persian, pulled))
+    assert after > before + (1 - before) / 2
+    inheritance_trainer(tmp_path, model, rows=rows, max_steps=1, **stores).train()
+    model.save_pretrained(tmp_path / "model")
+    loaded = AutoModel.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+    assert torch.equal(loaded.text_adapter.anchors, adapter.anchors)
+    assert loaded.text_adapter.anchor_threshold == 1.0
+
+
 def test_what_cannot_be_fitted_is_refused(store):
     model = tiny_model(adapter_input_norm="standardize", adapter_language_directions=3)
     with pytest.raises(ValueError, match="at least 4 languages, got 3"):
@@ -98,6 +123,8 @@ def test_what_cannot_be_fitted_is_refused(store):
     with pytest.raises(ValueError, match='need adapter_input_norm="standardize"; this model has'):
         fit_input_statistics(tiny_model(), store, TEXTS)
     for settings, message in (({"adapter_input_norm": "l2"}, 'needs adapter_input_norm="standardize"'),
-                              ({"adapter_language_directions": -1}, "negative")):  # fmt: skip
+                              ({"adapter_language_directions": -1}, "negative"),
+                              ({"adapter_language_directions": 0, "adapter_num_anchors": 2, "adapter_input_norm": "none"}, "anchors"),
+                              ({"adapter_input_norm": "standardize", "adapter_anchor_threshold": 2}, "a cosine")):  # fmt: skip
         with pytest.raises(StrictDataclassClassValidationError, match=message):
             ProCLIPConfig(**{"adapter_language_directions": 2, **settings})

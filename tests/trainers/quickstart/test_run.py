@@ -1,5 +1,6 @@
 """`proclip quickstart` as a newcomer runs it: the command in a process of its own, then what it leaves behind."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -17,13 +18,14 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 
 import modeling_proclip  # noqa: F401  registers the classes
 from hub_cards import check_card
+from tests.trainers.tiny_training import TinyStore
 from trainers.data import TextEmbeddingStore, encode_texts
 from trainers.evaluation import caption_retrieval
 from trainers.openmoji.images import IMAGE_SIZE, LANGUAGES, PLACES, View, load_concepts, render
 from trainers.openmoji.task import SIZES, PictureDataset, make_task
 from trainers.quickstart.baseline import train_llm2clip
 from trainers.quickstart.evaluate import embed_pictures, score
-from trainers.quickstart.language_model import TUNING_ADAPTER
+from trainers.quickstart.language_model import GEMMA3_TUNING_ADAPTER, TUNING_ADAPTER
 from trainers.quickstart.run import Quickstart
 
 
@@ -139,17 +141,46 @@ def test_the_tuned_llm_has_its_own_folder_and_store_and_knows_other_languages(tm
         TextEmbeddingStore.build(names[:2], tuned.pair, tuned.processor, output_dir / "text-store")
 
 
-def test_the_tuning_adapter_is_small_and_its_card_is_valid():
-    weights = TUNING_ADAPTER / "adapter_model.safetensors"
-    assert weights.stat().st_size < 6e6
-    card = ModelCard.load(TUNING_ADAPTER / "README.md")
-    assert (card.data.base_model, card.data.library_name) == ("HuggingFaceTB/SmolLM2-135M-Instruct", "peft")
+def test_a_multilingual_llm_is_normalised_over_languages_and_pulled_to_the_texts_of_stage_1(tmp_path, monkeypatch):
+    run = Quickstart(tmp_path, "small", 0)
+    run.language_model = dataclasses.replace(run.language_model, multilingual=True)
+    run.draw()
+    run.pair_with_llm()
+    asked = []
+
+    def build(texts, model, processor, path, **settings):
+        asked.append(set(texts))
+        return TinyStore(576, len(asked), texts)
+
+    monkeypatch.setattr(TextEmbeddingStore, "build", build)
+    run.build_stores()
+    names, adapter = run.task.parallel_names, run.pair.text_adapter
+    assert {name for of_language in names.values() for name in of_language} <= asked[0]
+    embeds = torch.stack([run.text_store.lookup(of_language) for of_language in names.values()]).double()
+    torch.testing.assert_close(adapter.input_mean, embeds.mean((0, 1)).float(), atol=1e-5, rtol=0)
+    assert adapter.language_directions.shape == (len(LANGUAGES) - 1, 576) and adapter.language_directions.any()
+    texts = run.task.inheritance_texts
+    torch.testing.assert_close(adapter.anchors, adapter.normalize(run.text_store.lookup(texts)))
+
+
+@pytest.mark.parametrize(
+    ("folder", "base", "num_linears", "most_bytes"),
+    [
+        (TUNING_ADAPTER, "HuggingFaceTB/SmolLM2-135M-Instruct", 12 * 7, 6e6),
+        (GEMMA3_TUNING_ADAPTER, "google/gemma-3-270m", 18 * 7, 8e6),
+    ],
+)
+def test_the_tuning_adapter_is_small_and_its_card_is_valid(folder, base, num_linears, most_bytes):
+    weights = folder / "adapter_model.safetensors"
+    assert weights.stat().st_size < most_bytes
+    card = ModelCard.load(folder / "README.md")
+    assert (card.data.base_model, card.data.library_name) == (base, "peft")
     check_card(card)
-    config = LoraConfig.from_pretrained(str(TUNING_ADAPTER))
+    config = LoraConfig.from_pretrained(str(folder))
     assert (config.r, config.lora_alpha, config.base_model_name_or_path) == (16, 32, card.data.base_model)
     with safe_open(weights, "pt") as tensors:
         names = list(tensors.keys())
-        assert len(names) == 2 * len(config.target_modules)
+        assert len(names) == 2 * num_linears
         assert all(tensors.get_tensor(name).abs().max() > 0 for name in names)
 
 
