@@ -297,7 +297,7 @@ def summarise(
 
 
 def print_entries(console: Console, title: str, entries: list[dict[str, Any]]) -> None:
-    """Of the other languages, where an English LLM knows little, only the JSON tells."""
+    """The other languages, of which an English LLM knows little, are only in the JSON."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
     columns = [key for key in COLUMNS if key != "others"]

@@ -35,7 +35,7 @@ def adapter_card(
     of their training.
 
     Args:
-        folder: Of the adapters.
+        folder: Folder of the adapters.
         repo_id: Name on the Hub that the card's snippets load them by; by default they name a folder.
         base_model: Name on the Hub of the checkpoint that they are for, where `adapter_config.json` names a folder.
         results: Results of an evaluation of the base with these adapters, as `proclip evaluate` wrote them.

@@ -64,7 +64,7 @@ class CheckpointFacts:
         processor: What `processor_config.json` holds; empty if there is no processor.
         num_parameters: Of "image encoder", "LLM" and "adapter", as far as their tensors are there.
         num_bytes: Of all its safetensors files.
-        dtypes: Of its tensors, as safetensors names them ("F32", "BF16").
+        dtypes: dtypes of its tensors, as safetensors names them ("F32", "BF16").
         training: A record of each stage of its training; empty where nothing is recorded.
     """
 

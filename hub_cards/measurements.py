@@ -50,7 +50,7 @@ class Measurement:
         task: Name of the task.
         kind, group: What was done and what for, as `proclip evaluate` names them.
         dataset: Name of the data set.
-        split, revision, num_items: Of the data set, where they are recorded.
+        split, revision, num_items: Those of the data set, where they are recorded.
         metric: Name of the metric.
         value: As measured: a fraction for shares.
         primary: Whether it is the number that stands for the task.

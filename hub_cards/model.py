@@ -57,7 +57,7 @@ def model_card(
         repo_id: Name on the Hub that the card's snippets load it by; by default they name a folder.
         results: Results of its evaluation, files or folders as `proclip evaluate` and `proclip quickstart` write them. By default every
             `results.json` in the folder or directly in a sub-folder that is of these weights.
-        license, license_name, license_link: Of the checkpoint; "unknown" by default.
+        license, license_name, license_link: Licence of the checkpoint; "unknown" by default.
         base_models: Names on the Hub of what the towers come from, under "vision" and "text", where the checkpoint names folders or
             nothing.
         base_licenses: Licences of the towers, under "vision" and "text". By default those that the cards of the base models name, as far as
@@ -68,7 +68,7 @@ def model_card(
         limits: Sentences to add to the card's limits.
         remote_code: Whether the snippets load it with `trust_remote_code=True` and without this package. By default as the checkpoint's
             `auto_map` says; publishing adds one.
-        title: Of the card; by default the name of the repository or folder.
+        title: Title of the card; by default the name of the repository or folder.
         weights_in: Folder of the weights that results are held against, if not `folder`: publishing lays out another state of them.
 
     Returns:

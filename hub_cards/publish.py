@@ -65,7 +65,7 @@ class PublishReport:
 
     @property
     def num_bytes(self) -> int:
-        """Of all files."""
+        """Bytes of all files."""
         return sum(self.files.values())
 
 
@@ -111,7 +111,7 @@ def publish(
             fetched and compared.
         card: Arguments of [`model_card`], such as `license`, `base_licenses`, `datasets`, `languages` and `results`: the card is rendered with
             them, also in place of a README.md.
-        token: Of the Hub; by default that of `hf auth login` or `HF_TOKEN`. It is never printed.
+        token: Token for the Hub; by default that of `hf auth login` or `HF_TOKEN`. It is never printed.
         dry_run: Check everything, say what would be sent, and ask the Hub nothing (but for the LLM that `text_model` names).
         announce: Called with what is going to be sent, before it is.
 

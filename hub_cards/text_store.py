@@ -38,7 +38,7 @@ def text_store_card(
         store: A `TextEmbeddingStore`.
         repo_id: Name on the Hub that the card's snippet downloads it by; by default the snippet names a folder.
         texts: Where the texts came from, in words or as a name on the Hub. The store does not know.
-        license: Of the embeddings, one of the Hub's identifiers: as a rule that of the texts.
+        license: Licence of the embeddings, one of the Hub's identifiers: as a rule that of the texts.
         languages: ISO 639 codes of the texts' languages.
 
     Raises:

@@ -76,7 +76,7 @@ def is_language(code: Any) -> bool:
 
 
 def _results_of(data: CardData) -> list[EvalResult]:
-    """Of metadata that is no model's by its class, such as that of any card in a folder."""
+    """Check metadata whose class says nothing of models, such as that of any card in a folder."""
     index = data.get("model-index")
     return model_index_to_eval_results(index)[1] if index else []
 

@@ -125,7 +125,7 @@ def _check_output(
 
 
 def _check_states(states: torch.Tensor, num_padding: int, name: str) -> None:
-    """Of states `(4, sequence_length, hidden_size)`, the first token must have moved with the last one and not with the padding."""
+    """In states `(4, sequence_length, hidden_size)`, the first token must have moved with the last one and not with the padding."""
     first = states[:, num_padding]
     _, noise, signal, leak = (first - first[_TEXT]).float().abs().amax(dim=1).tolist()
     if not signal > 10 * noise:

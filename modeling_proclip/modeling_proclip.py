@@ -166,7 +166,7 @@ class ProCLIPModel(ProCLIPPreTrainedModel):
 
     @property
     def dtype(self) -> torch.dtype:
-        """`torch.dtype`: Of what is neither tower: the adapter. The library would take the logit scale's, which is always float32."""
+        """`torch.dtype`: dtype of the adapter. The library would take the logit scale's, which is always float32."""
         return self.text_adapter.projection.weight.dtype
 
     def get_input_embeddings(self) -> nn.Module:
@@ -190,7 +190,7 @@ class ProCLIPModel(ProCLIPPreTrainedModel):
                 For towers that keep an image's aspect ratio (SigLIP2 NaFlex), whose `pixel_values` are
                 `(batch_size, max_num_patches, num_channels * patch_size ** 2)`: 1 on patches, 0 on padding.
             spatial_shapes (`torch.LongTensor` of shape `(batch_size, 2)`, *optional*): For the same towers, rows and columns of patches.
-            kwargs: Of the image encoder, such as `interpolate_pos_encoding` or `output_hidden_states`.
+            kwargs: Arguments of the image encoder, such as `interpolate_pos_encoding` or `output_hidden_states`.
 
         Returns:
             `BaseModelOutputWithPooling`; `pooler_output` `(batch_size, projection_dim)` is the embedding, not normalised.
@@ -224,7 +224,7 @@ class ProCLIPModel(ProCLIPPreTrainedModel):
         Args:
             input_ids, attention_mask, token_type_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
                 From [`ProCLIPProcessor`]; see [`pool_tokens`].
-            kwargs: Of the LLM.
+            kwargs: Arguments of the LLM.
 
         Returns:
             `torch.FloatTensor` of shape `(batch_size, text_config.hidden_size)`.
@@ -270,7 +270,7 @@ class ProCLIPModel(ProCLIPPreTrainedModel):
                 From [`ProCLIPProcessor`].
             llm_embeds (`torch.FloatTensor` of shape `(batch_size, text_config.hidden_size)`, *optional*):
                 Stored embeddings of the LLM, in place of tokens.
-            kwargs: Of the LLM, such as `output_hidden_states`.
+            kwargs: Arguments of the LLM, such as `output_hidden_states`.
 
         Returns:
             `BaseModelOutputWithPooling`; `pooler_output` `(batch_size, projection_dim)` is the embedding, not normalised. With `llm_embeds`
@@ -312,7 +312,7 @@ class ProCLIPModel(ProCLIPPreTrainedModel):
         Args:
             return_loss (`bool`, *optional*): Return the symmetric InfoNCE loss; the i-th image and the i-th text are a pair.
             output_attentions, output_hidden_states (`bool`, *optional*): Of both towers, in their outputs.
-            kwargs: Of the image encoder, such as `interpolate_pos_encoding`.
+            kwargs: Arguments of the image encoder, such as `interpolate_pos_encoding`.
 
         Raises:
             ValueError: If neither modality is given, or there is no pair for every item of a loss.

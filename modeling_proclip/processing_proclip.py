@@ -138,7 +138,7 @@ class ProCLIPProcessor(ProcessorMixin):
             images: An image or a list of images: PIL images, paths and http(s) URLs, which [`decode_image`] decodes, or arrays and tensors.
             text (`str` or `list[str]`): Texts of any length and language; whitespace at the end is dropped. Those over `max_length` lose
                 the end of their content, never the template, and a warning says so once.
-            kwargs: Of the tokenizer and the image processor, such as `return_tensors="pt"`, `padding` or `max_length`.
+            kwargs: Arguments of the tokenizer and the image processor, such as `return_tensors="pt"`, `padding` or `max_length`.
 
         Returns:
             `BatchFeature` with `input_ids`, `attention_mask` and `token_type_ids` of shape `(num_texts, sequence_length)`, where

@@ -30,7 +30,7 @@ class Adapter:
         expansion (`float`): Hidden size of a block over d.
         input_norm (`"l2"` or `"none"`): What is done to the LLM's embedding first.
         output_bias (`bool`): Whether the last linear layer has a bias.
-        rules (`Rules`): Of its tensors.
+        rules (`Rules`): Rules for its tensors.
     """
 
     llm_size: int

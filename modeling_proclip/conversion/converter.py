@@ -106,8 +106,8 @@ def convert(
         text_model_revision: Its revision on the Hub.
         prompt_template: See [`ProCLIPProcessor`]; by default that of the LLM's chat markers.
         lora_adapters: Folders of PEFT adapters to merge into an LLM, in this order.
-        revision: Of a source on the Hub.
-        dtype: Of the result, such as "float16"; by default the widest of the checkpoint's.
+        revision: Commit, tag or branch of a source on the Hub.
+        dtype: dtype of the result, such as "float16"; by default the widest of the checkpoint's.
         dry_run: Find out everything and write nothing. The weights themselves are not read.
 
     Returns:

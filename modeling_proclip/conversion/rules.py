@@ -39,8 +39,8 @@ class Tower:
 
     Attributes:
         title (`str`): What it is, for people.
-        config (`PreTrainedConfig`): Of the tower in Transformers.
-        rules (`Rules`): Of its tensors and of its projection, under the names of `ProCLIPModel`.
+        config (`PreTrainedConfig`): Configuration of the tower in Transformers.
+        rules (`Rules`): Rules for its tensors and its projection, under the names of `ProCLIPModel`.
         projection_dim (`int`, *optional*): Size of the projection, `None` for a tower without one.
         projection_bias (`bool`): Whether the projection has a bias.
         ignored (`tuple[str, ...]`): Regular expressions of published names that are expected and not needed.
@@ -129,7 +129,7 @@ def affine(ours: str, published: str, bias: bool = True) -> Rules:
 
 
 def chunk(index: int, chunks: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A transform that takes one of equal parts along the first dimension: of a fused query, key and value."""
+    """A transform that takes one of equal parts along the first dimension, as of a fused query, key and value."""
     return lambda tensor: tensor.unflatten(0, (chunks, -1))[index]
 
 

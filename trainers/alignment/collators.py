@@ -25,7 +25,7 @@ class InheritanceCollator:
 
     Returns:
         `{"llm_embeds": (batch_size, hidden_size), "teacher_embeds": (batch_size, projection_dim)}`, in the stores' dtypes. The teacher reads
-        "teacher_text" in rows that have it: of a translation, the caption that it translates. A row with several captions is read by its
+        "teacher_text" in rows that have it: for a translation, the caption that it translates. A row with several captions is read by its
         first one, which is what evaluation does.
 
     Raises:

@@ -46,7 +46,7 @@ def fit_input_statistics(model: ProCLIPModel, text_store: Any, texts: Mapping[st
 
     Args:
         model: Gets the statistics as buffers of its `text_adapter`, which are saved with it.
-        text_store: Of the model's LLM; only `lookup(list[str]) -> (N, hidden_size)` is used.
+        text_store: Text store of the model's LLM; only `lookup(list[str]) -> (N, hidden_size)` is used.
         texts: Language -> texts in it, preferably translations of each other: else the means differ by what is talked of as well.
 
     Raises:

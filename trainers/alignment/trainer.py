@@ -152,7 +152,7 @@ class AlignmentTrainer(StageTrainer):
         Write `README.md` to `output_dir`, from what was saved there: [`~hub_cards.model_card`], or [`~hub_cards.adapter_card`] of PEFT adapters.
 
         Args:
-            kwargs: Of that function, such as `license` and `datasets`. `model_name` is understood too.
+            kwargs: Arguments of that function, such as `license` and `datasets`. `model_name` is understood too.
         """
         if self.is_world_process_zero():
             model_name = kwargs.pop("model_name", None)

@@ -23,8 +23,8 @@ class WithTexts:
     What `collator` makes of rows, and their captions under [`TEXTS`], so that an error can name them.
 
     Args:
-        collator: of the batches.
-        column: of the rows, that holds a caption or a list of captions, of which the first is taken.
+        collator: collator of the batches.
+        column: column of the rows with a caption or a list of captions, of which the first is taken.
     """
 
     def __init__(self, collator: Any, column: str):
@@ -65,7 +65,7 @@ def explain(
         model: with the gradients of the batch, and the weights that it had.
         batch: what the model read; of its tensors the first dimension is the rows.
         texts: the captions of the rows, if they are known.
-        process: of the batch, for the message.
+        process: process of the batch, for the message.
     """
     if torch.isfinite(loss):
         facts = [f"{when}: the gradient is not finite, though the loss is {loss.item():.6g}"]

@@ -45,7 +45,7 @@ def cached_backward(
             FSDP, whose processes run every forward pass together.
         loss_fn: from the joined embeddings `(batch_size, dim)`, float32 or float64, to the loss `()`; it may gather them from all
             processes. Called once.
-        accelerator: of the trainer.
+        accelerator: the trainer's accelerator.
         model: as `accelerator.prepare` returned it.
 
     Returns:

@@ -24,7 +24,7 @@ class StreamReader(TrainerCallback):
 
     Args:
         stream: of all processes.
-        args: of the training; `max_steps` says how long it is, and `per_device_train_batch_size`, `dataloader_num_workers`,
+        args: settings of the training; `max_steps` says how long it is, and `per_device_train_batch_size`, `dataloader_num_workers`,
             `dataloader_pin_memory`, `dataloader_prefetch_factor` and `dataloader_multiprocessing_context` are used.
 
     Raises:

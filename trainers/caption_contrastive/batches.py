@@ -16,7 +16,7 @@ from trainers.text_store.token_batches import TokenRow, length_sorted_batches, p
 
 class CaptionPairs(EpochDataset):
     """
-    Rows of captions as pairs: of a picture's captions two are drawn in every epoch, in random order (LLM2CLIP, arXiv 2411.04997: two
+    Rows of captions as pairs: two captions of each image are drawn in every epoch, in random order (LLM2CLIP, arXiv 2411.04997: two
     captions of one picture are positives). The draw is a function of seed, epoch and row alone, as in [`DrawnCaptions`], so a resumed run
     and one with another number of processes sees the same pairs. Plain-text pairs follow after the captions and keep their order.
 
@@ -25,7 +25,7 @@ class CaptionPairs(EpochDataset):
             "text": two or more captions of one picture;
             "negative" (*optional*): a text, or a list of texts, that must not be found; all of them are used in every epoch;
             "id" (*optional*): what the captions are of, a string or number. Rows with one id are not negatives of each other.
-        seed: Of the draw.
+        seed: Seed of the draw.
         plain_rows (*optional*): The same with "text": [query, document], and, *optional*, "instruction", read before the query and not pooled.
 
     Raises:
@@ -162,7 +162,7 @@ class TextTokenizer:
     Texts to tokens in the LLM's prompt template, each with an instruction or without.
 
     Args:
-        tokenizer: Of the LLM.
+        tokenizer: Tokenizer of the LLM.
         template: Holds `{text}`; see [`ProCLIPProcessor`].
         max_length: Most tokens of a text, template included.
         instruction: What stands before texts that have no instruction of their own.

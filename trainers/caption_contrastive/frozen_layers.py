@@ -30,7 +30,7 @@ class FrozenLayerStates:
     Args:
         text_model: A decoder LLM of Transformers, with or without LoRA in the layers from `num_layers` on.
         num_layers: How many layers, counted from the embeddings, are frozen and skipped.
-        pad_token_id: Of the tokenizer.
+        pad_token_id: The tokenizer's.
 
     Raises:
         ValueError: If there are not so many layers, or the LLM does not give the same with its lower layers skipped: both are tried.

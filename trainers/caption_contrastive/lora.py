@@ -45,7 +45,7 @@ def add_lora(text_model: PreTrainedModel, args: LoraTrainingArguments) -> Any:
 
     Args:
         text_model: Base model of a decoder LLM (`AutoModel`), whose decoder layers are `text_model.layers`.
-        args: Of the LoRA.
+        args: Settings of the LoRA.
 
     Raises:
         ImportError: If PEFT is not installed.

@@ -73,8 +73,8 @@ def mask_tokens(
     """
     Args:
         input_ids: int64, of any shape.
-        special_tokens_mask: Of the same shape, 1 where a token must stay.
-        mask_token_id, vocab_size: Of the tokenizer.
+        special_tokens_mask: A tensor of the same shape, 1 where a token must stay.
+        mask_token_id, vocab_size: Those of the tokenizer.
         probability, masking: See [`MaskedNextTokenConfig`].
         generator: Where the draws come from; torch's own by default.
 
@@ -120,7 +120,7 @@ class MaskedTexts(Dataset):
 
     Args:
         rows: Rows by number with "text", a text or a list of texts.
-        tokenizer: Of the LLM; its mask token is used, or the token "_" if it has none (LLM2Vec's "blank").
+        tokenizer: Tokenizer of the LLM; its mask token is used, or the token "_" if it has none (LLM2Vec's "blank").
         args: Settings.
 
     Raises:
@@ -177,7 +177,7 @@ class MaskedNextTokenTrainer(StageTrainer):
         args ([`MaskedNextTokenConfig`]): Settings.
         train_dataset: Rows by number with "text", a text or a list of texts of which one is drawn every epoch.
         eval_dataset (*optional*): The same; `eval_loss` is logged.
-        processing_class (tokenizer): Of the LLM. Texts are read without a prompt template.
+        processing_class (tokenizer): Tokenizer of the LLM. Texts are read without a prompt template.
         kwargs: Of [`~transformers.Trainer`].
 
     Raises:

@@ -15,7 +15,7 @@ class AllCaptionsCollator:
     What `collator` makes of rows, and the stored embeddings of all their captions.
 
     Args:
-        collator: of a training's batches, which read the first caption of a row.
+        collator: collator of a training's batches, which reads the first caption of a row.
         text_store: the LLM's embeddings; only `lookup(list[str]) -> (N, hidden_size)` is used.
 
     Returns:

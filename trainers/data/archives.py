@@ -42,7 +42,7 @@ class TarShard:
     A shard.
 
     Attributes:
-        path: of the file.
+        path: path of the file.
         texts: fields that hold text whatever their ending says.
         name: what messages call the file.
     """

@@ -11,14 +11,14 @@ from .epochs import EpochDataset
 
 class DrawnCaptions(EpochDataset):
     """
-    Rows whose "text" is one caption: of a list of captions, one is drawn a row and epoch (ProCLIP, arXiv 2510.18795, Table 8: "one
+    Rows whose "text" is one caption: from a list of captions, one is drawn for each row and epoch (ProCLIP, arXiv 2510.18795, Table 8: "one
     drawn at random per sample per epoch"; the published code draws without a seed). The draw is a function of seed, epoch and row alone, so
     a resumed run and a run with another number of processes or data workers sees the same captions. So is "teacher_text", by a draw of its
     own, in rows that have it.
 
     Args:
         rows: the dataset: `len(rows)` rows by number, each a mapping with "text", a string or a list of captions.
-        seed: of the draw.
+        seed: seed of the draw.
 
     Raises:
         ValueError: If the dataset has no rows by number (a stream), or, when it is read, if a row has no caption.
@@ -75,7 +75,7 @@ def captions_of(row: Mapping[str, Any], name: str, reader: str = "text") -> list
 
     Args:
         row: with "text" and perhaps "teacher_text", each a caption or a list of captions.
-        name: of the row, for messages.
+        name: name of the row, for messages.
         reader: "text", or "teacher_text" for what the teacher of stage 1 reads: in a row without one that is its "text".
 
     Raises:

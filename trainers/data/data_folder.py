@@ -58,7 +58,7 @@ class DataFolder:
 
     @classmethod
     def beside(cls, root: Path, file: Path) -> "DataFolder":
-        """Of the rows in `file`."""
+        """The folders in which the rows of `file` may name files."""
         return cls(root, tuple(dict.fromkeys((root, file.parent, Path(root.absolute()).parent))))
 
     def settled(self, name: str) -> "DataFolder":

@@ -14,7 +14,7 @@ class BalancedLanguages(EpochDataset):
 
     Args:
         rows: `len(rows)` rows by number, each with "language" beside its other columns; all are read once to sort them by language.
-        seed: of the order within a language.
+        seed: seed of the order within a language.
 
     Raises:
         ValueError: If a row names no language.

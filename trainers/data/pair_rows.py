@@ -222,7 +222,7 @@ class PairRows(Dataset):
     Args:
         rows: the opened source.
         source: what `rows` was opened from.
-        seed: of the rows that stand in.
+        seed: seed of the rows that stand in.
 
     Raises:
         ValueError: When rows are read: if too many are broken, see [`PairSource`].

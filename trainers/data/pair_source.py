@@ -29,7 +29,7 @@ class PairSource:
             read, from whatever server the data names.
         streaming: False: rows by number, copied once into `datasets`' cache. True: rows as they come, read anew every epoch, for what is too
             large to copy.
-        shuffle_buffer_size: of a stream: rows that are shuffled together, and held in memory undecoded by every data worker. 1: the order of
+        shuffle_buffer_size: rows of a stream that are shuffled together, and held in memory undecoded by every data worker. 1: the order of
             the files.
         max_broken_fraction: share of rows that may have a broken image, no caption or unreadable fields; more stops the reading with an error.
 

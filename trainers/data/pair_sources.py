@@ -25,11 +25,11 @@ class RawRows:
     An opened source.
 
     Attributes:
-        name: of the source, for messages.
+        name: name of the source, for messages.
         table: rows with the images undecoded: a `datasets.Dataset`, or a `datasets.IterableDataset` if it is streamed.
-        image_columns: of a row's image, the first that has one; empty if images are not read.
-        text_columns: of a row's captions.
-        teacher_text_columns: of what the teacher of stage 1 reads in their place; empty if it reads the captions.
+        image_columns: columns of a row's image, the first that has one; empty if images are not read.
+        text_columns: columns of a row's captions.
+        teacher_text_columns: columns that the teacher of stage 1 reads in their place; empty if it reads the captions.
         files: what rows may name.
         text_files: columns that hold the path of a file with the captions.
         shards: names of the files that `table` is read from, where they are read here; else empty.

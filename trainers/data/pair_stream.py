@@ -91,11 +91,11 @@ class PairStream(IterableDataset):
     Args:
         rows: the opened source, a stream of `datasets`.
         source: what `rows` was opened from.
-        seed: of the order.
+        seed: seed of the order.
         process_index, num_processes: which of the processes that share the rows this one is.
 
     Attributes:
-        epoch: of the next iteration, set by `set_epoch`.
+        epoch: epoch of the next iteration, set by `set_epoch`.
     """
 
     def __init__(

@@ -17,7 +17,7 @@ def open_pairs(source: PairSource, seed: int = 0, *, images: bool = True) -> Dat
 
     Args:
         source: what to read.
-        seed: of a stream's order, and of the rows that stand in for broken ones.
+        seed: seed of a stream's order, and of the rows that stand in for broken ones.
         images: False: rows have captions only, and no image is decoded (stage 1 and stage 0 read texts alone).
 
     Returns:

@@ -41,7 +41,7 @@ class FoundRows:
     Rows that were found and not read yet: those of `shards`, or of `table`.
 
     Attributes:
-        name: of the source, for messages.
+        name: name of the source, for messages.
         shards: files that are read here.
         table: what `datasets` has opened, or a list of the images of a folder.
         files: what rows may name.

@@ -22,7 +22,7 @@ class StreamLoader:
     resuming needs: `load_state_dict` goes on to the same batches.
 
     Args:
-        stream: of this process, see [`PairStream.for_process`].
+        stream: stream of this process, see [`PairStream.for_process`].
         batch_size: rows of a batch.
         collate: makes a batch of a list of rows, in the data worker.
         num_workers: data workers; 0: batches are made in this process.

@@ -34,8 +34,8 @@ class TableFile:
     A file of rows.
 
     Attributes:
-        path: of the file. Its ending tells its kind, see `KINDS`.
-        split: of a file that says of each row which split it belongs to (Karpathy's), the one to read; "train+restval" joins two.
+        path: path of the file. Its ending tells its kind, see `KINDS`.
+        split: the split to read from a file that names the split of each row (Karpathy's); "train+restval" joins two.
         name: what messages call the file.
     """
 

@@ -18,7 +18,7 @@ class TextSource:
     `operator.length_hint` gives the number of rows where the source tells it cheaply, which is what a progress bar needs.
 
     Args:
-        name: of the source, for messages.
+        name: name of the source, for messages.
         texts: gives the texts anew at every call.
         num_rows: if it is known.
     """
@@ -48,7 +48,7 @@ def read_texts(source: str | Path, column: str | None = None, split: str = "trai
             datasets on the Hub. Files are read as UTF-8.
         column: the column that holds a text, or a list of texts, in every row; "json.caption" reaches into an object. By default "text" or
             else "caption". Lines and JSON rows that are texts themselves have the column "text".
-        split: of a source that has several.
+        split: split to read, if the source has several.
 
     Raises:
         FileNotFoundError: If there is no such file, nor a dataset of that name.

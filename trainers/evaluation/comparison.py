@@ -48,7 +48,7 @@ def write_examples(folder: Path, task: Task, retrieved: Sequence[Retrieved], see
         folder: results folder of the first of `retrieved`.
         task: the benchmark.
         retrieved: what every model found: the model, its baseline, other models.
-        seed: of the draw.
+        seed: seed of the draw.
     """
     (column,) = task.image_columns
     path = folder / "examples.json"

@@ -25,7 +25,7 @@ class Results:
         folder: gets `results.json` and `items/`.
         model: what [`~Encoder.identity`] gives.
         protocol: how pictures and texts were read and scores compared; what differs between the tasks is in each of them.
-        seed: of the rows that a limit draws, and of what is computed from the results.
+        seed: seed of the rows that a limit draws, and of what is computed from the results.
         partial: None, or what makes the numbers incomparable with the benchmarks': {"limit": rows}.
         tasks: in the order of the suite.
     """

@@ -65,7 +65,7 @@ def evaluate(
         limit: draw only so many rows of every benchmark. The results are marked as partial.
         batch_size: images in a batch.
         token_budget: padded tokens in a batch of texts, see [`trainers.text_store.encoding.encode_texts`].
-        seed: of the rows that `limit` draws, and of the examples.
+        seed: seed of the rows that `limit` draws, and of the examples.
         progress: whether to show bars.
 
     Returns:

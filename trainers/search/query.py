@@ -87,7 +87,7 @@ def search(
         top: how many.
         where: an SQL condition on `path`, `size` (bytes), `width`, `height` (pixels), `taken` (`2025-01-31T12:00:00`), `caption`.
         words: words that captions and file names are searched for as well; both orders are joined by reciprocal rank.
-        columns: of the results.
+        columns: columns of the results.
         exact: compare with every embedding even where there is an approximate index.
 
     Returns:

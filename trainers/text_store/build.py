@@ -110,9 +110,9 @@ def build_store(
     Embeds those `texts` of a share that are not stored yet, and writes them as shards.
 
     Args:
-        writer: of the store, which is locked.
+        writer: writer of the store, which is locked.
         texts, model, processor, token_budget, shard_size, dtype, progress: of [`TextEmbeddingStore.build`].
-        fingerprint: of the encoder.
+        fingerprint: fingerprint of the encoder.
         is_stored: which of keys `(n, 2)` the store has: `(n,)` bool.
         num_stored: texts that the store has.
         share: which of the texts are embedded here.

@@ -133,10 +133,10 @@ def encoder_fingerprint(model: torch.nn.Module, processor: Any) -> dict[str, Any
     """What decides the embeddings that [`encode_texts`] gives, as JSON: two encoders with the same fingerprint give the same.
 
     Returns:
-        - "model" and "revision": where the text model came from; "text_model_sha256": of a ProCLIP, the hash of the LLM's files, whatever
+        - "model" and "revision": where the text model came from; "text_model_sha256": for a ProCLIP, the hash of the LLM's files, whatever
           dtype it was loaded in, as its checkpoints record it. These three tell people and trainers which model it was, and are not
           compared ([`PROVENANCE`]).
-        - "weights_sha256": of the text model's weights in memory, see [`module_sha256`].
+        - "weights_sha256": the hash of the text model's weights in memory, see [`module_sha256`].
         - "config": the values of its configuration, see [`config_values`].
         - "pooling", and what [`tokenization_values`] says of `processor`.
         - "encoding": [`ENCODING_VERSION`]; "versions": see [`library_versions`].

@@ -38,7 +38,7 @@ def check_fingerprint(name: str, there: Mapping[str, Any], here: Mapping[str, An
     Compares what a store was made by with what is expected `here`, field by field. Warns once of what cannot be compared.
 
     Args:
-        name: of the store, for messages.
+        name: name of the store, for messages.
         remedy: what a refusal says beside what differs.
 
     Raises:

@@ -75,7 +75,7 @@ class OnTheFlyStore:
         return result
 
     def statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of the texts in the store, see [`TextEmbeddingStore.statistics`]."""
+        """Statistics of the texts in the store, see [`TextEmbeddingStore.statistics`]."""
         return self.store.statistics()
 
     def _embed(self, texts: dict[bytes, str]) -> None:

@@ -46,7 +46,7 @@ class TextEmbeddingStore:
     Attributes:
         path (`Path`): the directory, absolute.
         dim (`int`): size d of an embedding.
-        dtype (`torch.dtype`): of the stored embeddings, and of what `lookup` returns.
+        dtype (`torch.dtype`): dtype of the stored embeddings and of what `lookup` returns.
         fingerprint (`dict`): what made the embeddings, see [`encoder_fingerprint`].
         build_summary (`BuildSummary`, *optional*): what `build` did; None for a store that was opened only.
 
@@ -218,7 +218,7 @@ class TextEmbeddingStore:
             token_budget: padded tokens in a batch, see [`encode_texts`].
             shard_size: texts in a shard. Also how much work a killed process can lose. For tens of millions of texts take 65,536: thousands of
                 files are slower to look up in than hundreds.
-            dtype: "float32", "float16" or "bfloat16": of the stored embeddings.
+            dtype: dtype of the stored embeddings: "float32", "float16" or "bfloat16".
             progress: whether to show a progress bar.
             process_index, num_processes: which of the processes that fill the store this one is. All get the same texts.
 

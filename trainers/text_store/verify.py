@@ -33,7 +33,7 @@ class Verification:
     Attributes:
         num_shards, num_texts: that were read, damaged ones left out.
         num_compared: texts that were embedded again.
-        smallest_cosine: of their embeddings and the stored ones; None if none was.
+        smallest_cosine: the smallest cosine of their embeddings and the stored ones; None if none was compared.
         problems: one line each, with the remedy; none if the store is sound.
     """
 

@@ -124,13 +124,13 @@ class Manifest:
             with the baseline's and is left out without one.
         group: under which heading results are shown, such as "long_retrieval" or "robustness".
         data: where the rows are.
-        train: of a linear probe, where the rows to train on are; `data` has those to test on. A limit draws from `data` only.
+        train: for a linear probe, where the rows to train on are; `data` has those to test on. A limit draws from `data` only.
         columns: what the columns of the data are called. retrieval: `image`, `captions`; zero_shot: `image`, `label`; caption_retrieval:
             `captions`; fine_grained: `image`, `caption`, `negative` (one image, a right and a wrong text) or `image_1`, `image_2`,
             `caption_1`, `caption_2` (two images, and the text of each), and perhaps `category`.
         metric: the one that stands for the benchmark in tables; by default the first of `METRICS`.
-        classes: of a zero-shot benchmark or a linear probe.
-        prompts: of a zero-shot benchmark, each with `{}` where the class name goes: a list, or "resource:FILE". Of a fine-grained one, at
+        classes: classes of a zero-shot benchmark or a linear probe.
+        prompts: prompts of a zero-shot benchmark, each with `{}` where the class name goes: a list, or "resource:FILE". Of a fine-grained one, at
             most one: the frame of every text.
         caption_separator: splits one string into several captions.
         max_captions: take only so many captions of an image, the first.
@@ -138,7 +138,7 @@ class Manifest:
             for it. A list, or for every variant what `num_items` and `num_captions` are.
         facts: which of the above was read where; what could not be checked says so.
         protocol: what else somebody must know who compares the number.
-        variant_of: of a variant, the name without it (`xm3600` of `xm3600-ar`); not written in a file.
+        variant_of: for a variant, the name without it (`xm3600` of `xm3600-ar`); not written in a file.
     """
 
     name: str

@@ -39,7 +39,7 @@ class OpenedData:
         source: where the rows were read: the manifest's source, or the local copy that replaced it.
         folder: that local folder, None for the Hub.
         limit: how many of the rows were drawn, None for all.
-        revision: of the Hub, as far as it is known.
+        revision: commit on the Hub, if known.
         num_train: how many of the rows, the first, a linear probe is trained on; the others test it.
         files: what the rows may name.
         where: what messages call the benchmark.
@@ -179,7 +179,7 @@ def read_labels(
     """The class of every row as a number. Labels may be numbers or names; ValueError names the first row whose label is neither.
 
     Args:
-        names: of the classes.
+        names: names of the classes.
         source_names: the same as they were before they were edited for prompts, if labels can be names.
         row_name: what messages call a row.
     """

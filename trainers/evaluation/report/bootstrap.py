@@ -117,7 +117,7 @@ def resample(outcomes: Sequence[Outcomes], resamples: int = RESAMPLES, seed: int
     Args:
         outcomes: of several models and tasks on the same items, so all of one length. Where several have strata, they are the same.
         resamples: how many.
-        seed: of the draws, as `numpy.random.default_rng` takes it.
+        seed: seed of the draws, as `numpy.random.default_rng` takes it.
 
     Returns:
         `(resamples, len(outcomes))` float64 fractions.

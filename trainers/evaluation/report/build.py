@@ -40,9 +40,9 @@ def build_report(
 
     Args:
         models: results, each of another model.
-        baseline: of the model that they came from; `None` gives scores without a verdict.
+        baseline: results of the model that they came from; `None` gives scores without a verdict.
         margin, confidence, resamples: see `trainers.evaluation.report.verdict.compare`.
-        seed: of the bootstrap; `None` takes that of the first results.
+        seed: seed of the bootstrap; `None` takes that of the first results.
 
     Returns:
         A JSON object. Scores and differences are fractions, each with "value", "low" and "high".

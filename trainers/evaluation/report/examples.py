@@ -49,10 +49,10 @@ def retrieval_examples(
         task: its name.
         texts: the captions.
         text_to_image: `(num_texts,)`, the image of each.
-        retrieved: of the model that the examples are for first, then of others that are shown beside it.
+        retrieved: results of the model that the examples are for, then of others that are shown beside it.
         image: number of an image to the image.
-        seed: of the draw.
-        baseline: of the model that they came from, which is shown before them.
+        seed: seed of the draw.
+        baseline: results of the model that they came from, which is shown before them.
 
     Returns:
         What `examples.json` holds: "task", "heading", "query", "picture" (data URI), and "found", for each model its name as "model",

@@ -27,7 +27,7 @@ class ModelResults:
     Attributes:
         folder: where they were read from.
         content: what results.json holds.
-        name: of the model, as the report calls it.
+        name: name of the model in the report.
     """
 
     folder: Path

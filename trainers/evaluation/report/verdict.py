@@ -45,8 +45,8 @@ class Task:
     """One score of both models on the same items.
 
     Attributes:
-        name: of the task, such as "flickr30k".
-        metric: of the score, such as "i2t_r@1".
+        name: name of the task, such as "flickr30k".
+        metric: name of the score, such as "i2t_r@1".
         group: as in results.json: "classification", "robustness", "retrieval" and so on.
         model, baseline: outcomes of the same items in the same order.
         dataset: what tells data sets apart; tasks with the same one and as many items are resampled together.
@@ -65,7 +65,7 @@ class Change:
     """What became of one score, or of an average. All numbers are fractions.
 
     Attributes:
-        name, metric, group: of the task; of an average the area's name, "average" and the area's name.
+        name, metric, group: those of the task; for an average the area's name, "average" and the area's name.
         model, baseline: the scores, each with its own interval.
         difference: model minus baseline, with its paired interval, which holds together with the others'.
         decision: "gained", "kept", "lost" or "undecided".
@@ -160,7 +160,7 @@ def compare(
         tasks: at least one.
         margin: the largest loss that counts as kept, a fraction of 1: 0.01 is one point.
         confidence: of all tasks' intervals together, and of all averages' together.
-        resamples, seed: of the bootstrap.
+        resamples, seed: settings of the bootstrap.
 
     Raises:
         ValueError: no tasks, a task twice, a margin below 0, or models that were scored on different items.

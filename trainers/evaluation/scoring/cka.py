@@ -115,7 +115,7 @@ class _Sums:
 
 @torch.inference_mode()
 def image_layers(model: torch.nn.Module, pixel_values: torch.Tensor) -> list[torch.Tensor]:
-    """The image encoder's representations: of the patches' embedding, of every layer, and the image embedding itself.
+    """The image encoder's representations: the embedded patches, the output of every layer, and the image embedding itself.
 
     Layers come as the mean over all tokens, so that towers which pool by a class token and towers which attend over patches are
     treated alike.

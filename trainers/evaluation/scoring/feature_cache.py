@@ -30,7 +30,7 @@ class FeatureCache:
         folder: of all caches.
         kind: "images" or "texts".
         fingerprint: what made the embeddings, as JSON.
-        rank: of this process; each writes shards of its own.
+        rank: rank of this process; each writes its own shards.
 
     Raises:
         ValueError: If a file is damaged; names it and the remedy.

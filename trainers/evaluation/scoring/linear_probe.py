@@ -58,7 +58,7 @@ def linear_probe(
             class that has two).
         sweep_steps: how often the step is halved after the first seven C: with 3, C is chosen to a factor of 10^(1/4).
         max_iterations: of L-BFGS.
-        seed: of the validation split.
+        seed: seed of the validation split.
 
     Raises:
         ValueError: shapes that do not match, NaN or infinite values, no images, or a single class.
