@@ -1,6 +1,6 @@
 """ProCLIP model: a CLIP-style image encoder beside a frozen, bidirectional LLM with a trainable text adapter."""
 
-import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,25 +10,16 @@ from torch.nn import functional as F
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import ModelOutput, can_return_tuple, logging
+from transformers.utils import ModelOutput, can_return_tuple
 
-from .attention_proof import check_bidirectional
 from .configuration_eva_clip import EvaCLIPVisionConfig
-from .configuration_proclip import TOWERS, ProCLIPConfig, check_tower_keys
+from .configuration_proclip import TOWERS, ProCLIPConfig
 from .modeling_eva_clip import EvaCLIPVisionModel
-from .pooling import pool_tokens
+from .packing import attending_by_segments
+from .pooling import pool_segments, pool_tokens
 from .pretrained_proclip import ProCLIPPreTrainedModel
-from .pretrained_towers import (
-    bidirectional,
-    lasting_name,
-    pretrained_text_tower,
-    pretrained_vision_tower,
-    tower_argument,
-)
+from .pretrained_towers import bidirectional
 from .text_adapter import TextAdapter
-
-
-logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -223,7 +214,8 @@ class ProCLIPModel(ProCLIPPreTrainedModel):
 
         Args:
             input_ids, attention_mask, token_type_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
-                From [`ProCLIPProcessor`]; see [`pool_tokens`].
+                From [`ProCLIPProcessor`]; see [`pool_tokens`]. Or texts packed into one row, all of what [`pack_rows`] returns, if
+                [`why_padded`] has nothing against it.
             kwargs: Arguments of the LLM.
 
         Returns:
@@ -244,13 +236,20 @@ class ProCLIPModel(ProCLIPPreTrainedModel):
                 f"input_ids must be whole numbers, got {input_ids.dtype}. Embeddings of the LLM are passed as llm_embeds=..., here and in "
                 "get_text_features; get_llm_embeds makes them of tokens."
             )
-        outputs = self.text_model(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, return_dict=True, **kwargs
-        )
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        bounds = kwargs.get("cu_seq_lens_q")
+        with nullcontext() if bounds is None else attending_by_segments(self.text_model):
+            outputs = self.text_model(
+                input_ids=input_ids, attention_mask=attention_mask, use_cache=False, return_dict=True, **kwargs
+            )
+        states, pooling = outputs.last_hidden_state, self.config.text_pooling
+        if bounds is None:
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            pooled = pool_tokens(states, mask, token_type_ids, pooling)
+        else:
+            pooled = pool_segments(states[0], bounds, None if token_type_ids is None else token_type_ids[0], pooling)
         return BaseModelOutputWithPooling(
-            last_hidden_state=outputs.last_hidden_state,
-            pooler_output=pool_tokens(outputs.last_hidden_state, mask, token_type_ids, self.config.text_pooling),
+            last_hidden_state=states,
+            pooler_output=pooled,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -359,78 +358,6 @@ class ProCLIPModel(ProCLIPPreTrainedModel):
         return ProCLIPOutput(
             loss, logits_per_image, logits_per_text, text_embeds, image_embeds, text_outputs, vision_outputs
         )
-
-    @classmethod
-    def from_vision_text_pretrained(
-        cls,
-        vision: str | os.PathLike | PreTrainedModel,
-        text: str | os.PathLike | PreTrainedModel,
-        *,
-        vision_revision: str = "main",
-        text_revision: str = "main",
-        dtype: str | torch.dtype | dict | None = None,
-        attn_implementation: str | dict | None = None,
-        **config_kwargs: Any,
-    ) -> "ProCLIPModel":
-        r"""
-        Pair a pretrained image encoder with a pretrained LLM. The adapter is fresh: train it (stage 1, then stage 2).
-
-        Args:
-            vision (`str`, `os.PathLike` or `PreTrainedModel`):
-                Name, path or loaded model of a CLIP or SigLIP, whose image encoder, projection and logit scale are taken, or of an image
-                encoder alone. Of a loaded model the parts themselves are taken, not copies.
-            text (`str`, `os.PathLike` or `PreTrainedModel`):
-                Name, path or loaded model of a decoder LLM; a language-modelling head is dropped. A loaded model stays causal: what reads in
-                both directions is a copy that shares its weights.
-            vision_revision, text_revision (`str`, defaults to `"main"`): Revisions on the Hub. The LLM's commit is kept in the config.
-            dtype, attn_implementation (*optional*): For both towers, or a dict with the keys `vision_config` and `text_config`.
-            config_kwargs: Fields of [`ProCLIPConfig`].
-
-        Raises:
-            ValueError: If the LLM stays causal, a checkpoint lacks weights, or a config key is unknown.
-        """
-        for argument in (dtype, attn_implementation):
-            check_tower_keys(argument)
-        vision_name = vision.name_or_path if isinstance(vision, PreTrainedModel) else vision
-        vision_model, projection, logit_scale = pretrained_vision_tower(
-            vision,
-            vision_revision,
-            tower_argument(dtype, "vision_config"),
-            tower_argument(attn_implementation, "vision_config"),
-        )
-        text_model, name_or_path, commit = pretrained_text_tower(
-            text,
-            text_revision,
-            tower_argument(dtype, "text_config"),
-            tower_argument(attn_implementation, "text_config"),
-        )
-        defaults = {
-            "projection_dim": vision_model.config.hidden_size if projection is None else projection.out_features,
-            "vision_projection": projection is not None,
-            "vision_projection_bias": projection is not None and projection.bias is not None,
-            "text_model_name_or_path": name_or_path,
-            "text_model_revision": commit,
-            "vision_model_name_or_path": lasting_name(vision_name) or None,
-        }
-        if logit_scale is not None:
-            defaults["logit_scale_init_value"] = logit_scale
-        config = ProCLIPConfig(
-            vision_config=vision_model.config, text_config=text_model.config, **{**defaults, **config_kwargs}
-        )
-        model = cls(config, vision_model=vision_model, text_model=text_model)
-        if projection is not None:
-            if (config.vision_projection, config.projection_dim) != (True, projection.out_features):
-                raise ValueError(
-                    f"The image encoder has its own projection to {projection.out_features} dimensions: leave projection_dim and "
-                    "vision_projection out."
-                )
-            model.visual_projection = projection
-        elif config.vision_projection:
-            logger.warning(
-                "The image encoder has no projection of its own; the one made for it is random until it is trained."
-            )
-        check_bidirectional(model.text_model)
-        return model.eval()
 
 
 __all__ = ["ProCLIPModel", "ProCLIPOutput"]

@@ -1,4 +1,4 @@
-"""One embedding a text from an LLM's token states."""
+"""One embedding a text from an LLM's token states, of a padded batch or of packed texts."""
 
 import torch
 
@@ -38,3 +38,38 @@ def pool_tokens(
     weights = pooled if pooling == "mean" else pooled.cumsum(dim=1) * pooled
     weights = weights / weights.sum(dim=1, keepdim=True)
     return torch.bmm(weights[:, None], hidden_states.float())[:, 0].to(hidden_states.dtype)
+
+
+def pool_segments(
+    hidden_states: torch.Tensor, bounds: torch.Tensor, token_type_ids: torch.Tensor | None = None, pooling: str = "mean"
+) -> torch.Tensor:
+    """
+    As [`pool_tokens`], from the states of packed texts.
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `(num_tokens, hidden_size)`): Last hidden states, text after text.
+        bounds (`torch.Tensor` of shape `(num_texts + 1,)`, int32 or int64): Where each text begins, and the end. No text is empty.
+        token_type_ids (`torch.Tensor` of shape `(num_tokens,)`, *optional*): 1 on the tokens to pool.
+        pooling (`str`): As there.
+
+    Returns:
+        `torch.Tensor` of shape `(num_texts, hidden_size)`, in the dtype of `hidden_states`; sums are taken in float32.
+    """
+    if pooling in ("last_token", "eos_token"):
+        return hidden_states[bounds[1:] - 1]
+    if pooling == "bos_token":
+        return hidden_states[bounds[:-1]]
+    lengths, num_tokens = bounds.diff().long(), len(hidden_states)
+    # The size is given, as it would otherwise be fetched from the GPU.
+    text = torch.repeat_interleave(lengths, output_size=num_tokens)
+    pooled = torch.ones_like(text) if token_type_ids is None else token_type_ids.to(text.device).long()
+    counts = torch.segment_reduce(pooled.float(), "sum", lengths=lengths, unsafe=True)
+    pooled = torch.where(counts[text] > 0, pooled, 1)
+    if pooling == "weighted_mean":
+        ranks = pooled.cumsum(0)
+        pooled = pooled * (ranks - (ranks - pooled)[bounds[:-1].long()][text])
+    weights = pooled.float()
+    # Without atomic additions, so that it is the same every time.
+    sums = torch.segment_reduce(weights[:, None] * hidden_states.float(), "sum", lengths=lengths, unsafe=True)
+    totals = torch.segment_reduce(weights, "sum", lengths=lengths, unsafe=True)
+    return (sums / totals[:, None]).to(hidden_states.dtype)

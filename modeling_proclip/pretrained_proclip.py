@@ -6,14 +6,24 @@ from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from .attention_proof import check_bidirectional
 from .configuration_proclip import ProCLIPConfig, check_tower_keys
 from .finite_weights import check_finite
 from .lean_checkpoint import record_text_model, recorded_text_model
-from .pretrained_towers import tower_dtypes
+from .pretrained_towers import (
+    explain_flash_attention,
+    lasting_name,
+    pretrained_text_tower,
+    pretrained_vision_tower,
+    tower_argument,
+    tower_dtypes,
+)
 from .publisher import find_publisher, private_by_default, take_hub_arguments
 
+
+logger = logging.get_logger(__name__)
 
 Model = TypeVar("Model", bound="ProCLIPPreTrainedModel")
 
@@ -28,6 +38,81 @@ class ProCLIPPreTrainedModel(PreTrainedModel):
     text_model: PreTrainedModel | None
 
     @classmethod
+    @explain_flash_attention()
+    def from_vision_text_pretrained(
+        cls: type[Model],
+        vision: str | os.PathLike | PreTrainedModel,
+        text: str | os.PathLike | PreTrainedModel,
+        *,
+        vision_revision: str = "main",
+        text_revision: str = "main",
+        dtype: str | torch.dtype | dict | None = None,
+        attn_implementation: str | dict | None = None,
+        **config_kwargs: Any,
+    ) -> Model:
+        r"""
+        Pair a pretrained image encoder with a pretrained LLM. The adapter is fresh: train it (stage 1, then stage 2).
+
+        Args:
+            vision (`str`, `os.PathLike` or `PreTrainedModel`):
+                Name, path or loaded model of a CLIP or SigLIP, whose image encoder, projection and logit scale are taken, or of an image
+                encoder alone. Of a loaded model the parts themselves are taken, not copies.
+            text (`str`, `os.PathLike` or `PreTrainedModel`):
+                Name, path or loaded model of a decoder LLM; a language-modelling head is dropped. A loaded model stays causal: what reads in
+                both directions is a copy that shares its weights.
+            vision_revision, text_revision (`str`, defaults to `"main"`): Revisions on the Hub. The LLM's commit is kept in the config.
+            dtype, attn_implementation (*optional*): For both towers, or a dict with the keys `vision_config` and `text_config`.
+            config_kwargs: Fields of [`ProCLIPConfig`].
+
+        Raises:
+            ValueError: If the LLM stays causal, a checkpoint lacks weights, or a config key is unknown.
+            ImportError: If `attn_implementation` asks for a FlashAttention that is not installed.
+        """
+        for argument in (dtype, attn_implementation):
+            check_tower_keys(argument)
+        vision_name = vision.name_or_path if isinstance(vision, PreTrainedModel) else vision
+        vision_model, projection, logit_scale = pretrained_vision_tower(
+            vision,
+            vision_revision,
+            tower_argument(dtype, "vision_config"),
+            tower_argument(attn_implementation, "vision_config"),
+        )
+        text_model, name_or_path, commit = pretrained_text_tower(
+            text,
+            text_revision,
+            tower_argument(dtype, "text_config"),
+            tower_argument(attn_implementation, "text_config"),
+        )
+        defaults = {
+            "projection_dim": vision_model.config.hidden_size if projection is None else projection.out_features,
+            "vision_projection": projection is not None,
+            "vision_projection_bias": projection is not None and projection.bias is not None,
+            "text_model_name_or_path": name_or_path,
+            "text_model_revision": commit,
+            "vision_model_name_or_path": lasting_name(vision_name) or None,
+        }
+        if logit_scale is not None:
+            defaults["logit_scale_init_value"] = logit_scale
+        config = ProCLIPConfig(
+            vision_config=vision_model.config, text_config=text_model.config, **{**defaults, **config_kwargs}
+        )
+        model = cls(config, vision_model=vision_model, text_model=text_model)
+        if projection is not None:
+            if (config.vision_projection, config.projection_dim) != (True, projection.out_features):
+                raise ValueError(
+                    f"The image encoder has its own projection to {projection.out_features} dimensions: leave projection_dim and "
+                    "vision_projection out."
+                )
+            model.visual_projection = projection
+        elif config.vision_projection:
+            logger.warning(
+                "The image encoder has no projection of its own; the one made for it is random until it is trained."
+            )
+        check_bidirectional(model.text_model)
+        return model.eval()
+
+    @classmethod
+    @explain_flash_attention()
     def from_pretrained(
         cls: type[Model],
         pretrained_model_name_or_path: str | os.PathLike,

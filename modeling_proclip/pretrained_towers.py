@@ -2,6 +2,9 @@
 
 import copy
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,23 @@ from .identity import load_llm_config
 def tower_argument(value: Any, tower: str, default: Any = None) -> Any:
     """One tower's part of an argument: the argument itself, or what a dict has under the tower's key or under `""`."""
     return value.get(tower, value.get("", default)) if isinstance(value, dict) else value
+
+
+@contextmanager
+def explain_flash_attention() -> Iterator[None]:
+    """The context in which a FlashAttention that is asked for and cannot be used is one error with the remedies."""
+    try:
+        yield
+    except ImportError as error:
+        asked = re.search(r"FlashAttention(\d).*following error: (.*?)\.?$", str(error), flags=re.DOTALL)
+        if asked is None:
+            raise
+        package = "flash-attn" if asked[1] == "2" else f"flash-attn-{asked[1]}"
+        raise ImportError(
+            f"flash_attention_{asked[1]} cannot be used: {asked[2]}. Install it (pip install --no-build-isolation {package}), or leave "
+            "attn_implementation out: on CUDA, in float16 and bfloat16, texts are packed and go through PyTorch's own variable-length kernel, "
+            "which serves as well and needs no package."
+        ) from error
 
 
 def tower_dtypes(dtype: str | torch.dtype | dict | None, config: PreTrainedConfig) -> dict[str, Any]:

@@ -1,0 +1,169 @@
+"""Packed texts: the same as one by one, forward and backward, for every family and pooling; texts stay apart; what the row costs."""
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModel
+
+from modeling_proclip import ProCLIPModel
+from modeling_proclip.packing import pack_rows, why_padded
+from tests.modeling_proclip import tiny
+from tests.modeling_proclip.test_attention_proof import FAMILIES, text_model
+
+
+POOLINGS = ["mean", "weighted_mean", "last_token", "eos_token", "bos_token"]
+# A window that is shorter than the texts is what SDPA's mask makes of it: as many tokens to either side.
+PACKED = {
+    **FAMILIES,
+    "mistral with a window": {"model_type": "mistral", "sliding_window": 3},
+    "gemma3_text with a window": {
+        "model_type": "gemma3_text",
+        "layer_types": ["full_attention", "sliding_attention"],
+        "sliding_window": 2,
+    },
+    "qwen2 with a window": {
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 4,
+        "max_window_layers": 1,
+    },
+}
+LENGTHS = (9, 4, 1, 13, 9)
+
+
+def rows(seed: int = 0) -> list[dict[str, list[int]]]:
+    """Texts of several lengths, of which some tokens are pooled, and of one none."""
+    generator = torch.Generator().manual_seed(seed)
+    texts = [
+        {
+            "input_ids": torch.randint(5, 420, (length,), generator=generator).tolist(),
+            "token_type_ids": torch.randint(0, 2, (length,), generator=generator).tolist(),
+        }
+        for length in LENGTHS
+    ]
+    texts[1]["token_type_ids"] = [0] * LENGTHS[1]
+    return texts
+
+
+def model_of(family: str, pooling: str = "mean") -> ProCLIPModel:
+    text = {**tiny.TEXT, "model_type": family, **PACKED[family]}
+    return tiny.model(text_config=text, text_pooling=pooling)
+
+
+def one_by_one(model: ProCLIPModel, texts: list[dict[str, list[int]]]) -> torch.Tensor:
+    """The naive reference: each text alone."""
+    return torch.cat(
+        [model.get_llm_embeds(**{name: torch.tensor([ids]) for name, ids in text.items()}) for text in texts]
+    )
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("family", PACKED)
+@torch.no_grad()
+def test_packed_equals_one_by_one(family, pooling):
+    model = model_of(family, pooling)
+    assert why_padded(model.text_model) is None
+    packed = model.get_llm_embeds(**pack_rows(rows()))
+    torch.testing.assert_close(packed, one_by_one(model, rows()), atol=1e-5, rtol=0)
+    assert model.text_model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("family", PACKED)
+def test_packed_gradients_equal_those_one_by_one(family, pooling):
+    model = model_of(family, pooling)
+    weights = torch.randn(len(LENGTHS), tiny.TEXT["hidden_size"], generator=torch.Generator().manual_seed(1))
+    parameters = list(model.text_model.parameters())
+    expected = torch.autograd.grad((one_by_one(model, rows()) * weights).sum(), parameters)
+    found = torch.autograd.grad((model.get_llm_embeds(**pack_rows(rows())) * weights).sum(), parameters)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5 * other.abs().max().clamp(min=1).item(), rtol=0)
+
+
+@pytest.mark.parametrize("family", PACKED)
+@torch.no_grad()
+def test_another_text_in_the_middle_moves_nothing_of_its_neighbours(family):
+    model = model_of(family)
+    before = model.get_llm_embeds(**pack_rows(rows()))
+    texts = rows()
+    texts[1] = {name: values[:-1] for name, values in rows(seed=1)[3].items()}  # longer, and of other tokens
+    after = model.get_llm_embeds(**pack_rows(texts))
+    others = [0, 2, 3, 4]
+    assert torch.equal(after[others], before[others]) and not torch.equal(after[1], before[1])
+
+
+@torch.no_grad()
+def test_what_a_packed_row_costs():
+    """One attention a layer and text, of keys that are not repeated and without a mask; nothing is fetched from the device in between."""
+    model = model_of("llama", "last_token")
+    assert model.config.text_config.num_key_value_heads < model.config.text_config.num_attention_heads
+    packed = pack_rows(rows())
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+        model.get_llm_embeds(**packed)
+    calls = [event for event in profiler.events() if event.name == "aten::scaled_dot_product_attention"]
+    assert len(calls) == len(LENGTHS) * model.config.text_config.num_hidden_layers
+    assert all(not call.input_shapes[3] for call in calls), "an attention mask"
+    assert all(call.input_shapes[1][1] == 2 for call in calls), "repeated key heads"
+    names = {event.name for event in profiler.events()}
+    assert not names & {"aten::item", "aten::_local_scalar_dense", "aten::repeat", "aten::repeat_interleave"}
+
+
+@torch.no_grad()
+def test_all_that_the_features_and_the_model_give():
+    """Packed texts are inputs like others: of the projected features, and of the whole model."""
+    model = model_of("llama")
+    embeds = one_by_one(model, rows())
+    expected = model.get_text_features(llm_embeds=embeds).pooler_output
+    found = model.get_text_features(**pack_rows(rows()))
+    torch.testing.assert_close(found.pooler_output, expected, atol=1e-5, rtol=0)
+    assert found.last_hidden_state.shape == (1, sum(LENGTHS), tiny.TEXT["hidden_size"])
+
+
+@pytest.mark.parametrize(
+    "family, attention, values, reason",
+    [
+        ("gemma2", "eager", {"attn_logit_softcapping": 50.0}, "softcap"),
+        ("gpt_oss", "eager", {"num_local_experts": 2, "num_experts_per_tok": 1}, "s_aux"),
+        ("roberta", "sdpa", {}, "other states than alone"),
+    ],
+)
+def test_what_does_not_fit_stays_padded(family, attention, values, reason):
+    model = text_model(family, attention, **values)
+    assert reason in why_padded(model)
+    assert model.config._attn_implementation == attention
+
+
+def test_a_model_is_tried_once(monkeypatch):
+    model = text_model("llama")
+    assert why_padded(model) is None
+    monkeypatch.setattr(type(model), "forward", None)
+    assert why_padded(model) is None
+
+
+def test_trying_leaves_no_trace():
+    model = text_model("llama").train()
+    model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    random_state = torch.get_rng_state()
+    why_padded(model)
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_texts_that_would_touch_are_padded(monkeypatch):
+    """Of an implementation that ignores the bounds, as SDPA, eager and flex attention do when a model is not causal."""
+    model = text_model("llama")
+    monkeypatch.setattr("modeling_proclip.packing.SEGMENT_ATTENTION", "sdpa")
+    assert "other states than alone" in why_padded(model)
+
+
+@pytest.mark.parametrize("version, package", [(2, "flash-attn"), (3, "flash-attn-3"), (4, "flash-attn-4")])
+def test_flash_attention_that_is_not_installed(version, package, tmp_path):
+    attention = {"text_config": f"flash_attention_{version}"}
+    tiny.model().save_pretrained(tmp_path)
+    for load in (
+        lambda: AutoModel.from_pretrained(tmp_path, attn_implementation=attention),
+        lambda: ProCLIPModel.from_vision_text_pretrained(tiny.clip(), tiny.LLAMA_DIR, attn_implementation=attention),
+    ):
+        with pytest.raises(ImportError, match=f"flash_attention_{version} cannot be used: .* {package}\\).*PyTorch's own"):
+            load()
