@@ -1,14 +1,14 @@
 """The losses of ProCLIP's curriculum, as pure functions of unit-length embeddings (ProCLIP, arXiv 2510.18795, method).
 
-All of them are differentiable in every tensor argument, take float32, bfloat16, float16 or float64, compute in at
-least float32 whatever autocast says, and return a scalar `()` of float32 (float64 for float64 inputs).
+They are differentiable in every tensor argument, take float32, bfloat16, float16 or float64, compute in at least
+float32 even under autocast, and return a scalar `()` of float32 (float64 for float64 inputs).
 
 The `global_*` forms are for training on several ranks: they compare this rank's rows with the rows of all ranks. Their
-mean over the ranks, which is also what DDP makes of their gradients, is the loss of the joined batch in one process,
-also where the ranks bring different numbers of rows, some of them none; with one process they are the plain form.
+mean over the ranks, which is how DDP averages their gradients, is the loss of the joined batch in one process, even if
+the ranks have different numbers of rows, or none. With one process they equal the plain form.
 
-Memory is linear in the batch: a matrix of all rows against all columns is made a block of rows at a time, and once
-more in the backward pass.
+Memory is linear in the batch: the matrix of all rows against all columns is computed one block of rows at a time, and
+again in the backward pass.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from trainers.base.distributed import gather_with_grad, row_counts, world_size
 from trainers.compute.precision import at_least_float32
 
 
-# Numbers in a block of rows against all columns: 2 MB of float64, of which a loss and its gradient hold a dozen.
+# Numbers in a block of rows against all columns: 2 MB of float64. A loss and its gradient hold a dozen such blocks.
 BLOCK_ELEMENTS = 2**18
 
 
@@ -221,7 +221,7 @@ def global_sigmoid_loss(
 
 
 def _own_columns(rows: torch.Tensor, counts: list[int]) -> torch.Tensor:
-    """Where this rank's rows are among the gathered ones."""
+    """The positions of this rank's rows among the gathered ones."""
     return torch.arange(len(rows), device=rows.device) + sum(counts[: dist.get_rank()])
 
 
@@ -273,7 +273,7 @@ def _structure_sum(
     def of_block(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         student_distances = _pairwise_distances(student, student_columns)
         teacher_distances = _pairwise_distances(teacher, teacher_columns)
-        # Halved: with all rows among the columns each pair is met twice, and a row's distance to itself is 0.
+        # Halved: all rows are among the columns, so each pair counts twice, and a row's distance to itself is 0.
         return penalty(student_distances, teacher_distances, reduction="sum").to(student.dtype) / 2
 
     return _sum_over_blocks(of_block, len(student_columns), student, teacher)

@@ -1,4 +1,4 @@
-"""What is made sure of before a training begins: what is trained, and that the stores of embeddings fit."""
+"""Checks before a training begins: what is trained, and whether the stores of embeddings fit."""
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -90,13 +90,13 @@ def check_store(
 
 def check_texts(name: str, store: Any, dataset: Any, reader: str = "text") -> None:
     """
-    Look for all captions of `dataset` in `store`, by their keys alone, so that a training does not end hours later at one that is missing.
+    Check that all captions of `dataset` are in `store`, by their keys alone, so that a training does not fail hours later at a missing one.
 
-    Checked are rows in a list, a dataset of the `datasets` library and a [`PairRows`], of which pictures are not decoded. Other
-    datasets would have to decode them, and a store that is no [`TextEmbeddingStore`] may know what to do.
+    Lists, datasets of the `datasets` library and [`PairRows`] are checked, without decoding images. Others are not, as their images would have
+    to be decoded, and neither is a store that is no [`TextEmbeddingStore`].
 
     Raises:
-        KeyError: If captions are missing; names the first and tells how many there are.
+        KeyError: If captions are missing; names the first ones and says how many there are.
     """
     captions = _captions(dataset, reader)
     if captions is None or not isinstance(store, TextEmbeddingStore):
@@ -114,7 +114,7 @@ def check_texts(name: str, store: Any, dataset: Any, reader: str = "text") -> No
 
 
 def _captions(dataset: Any, reader: str) -> Iterator[list[str]] | None:
-    """The captions of each row for `reader`, "text" or "teacher_text", or None if reading them would decode pictures."""
+    """The captions of each row for `reader`, "text" or "teacher_text", or None if reading them would decode images."""
     if isinstance(dataset, BalancedLanguages):
         return _captions(dataset.rows, reader)
     if isinstance(dataset, PairRows):

@@ -17,7 +17,7 @@ IMAGE_INPUTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes")  # of 
 
 class InheritanceCollator:
     """
-    Batches of stage 1: each text as both text encoders see it.
+    Batches of stage 1: each text as embedded by both text encoders.
 
     Args:
         text_store: the LLM's embeddings; only `lookup(list[str]) -> (N, hidden_size)` is used.
@@ -25,8 +25,8 @@ class InheritanceCollator:
 
     Returns:
         `{"llm_embeds": (batch_size, hidden_size), "teacher_embeds": (batch_size, projection_dim)}`, in the stores' dtypes. The teacher reads
-        "teacher_text" in rows that have it: for a translation, the caption that it translates. A row with several captions is read by its
-        first one, which is what evaluation does.
+        "teacher_text" in rows that have it, such as the original of a translated caption. The first of several captions is read, as in
+        evaluation.
 
     Raises:
         KeyError: If a text is not in a store; names it.
@@ -53,7 +53,7 @@ class ContrastiveTuningCollator:
 
     Returns:
         `{"pixel_values": (batch_size, 3, height, width) float32, ..., "llm_embeds": (batch_size, hidden_size)}`, where `...` is what else
-        the image processor makes. A row with several captions is read by its first one, which is what evaluation does.
+        the image processor makes. The first of several captions is read, as in evaluation.
 
     Raises:
         KeyError: If a text is not in the store; names it.

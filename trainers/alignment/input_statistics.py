@@ -14,10 +14,10 @@ logger = logging.getLogger(__name__)
 
 def set_input_statistics(model: ProCLIPModel, text_store: Any) -> None:
     """
-    Give an adapter that standardises its input and was not told how yet the mean and deviation of the text store.
+    Set mean and standard deviation of the text store in an adapter that standardises its input and has none yet.
 
     Raises:
-        ValueError: If the adapter also projects directions of languages out or has anchors, which the store alone does not tell.
+        ValueError: If the adapter also projects directions of languages out or has anchors, which do not follow from the store alone.
     """
     adapter = model.text_adapter
     if model.config.adapter_num_anchors and not adapter.anchors.any():
@@ -46,8 +46,8 @@ def fit_input_statistics(model: ProCLIPModel, text_store: Any, texts: Mapping[st
 
     Args:
         model: Gets the statistics as buffers of its `text_adapter`, which are saved with it.
-        text_store: Text store of the model's LLM; only `lookup(list[str]) -> (N, hidden_size)` is used.
-        texts: Language -> texts in it, preferably translations of each other: else the means differ by what is talked of as well.
+        text_store: Embeddings of the model's LLM; only `lookup(list[str]) -> (N, hidden_size)` is used.
+        texts: Language -> texts in it, preferably translations of each other: else the means differ by topic as well.
 
     Raises:
         ValueError: If the adapter does not standardise, a language has no texts, or there are too few languages for the directions: L languages

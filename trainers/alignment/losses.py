@@ -1,4 +1,4 @@
-"""What stages 1 and 2 hold embeddings to a teacher with."""
+"""Distillation from a teacher's embeddings, in stages 1 and 2."""
 
 import torch
 
@@ -11,8 +11,8 @@ def distillation_loss(
     student: torch.Tensor, teacher: torch.Tensor, args: AlignmentConfig
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """
-    lambda_ins L_ins + lambda_struct L_struct over the joined batch of all processes (ProCLIP, arXiv 2510.18795, method): L_stage1 with the
-    text embeddings, lambda L_reg of stage 2 with the image embeddings.
+    lambda_ins L_ins + lambda_struct L_struct over the joined batch of all processes (ProCLIP, arXiv 2510.18795, method): L_stage1 for
+    text embeddings, lambda L_reg of stage 2 for image embeddings.
 
     Args:
         student, teacher: `(batch_size, projection_dim)`, unit length, this process's rows.

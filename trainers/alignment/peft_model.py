@@ -1,4 +1,4 @@
-"""A ProCLIP model with PEFT adapters on a tower: small files that hold all that was trained, the text adapter and the logit scale too."""
+"""A ProCLIP model with PEFT adapters on its towers: small files hold everything that was trained, with text adapter and logit scale."""
 
 import copy
 import json
@@ -38,7 +38,7 @@ class ProCLIPPeftModel(PeftModel):
         model ([`ProCLIPModel`]): The base. Load it in float32: what is trained must not be in half precision.
         peft_config (`PeftConfig`): Such as `LoraConfig(target_modules=r"vision_model\..*\.(q_proj|v_proj)")`; it is copied. Name modules that
             are to be trained whole, such as "visual_projection", in its `modules_to_save`.
-        kwargs: Of [`peft.PeftModel`].
+        kwargs: Passed to [`peft.PeftModel`].
 
     Raises:
         TypeError: If `model` is another one.

@@ -42,7 +42,7 @@ class AlignmentTrainer(StageTrainer):
     - With `gradient_caching_batch_size` a batch stays in the host's memory and goes through the model one micro-batch at a time; the
       gradients are those of the whole batch.
     - With `dataloader_drop_last=False` the last batch is smaller, on several processes too: what fills it up there does not count.
-    - The loss's parts are logged beside the loss, averaged over steps and processes as it is, and the samples a second.
+    - The loss's parts are logged beside the loss, averaged over steps and processes as it is, and the samples per second.
     - Settings, steps and losses of the stage are kept in the model's configuration, and its card is rendered from them.
     - Checkpoints, resuming, publishing and numbers that are not finite: see [`StageTrainer`].
     """
@@ -59,7 +59,7 @@ class AlignmentTrainer(StageTrainer):
         raise NotImplementedError
 
     def loss_of(self, embeds: tuple[torch.Tensor, ...], frozen: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """The loss `()` of the joined batch, in the sense that its mean over the processes is that, from this process's embeddings."""
+        """This process's share of the loss `()` of the joined batch: the mean of the shares over the processes is that loss."""
         raise NotImplementedError
 
     def __init__(
@@ -119,7 +119,7 @@ class AlignmentTrainer(StageTrainer):
             )
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """As Trainer, without what is no matrix: logit scale and class embedding, as in the published code."""
+        """As Trainer, for matrices only: logit scale and class embedding do not decay, as in the published code."""
         matrices = {name for name, parameter in model.named_parameters() if parameter.ndim >= 2}
         return [name for name in super().get_decay_parameter_names(model) if name in matrices]
 
@@ -135,16 +135,16 @@ class AlignmentTrainer(StageTrainer):
 
     def after_training(self) -> None:
         """Record the stage."""
-        self._record_training()
+        self._record_training(finished=True)
 
-    def _record_training(self) -> None:
+    def _record_training(self, finished: bool) -> None:
         """Write into the model's configuration what its card says of this stage."""
         if self.state.global_step:
-            record = training_record(self, self.stage, self.rows)
+            record = training_record(self, self.stage, self.rows, finished)
             self.model.config.training = [*self._earlier_stages, record]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        self._record_training()
+        self._record_training(finished=not self.is_in_train)
         super()._save(output_dir, state_dict)
 
     def create_model_card(self, **kwargs: Any) -> None:
@@ -152,7 +152,7 @@ class AlignmentTrainer(StageTrainer):
         Write `README.md` to `output_dir`, from what was saved there: [`~hub_cards.model_card`], or [`~hub_cards.adapter_card`] of PEFT adapters.
 
         Args:
-            kwargs: Arguments of that function, such as `license` and `datasets`. `model_name` is understood too.
+            kwargs: Passed to that function, such as `license` and `datasets`. `model_name` is accepted too.
         """
         if self.is_world_process_zero():
             model_name = kwargs.pop("model_name", None)
@@ -178,8 +178,8 @@ class AlignmentTrainer(StageTrainer):
 
     def _real_rows(self, rows: int) -> int:
         """
-        How many of this process's `rows` are no repetitions, with the number of all processes' in `_joined_rows`. accelerate fills a last
-        batch that is not dropped up with rows from the beginning, so that every process has as many as the others.
+        How many of this process's `rows` are not repeated; sets `_joined_rows` to the number over all processes. accelerate fills up a last
+        batch that is not dropped with rows from the beginning, so that every process has equally many.
         """
         loaders, world_size = self.accelerator.gradient_state, self.args.world_size
         self._joined_rows = rows * world_size
@@ -244,17 +244,17 @@ class AlignmentTrainer(StageTrainer):
         return loss, None, None
 
     def evaluate_batch(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The loss `()` of a batch of an evaluation; a stage may keep more of it for `evaluation_metrics`."""
+        """The loss `()` of an evaluation batch; a stage may keep more of it for `evaluation_metrics`."""
         return self.compute_loss(model, batch)
 
     def evaluation_metrics(self) -> dict[str, float]:
-        """What is measured in an evaluation besides the loss; called once at its end, on all processes."""
+        """Metrics of an evaluation besides the loss; called once at its end, on all processes."""
         return self._mean_parts("eval")
 
     def record(self, **parts: torch.Tensor) -> None:
         """Keep parts `()` of this batch's loss for the next log."""
         mode = "train" if self.model.training else "eval"
-        # As Trainer weighs the losses: training's by steps, evaluation's by rows.
+        # As Trainer weights the losses: by steps in training, by rows in evaluation.
         weight = 1 if self.model.training else self._joined_rows
         for name, value in parts.items():
             self._parts[mode][name].append(
@@ -287,14 +287,14 @@ class AlignmentTrainer(StageTrainer):
 
 
 class _Speed(TrainerCallback):
-    """Steps a second since the last log, without what evaluation and saving took."""
+    """Steps per second since the last log, without the time of evaluation and saving."""
 
     def __init__(self):
         self._start = self._pause = 0.0
         self._step = 0
 
     def steps_per_second(self, step: int) -> float:
-        """Up to `step`, since this was asked last."""
+        """Steps per second up to `step`, since the last call."""
         now = time.perf_counter()
         speed = (step - self._step) / (now - self._start)
         self._start, self._step = now, step

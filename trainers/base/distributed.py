@@ -10,7 +10,7 @@ def world_size() -> int:
 
 
 def row_counts(x: torch.Tensor) -> list[int]:
-    """How many rows `len(x)` each rank brings, in rank order."""
+    """The number of rows `len(x)` on each rank, in rank order."""
     if world_size() == 1:
         return [len(x)]
     rows = torch.tensor([len(x)], device=x.device)
@@ -22,9 +22,9 @@ def row_counts(x: torch.Tensor) -> list[int]:
 def gather_with_grad(x: torch.Tensor, counts: list[int] | None = None) -> torch.Tensor:
     """Concatenates the `x` of all ranks along dim 0, in rank order, with exact gradients to the rank a row came from.
 
-    Backward *sums* over the ranks what each of them sends back to a row. The gradient of `x` on rank r is therefore
-    that of the sum of all ranks' losses, and once DDP has averaged the parameters' gradients they are those of the
-    *mean* of all ranks' losses. So they equal the gradients of one process with the joined batch in both common forms:
+    Backward *sums* the gradients of a row over the ranks. The gradient of `x` on rank r is therefore that of the sum of
+    all ranks' losses, and after DDP has averaged the parameters' gradients, they are those of the *mean* of all ranks'
+    losses. They equal the gradients of one process with the joined batch in both common forms:
 
     - each rank sums over its own rows (against gathered columns) and divides by the mean number of rows of a rank:
       these losses average to the global mean;
@@ -33,9 +33,9 @@ def gather_with_grad(x: torch.Tensor, counts: list[int] | None = None) -> torch.
     Neither needs another factor of the world size. Every rank has to take part in forward and in backward.
 
     Args:
-        x: `(rows, ...)`, of the same dtype and, but for the rows, the same shape on every rank; a rank may have none.
-            The sum of gradients is taken in this dtype.
-        counts: the numbers of rows of all ranks where they are known already, as `row_counts` tells them.
+        x: `(rows, ...)`, of the same dtype and, except for the number of rows, the same shape on every rank; a rank may have no
+            rows. Gradients are summed in this dtype.
+        counts: the numbers of rows of all ranks, from `row_counts`, if they are known already.
 
     Returns:
         `(sum(counts), ...)`; `x` itself when there is no process group or it has one rank.
@@ -46,7 +46,7 @@ def gather_with_grad(x: torch.Tensor, counts: list[int] | None = None) -> torch.
     most = max(counts)
     if min(counts) == most:
         return _GatherWithGrad.apply(x)
-    # NCCL answers unequal shapes with a hang or with rubbish, so rows of zeros travel along and are cut off again.
+    # With unequal shapes NCCL hangs or returns garbage, so rows of zeros are sent along and cut off again.
     padded = torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])])
     parts = _GatherWithGrad.apply(padded).split(most)
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
@@ -63,8 +63,8 @@ class _GatherWithGrad(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
-        # All-reduce and not reduce-scatter: every backend has it, and these are embeddings, a few MB. It works in
-        # place, and autograd may still need the gradient that it handed us.
+        # All-reduce, not reduce-scatter: every backend has it, and embeddings are a few MB. It works in place, and
+        # autograd may still need the gradient that it passed in.
         grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad)
         return grad.chunk(dist.get_world_size())[dist.get_rank()]

@@ -1,4 +1,4 @@
-"""Gradient caching: a loss over a whole batch, exact, at the memory of one micro-batch (Gao et al., arXiv 2101.06983).
+"""Gradient caching: the exact loss over a whole batch in the memory of one micro-batch (Gao et al., arXiv 2101.06983).
 
 A contrastive loss compares all rows of a batch, so its gradient is not the mean of the micro-batches' gradients. But it reaches the
 encoders through the embeddings alone, and those are small:
@@ -32,21 +32,21 @@ def cached_backward(
     model: nn.Module,
 ) -> torch.Tensor:
     """
-    What `loss = loss_fn(*embed(whole batch)); accelerator.backward(loss)` does, at the memory of one micro-batch.
+    Does what `loss = loss_fn(*embed(whole batch)); accelerator.backward(loss)` does, in the memory of one micro-batch.
 
-    Gradients are added to `.grad` of the parameters, averaged over the processes as by any backward pass. Parameters that only `loss_fn`
-    uses, such as a logit scale, get theirs too. Works with autocast and float16's gradient scaling, which happen in here: call it
-    outside `accelerator.autocast()`.
+    Gradients are added to `.grad` of the parameters and averaged over the processes, as by any backward pass, also those of parameters that
+    only `loss_fn` uses, such as a logit scale. Autocast and float16's gradient scaling happen in here: call it outside
+    `accelerator.autocast()`.
 
     Args:
-        embed: from a micro-batch to a tuple of embeddings `(rows, dim)` each; called twice for every micro-batch, first without and then
+        embed: maps a micro-batch to a tuple of embeddings, each `(rows, dim)`; called twice for every micro-batch, first without and then
             with gradient. It calls `model`, the wrapped one. All of its randomness must come from torch.
         micro_batches: the batch in parts, one after the other, at least one. Processes may have different numbers of them, except under
             FSDP, whose processes run every forward pass together.
-        loss_fn: from the joined embeddings `(batch_size, dim)`, float32 or float64, to the loss `()`; it may gather them from all
+        loss_fn: maps the joined embeddings `(batch_size, dim)`, float32 or float64, to the loss `()`; it may gather them from all
             processes. Called once.
-        accelerator: the trainer's accelerator.
-        model: as `accelerator.prepare` returned it.
+        accelerator: that of the trainer.
+        model: what `accelerator.prepare` returned.
 
     Returns:
         The loss `()`, detached.
@@ -65,7 +65,7 @@ def cached_backward(
             parts.append(embed(micro_batch))
     after_first_pass = _RandomState(accelerator.device)
 
-    # In at least float32, so that gradients are not rounded on their way.
+    # At least float32, so that gradients are not rounded on their way.
     joined = [at_least_float32(torch.cat(side)).requires_grad_() for side in zip(*parts, strict=True)]
     rows = [len(part[0]) for part in parts]
     del parts
@@ -88,12 +88,12 @@ def cached_backward(
             random_states[i].restore()
             with accelerator.autocast():
                 embeds = embed(micro_batch)
-            # Its gradient is the one that the loss has: d/dw sum(e(w) g) = g de/dw.
+            # It has the same gradient as the loss: d/dw sum(e(w) g) = g de/dw.
             surrogate = sum((at_least_float32(e) * grad[i]).sum() for e, grad in zip(embeds, embed_grads, strict=True))
             if last:
                 surrogate = surrogate + sum((parameter * grad).sum() for parameter, grad in direct)
             accelerator.backward(surrogate)
-    # As after one pass, also where a data worker or a callback draws next.
+    # As after a single pass, also for what a data worker or a callback draws next.
     after_first_pass.restore()
     return loss
 
@@ -112,7 +112,7 @@ class _RandomState:
 
     def __init__(self, device: torch.device):
         self.cpu = torch.get_rng_state()
-        # Finds out itself which kind of device the tensor is on; there is nothing to keep for the CPU.
+        # Looks up the device type itself; there is nothing to keep for the CPU.
         self.device_type = device.type
         self.devices, self.states = get_device_states(torch.empty(0, device=device))
 

@@ -13,7 +13,7 @@ from trainers.data.pairs import PairRows, PairStream
 from trainers.storage.versions import installed_versions
 
 
-# Of the Trainer's own arguments those that decide what is learned; a stage's own settings are recorded all.
+# The Trainer's own arguments that decide what is learned; all of a stage's own settings are recorded.
 _SETTINGS = (
     "learning_rate",
     "lr_scheduler_type",
@@ -31,19 +31,20 @@ _SETTINGS = (
 _PACKAGES = ("proclip-transformers", "transformers", "torch")
 
 
-def training_record(trainer: Trainer, stage: str, rows: DrawnCaptions | PairStream) -> dict[str, Any]:
+def training_record(trainer: Trainer, stage: str, rows: DrawnCaptions | PairStream, finished: bool) -> dict[str, Any]:
     """
-    How far `trainer` has trained its model, and with which settings, as JSON.
+    What `trainer` has done so far and with which settings, as JSON.
 
     Args:
         stage: Name of the stage, in words.
-        rows: What it is trained on.
+        rows: The training set.
+        finished: Whether the training has ended: with `load_best_model_at_end` the weights are those of an earlier step then.
 
     Returns:
-        "stage", "trainer", "steps", "num_epochs", "batch_size" (rows of a step, of all processes), "num_processes", "num_rows" (None of a
+        "stage", "trainer", "steps", "num_epochs", "batch_size" (rows of a step, over all processes), "num_processes", "num_rows" (None for a
         stream), "data" ("source", "split", "revision" and "on_hub" of what [`open_pairs`] opened, else None; of files the last part of their
-        path), "settings" (those of the stage that are set, and those of the Trainer that decide what is learned), "final" (what was logged
-        last) and "versions" of the packages.
+        path), "settings" (those of the stage that are set, and those of the Trainer that decide what is learned), "final" (the last logged
+        losses) and "versions" of the packages.
     """
     args, state = trainer.args, trainer.state
     own = {field.name for field in dataclasses.fields(args)} - {
@@ -51,14 +52,17 @@ def training_record(trainer: Trainer, stage: str, rows: DrawnCaptions | PairStre
     }
     settings = {name: getattr(args, name) for name in (*sorted(own), *_SETTINGS)}
     versions = installed_versions(_PACKAGES)
-    logged: dict[str, Any] = {}
+    best = finished and args.load_best_model_at_end and state.best_model_checkpoint is not None
+    steps = state.best_global_step if best else state.global_step
+    logged: dict[str, Any] = {"epoch": 0}
     for entry in state.log_history:
-        logged.update(entry)
+        if entry["step"] <= steps:
+            logged.update(entry)
     return {
         "stage": stage,
         "trainer": type(trainer).__name__,
-        "steps": state.global_step,
-        "num_epochs": round(state.epoch or 0, 4),
+        "steps": steps,
+        "num_epochs": round(logged["epoch"] if best else state.epoch or 0, 4),
         "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "num_processes": args.world_size,
         "num_rows": len(rows) if isinstance(rows, DrawnCaptions) else None,

@@ -1,4 +1,4 @@
-"""From rows of captions to batches of stage 0: which two captions are a pair, which rows share a batch, and tokens without padding waste."""
+"""From rows of captions to batches of stage 0: which two captions make a pair, which rows share a batch, and tokens with little padding."""
 
 import hashlib
 import random
@@ -16,15 +16,15 @@ from trainers.text_store.token_batches import TokenRow, length_sorted_batches, p
 
 class CaptionPairs(EpochDataset):
     """
-    Rows of captions as pairs: two captions of each image are drawn in every epoch, in random order (LLM2CLIP, arXiv 2411.04997: two
-    captions of one picture are positives). The draw is a function of seed, epoch and row alone, as in [`DrawnCaptions`], so a resumed run
-    and one with another number of processes sees the same pairs. Plain-text pairs follow after the captions and keep their order.
+    Rows of captions as pairs: two of an image's captions are drawn in each epoch, in random order (LLM2CLIP, arXiv 2411.04997: two
+    captions of one image are positives). The draw depends on seed, epoch and row only, as in [`DrawnCaptions`], so a resumed run and a run
+    on another number of processes see the same pairs. Plain-text pairs follow after the captions and keep their order.
 
     Args:
         rows: Rows by number, each a mapping with
-            "text": two or more captions of one picture;
+            "text": two or more captions of one image;
             "negative" (*optional*): a text, or a list of texts, that must not be found; all of them are used in every epoch;
-            "id" (*optional*): what the captions are of, a string or number. Rows with one id are not negatives of each other.
+            "id" (*optional*): identifies the image, a string or number. Rows with the same id are not negatives of each other.
         seed: Seed of the draw.
         plain_rows (*optional*): The same with "text": [query, document], and, *optional*, "instruction", read before the query and not pooled.
 
@@ -70,15 +70,14 @@ class CaptionPairs(EpochDataset):
 
 class OneSourceBatches(Sampler[int]):
     """
-    Row numbers in an order in which every batch of all processes is either of captions or of plain text, as in LLM2CLIP's and LLM2Vec's
-    training (E5Data: batches of one data set, the rows that do not fill one left out, the batches shuffled): between two sources there is
-    nothing hard to tell apart. A function of the pairs' seed and epoch alone.
+    Row numbers in an order in which every joined batch holds either captions or plain text, as in the training of LLM2CLIP and LLM2Vec
+    (E5Data: batches of one data set, rows that do not fill one left out, batches shuffled): texts of two sources are too easy to tell
+    apart. The order depends on the pairs' seed and epoch only.
 
     Args:
         pairs: The pairs.
         batch_size: Rows of a batch over all processes.
-        plain_text_share: Share of the batches that are of plain text; plain rows are then read as often as it takes. By default every row is
-            read once.
+        plain_text_share: Share of the batches with plain text; plain rows are then repeated as needed. By default every row is read once.
 
     Raises:
         ValueError: If the captions do not fill a batch, or the plain rows do not.
@@ -131,17 +130,17 @@ def count_batches(
 
 class CaptionPairCollator:
     """
-    Batches of stage 0: the texts' tokens in micro-batches of similar length, and the keys that tell false negatives.
+    Batches of stage 0: the texts' tokens in micro-batches of similar length, and the keys by which false negatives are recognised.
 
     Args:
-        tokenizer: With its prompt template; see `trainers.caption_contrastive.batches.TextTokenizer`.
-        max_texts, token_budget: Most texts and most padded tokens of a micro-batch; by default there is one.
+        tokenizer: A [`TextTokenizer`], which applies the prompt template.
+        max_texts, token_budget: Most texts and most padded tokens of a micro-batch; by default the batch is one micro-batch.
 
     Returns:
         A dict, with B pairs and N texts: queries, documents, then hard negatives.
         "query_keys" `(B, 3)`, "document_keys" `(B, 2)`, "negative_keys" `(N - 2 B, 2)` int64, see `caption_contrastive_loss`;
         "micro_batches": list of `{"input_ids", "attention_mask", "token_type_ids"}`, each `(texts, length)` int64;
-        "order" `(N,)` int64: the text that each row of the joined micro-batches is.
+        "order" `(N,)` int64: for each row of the joined micro-batches the number of its text.
     """
 
     def __init__(self, tokenizer: "TextTokenizer", max_texts: int | None = None, token_budget: int | None = None):
@@ -159,13 +158,13 @@ class CaptionPairCollator:
 
 class TextTokenizer:
     """
-    Texts to tokens in the LLM's prompt template, each with an instruction or without.
+    Tokenizes texts in the LLM's prompt template, each with or without an instruction.
 
     Args:
-        tokenizer: Tokenizer of the LLM.
-        template: Holds `{text}`; see [`ProCLIPProcessor`].
-        max_length: Most tokens of a text, template included.
-        instruction: What stands before texts that have no instruction of their own.
+        tokenizer: The LLM's.
+        template: Contains `{text}`; see [`ProCLIPProcessor`].
+        max_length: Most tokens of a text, including the template.
+        instruction: Precedes texts that have no instruction of their own.
     """
 
     def __init__(
@@ -180,7 +179,7 @@ class TextTokenizer:
         return self.tokenizer.pad_token_id
 
     def __call__(self, texts: Sequence[tuple[str, str | None]]) -> list[dict[str, list[int]]]:
-        """Texts with their instructions to token rows, not padded; a long text loses its end, never the template."""
+        """Token rows of texts with their instructions, not padded; a long text is cut at its end, never the template."""
         rows: list[dict[str, list[int]]] = [{}] * len(texts)
         groups: dict[str | None, list[int]] = {}
         for i, (_, instruction) in enumerate(texts):
@@ -208,7 +207,7 @@ def micro_batches(
         max_texts, token_budget: Most texts and most padded tokens of a micro-batch; a single text may have more tokens.
 
     Returns:
-        The micro-batches, and `(len(rows),)` int64: the row that each of their rows, joined, is.
+        The micro-batches, and `(len(rows),)` int64: for each row of the joined micro-batches its number in `rows`.
     """
     order = list(length_sorted_batches(rows, token_budget, max_texts))
     batches = [pad_rows([rows[i] for i in chosen], pad_token_id, "left") for chosen in order]
@@ -217,8 +216,8 @@ def micro_batches(
 
 def pair_keys(pairs: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
     """
-    The keys of a batch of pairs for `caption_contrastive_loss`. A document fits a query that is not its own if both are of one id, or if
-    its text is the query's or the query's own document. A hard negative fits only by its text.
+    The keys of a batch of pairs for `caption_contrastive_loss`. A document also fits another row's query if both rows have the same id, or if
+    its text equals the query or the query's own document. A hard negative fits only by its text.
     """
     ids = [stable_hash(f"id {pair['id']}") for pair in pairs]
     queries, documents = ([stable_hash(f"text {pair[side]}") for pair in pairs] for side in ("query", "document"))
@@ -239,7 +238,7 @@ def caption_list(row: Mapping[str, Any], name: str) -> list[str]:
     captions = [row["text"]] if isinstance(row["text"], str) else list(row["text"])
     if len(captions) < 2:
         raise ValueError(
-            f'{name} has {len(captions)} caption{"s" * (len(captions) != 1)} in "text", but stage 0 needs two of the same picture: leave such '
+            f'{name} has {len(captions)} caption{"s" * (len(captions) != 1)} in "text", but stage 0 needs two of the same image: leave such '
             "rows out."
         )
     return _checked(captions, name, "text")
@@ -260,7 +259,7 @@ def plain_pair(row: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _pair(row: Mapping[str, Any], captions: list[str], query: str, document: str, name: str) -> dict[str, Any]:
-    # Without an id, a row that comes twice is known by its captions.
+    # Without an id, a repeated row is recognised by its captions.
     identity = row["id"] if row.get("id") is not None else "\n".join(sorted(captions))
     negatives = negative_list(row, name)
     return {"query": query, "document": document, "negatives": negatives, "id": identity, "instruction": None}

@@ -14,24 +14,25 @@ class CaptionContrastiveConfig(LoraTrainingArguments):
 
     Args:
         lora_r (`int`, defaults to 16), lora_alpha (`int`, defaults to 32), lora_dropout (`float`, defaults to 0.05):
-            Of the LoRA on every linear layer of the trained decoder layers (LLM2CLIP, arXiv 2411.04997; LLM2Vec for the dropout).
+            Settings of the LoRA on every linear layer of the trained decoder layers (LLM2CLIP, arXiv 2411.04997; the dropout is LLM2Vec's).
         lora_num_layers (`int`, *optional*):
-            How many of the LLM's decoder layers, counted from the last, get a LoRA. All by default, as published.
+            Number of decoder layers of the LLM, counted from the last, that get a LoRA. All by default, as published.
         cache_frozen_layers (`bool`, defaults to `False`):
-            With `lora_num_layers`: compute what the frozen lower layers make of each text once, keep it in memory, and run the upper layers
-            only in every step. The same numbers for less time, where texts are read many times and fit; see [`FrozenLayerStates`].
+            With `lora_num_layers`: compute the hidden states of the frozen lower layers once for each text, keep them in memory, and run only
+            the upper layers in each step. The same numbers in less time, if texts are read many times and fit into memory; all rows are
+            read before training begins. See [`FrozenLayerStates`].
         loss_scale (`float`, defaults to 50):
-            What multiplies the cosines (LLM2CLIP's run_supervised.py; LLM2Vec's loss: 20).
+            Multiplier of the cosines (LLM2CLIP's run_supervised.py; LLM2Vec's loss: 20).
         plain_text_share (`float`, *optional*):
-            Share of the batches that are of plain text, with a `plain_text_dataset`. By default each of its rows is read once an epoch, as
-            LLM2Vec does.
+            Share of the batches with plain text, if there is a `plain_text_dataset`. By default each of its rows is read once per epoch, as
+            in LLM2Vec.
         max_length (`int`, *optional*):
-            Most tokens of a text, template included. That of the processor by default, 512 with a tokenizer (LLM2CLIP, v6).
+            Most tokens of a text, including the template. By default that of the processor, or 512 with a tokenizer (LLM2CLIP, v6).
         gradient_caching_batch_size (`int`, *optional*):
-            Most texts in memory at once. With it a batch of any size is trained on at that memory, exactly, for one more forward pass.
+            Most texts in memory at once. A batch of any size is then trained on exactly, at the cost of one more forward pass.
         micro_batch_tokens (`int`, *optional*):
             Most padded tokens of a forward pass. A batch is sorted by length and cut accordingly, so that short texts are not padded to the
-            longest; the loss is that of the whole batch all the same.
+            longest one; the loss is still that of the whole batch.
 
     Defaults that differ from [`~transformers.TrainingArguments`]. LLM2CLIP, v6: `learning_rate` 2e-4, `warmup_steps` 300,
     `num_train_epochs` 1; its batch of 2,048 pairs over all devices is up to you: `per_device_train_batch_size` 64 (LLM2Vec),

@@ -1,4 +1,4 @@
-"""What the frozen lower layers of an LLM make of a text is a constant: computed once, and skipped in every step after."""
+"""The hidden states of an LLM's frozen lower layers never change: they are computed once per text, and the layers are skipped in training."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from .batches import micro_batches
 
 
 class _PassThrough(nn.Module):
-    """Stands where a decoder layer stood, and keeps what it last saw."""
+    """Replaces a decoder layer, and keeps its last input."""
 
     def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         self.seen = hidden_states
@@ -22,18 +22,18 @@ class _PassThrough(nn.Module):
 
 class FrozenLayerStates:
     """
-    The hidden states that enter decoder layer `num_layers` of an LLM, for every text that it was filled with.
+    The hidden states that enter decoder layer `num_layers` of an LLM, for every text that was filled in.
 
-    In memory: a token takes hidden size x bytes of the LLM's dtype, so a million short captions for an LLM of size 4,096 in bfloat16 take
-    about 100 GB. It is meant for texts that are read many times, and for machines where the lower layers' time counts.
+    They are kept in memory: a token takes hidden size x bytes of the LLM's dtype, so a million short captions take about 100 GB for an LLM of
+    size 4,096 in bfloat16. This is meant for texts that are read many times, where the time of the lower layers matters.
 
     Args:
         text_model: A decoder LLM of Transformers, with or without LoRA in the layers from `num_layers` on.
-        num_layers: How many layers, counted from the embeddings, are frozen and skipped.
+        num_layers: Number of layers, counted from the embeddings, that are frozen and skipped.
         pad_token_id: The tokenizer's.
 
     Raises:
-        ValueError: If there are not so many layers, or the LLM does not give the same with its lower layers skipped: both are tried.
+        ValueError: If there are fewer layers, or the LLM's output changes when its lower layers are skipped, which is tried here.
     """
 
     def __init__(self, text_model: nn.Module, num_layers: int, pad_token_id: int):
@@ -56,7 +56,7 @@ class FrozenLayerStates:
         Compute the states of texts, each once, in batches of similar length and at most `token_budget` padded tokens.
 
         Args:
-            rows: The texts' tokens, of which "input_ids" counts.
+            rows: The texts' tokens; "input_ids" identifies a text.
         """
         new = {tuple(row["input_ids"]): row for row in rows if row["input_ids"] not in self}
         if not new:
@@ -97,7 +97,7 @@ class FrozenLayerStates:
 
     @contextmanager
     def lower_layers_skipped(self) -> Iterator[None]:
-        """Within this context the LLM takes the states as `inputs_embeds` and runs its upper layers only."""
+        """Within this context the LLM takes the states as `inputs_embeds` and runs only its upper layers."""
         with self._replaced(range(self.num_layers)):
             yield
 
@@ -136,6 +136,6 @@ class FrozenLayerStates:
             self.text_model.train(was_training)
         if not torch.allclose(whole[mask.bool()], parts[mask.bool()], rtol=1e-2, atol=1e-3):
             raise ValueError(
-                f"{type(self.text_model).__name__} gives something else when its lower layers are skipped (it does more with its embeddings "
-                "than hand them to the first layer): set cache_frozen_layers=False."
+                f"the output of {type(self.text_model).__name__} changes when its lower layers are skipped (it does more with its embeddings "
+                "than pass them to the first layer): set cache_frozen_layers=False."
             )

@@ -1,4 +1,4 @@
-"""A LoRA on an LLM's decoder layers, through PEFT: what caption-contrastive tuning and its warm-up train."""
+"""A LoRA on an LLM's decoder layers, through PEFT, for caption-contrastive tuning and its warm-up."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -40,8 +40,9 @@ class LoraTrainingArguments(StageArguments):
 
 def add_lora(text_model: PreTrainedModel, args: LoraTrainingArguments) -> Any:
     """
-    The LLM with a fresh LoRA, drawn from `args.seed`, on every linear layer of its last `lora_num_layers` decoder layers, as a `PeftModel`.
-    The LLM itself is changed: the LoRA sits in its layers. Its weights are frozen; the LoRA's are float32 if they are in half precision.
+    The LLM with a fresh LoRA, initialised from `args.seed`, on every linear layer of its last `lora_num_layers` decoder layers, as a
+    `PeftModel`. The LLM itself is changed: the LoRA is inserted into its layers. Its weights are frozen; those of the LoRA are float32 if the
+    LLM is in half precision.
 
     Args:
         text_model: Base model of a decoder LLM (`AutoModel`), whose decoder layers are `text_model.layers`.

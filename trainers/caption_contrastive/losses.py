@@ -1,8 +1,8 @@
 """The loss of caption-contrastive tuning (stage 0), as pure functions of embeddings.
 
-Like those of [`trainers.losses`] they are differentiable, compute in at least float32 whatever autocast says, and
-return a scalar `()`. The `global_*` form is for training on several ranks: this rank's queries against the documents of
-all ranks, so memory stays linear in the local batch.
+Like those of [`trainers.losses`] they are differentiable, compute in at least float32 even under autocast, and return a
+scalar `()`. The `global_*` form is for training on several ranks: this rank's queries against the documents of all
+ranks, so memory stays linear in the local batch.
 """
 
 import torch
@@ -24,18 +24,18 @@ def caption_contrastive_loss(
     negative_keys: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    Cross entropy of each query finding its own document among all documents, by cosine: query i belongs to document i, every other
-    document and every hard negative is wrong (LLM2CLIP, arXiv 2411.04997, run_supervised.py; LLM2Vec's HardNegativeNLLLoss).
+    Cross entropy of finding each query's own document among all documents, by cosine: query i belongs to document i; all other documents and
+    all hard negatives are wrong (LLM2CLIP, arXiv 2411.04997, run_supervised.py; LLM2Vec's HardNegativeNLLLoss).
 
-    One direction only, as there: which of two captions is the query is drawn, so both directions are trained.
+    One direction only, as in those: it is drawn which of two captions is the query, so both directions are trained.
 
     Args:
         query_embeds, document_embeds: `(batch_size, dim)`, of any length; normalised here.
         negative_embeds: `(num_negatives, dim)`, hard negatives of the whole batch, or none.
-        scale: What multiplies the cosines. 50 is the default of LLM2CLIP's run_supervised.py, 20 that of LLM2Vec's loss.
-        query_keys: `(batch_size, a)` int64, what a query stands for (its picture, its text, its document's text).
+        scale: Multiplier of the cosines. 50 is the default of LLM2CLIP's run_supervised.py, 20 that of LLM2Vec's loss.
+        query_keys: `(batch_size, a)` int64, what a query stands for (its image, its text, its document's text).
         document_keys, negative_keys: `(batch_size, b)` and `(num_negatives, b)` int64. A document that shares a key with a query fits that
-            query too, so it does not count against it. A query's own document always counts.
+            query too, so it is not a negative of it. A query's own document always counts.
 
     Returns:
         `()`, in nats, the mean over the queries.
@@ -61,7 +61,7 @@ def global_caption_contrastive_loss(
     """
     `caption_contrastive_loss` over the joined batch of all ranks, each with its own queries against the gathered documents.
 
-    Args and errors as there, with the local rows. The ranks may bring different numbers of rows, but all or none of them negatives.
+    Args and errors as there, with the local rows. The ranks may have different numbers of rows, but either all or none of them have negatives.
 
     Returns:
         `()`, whose mean over the ranks is `caption_contrastive_loss` of the joined batch; so are, after DDP's averaging, the gradients.
@@ -89,7 +89,7 @@ def global_caption_contrastive_loss(
             column_keys = torch.cat([column_keys, gather_with_grad(negative_keys, negative_counts)])
     first = sum(counts[: dist.get_rank()])
     total = _cross_entropy(query_embeds, columns, first, scale, query_keys, column_keys, "sum")
-    # The mean over the ranks divides by their number; ranks with more queries weigh more.
+    # The mean over the ranks divides by their number; ranks with more queries have more weight.
     return total * (ranks / sum(counts))
 
 

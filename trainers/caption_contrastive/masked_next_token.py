@@ -1,7 +1,7 @@
-"""Masked next-token prediction (MNTP): an optional warm-up before stage 0, in which the LLM learns to use the tokens to the right.
+"""Masked next-token prediction (MNTP): an optional warm-up before stage 0, in which the LLM learns to attend to the tokens on the right.
 
-LLM2Vec (arXiv 2404.05961): some tokens are masked, and each is predicted from the state of the position before it, as in the LLM's own
-training, but with attention in both directions. LLM2CLIP masks 20 % (run_mntp.py) and leaves the warm-up out in version 6.
+LLM2Vec (arXiv 2404.05961): some tokens are masked, and each is predicted from the hidden state before it, as in the LLM's own training, but
+with bidirectional attention. LLM2CLIP masks 20 % (run_mntp.py), and has no such warm-up in version 6.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,9 +34,9 @@ class MaskedNextTokenConfig(LoraTrainingArguments):
     Arguments of [`MaskedNextTokenTrainer`]: those of [`~transformers.TrainingArguments`] and the following.
 
     Args:
-        mask_probability (`float`, defaults to 0.2): Share of the tokens that are to be predicted (LLM2CLIP).
+        mask_probability (`float`, defaults to 0.2): Share of the tokens to predict (LLM2CLIP).
         masking (`"bert"` or `"all"`, defaults to `"bert"`):
-            What becomes of these: with "all" each becomes the mask token; with "bert" 80 % do, 10 % become a random token and 10 % stay
+            What replaces them: "all": always the mask token; "bert": the mask token for 80 %, a random token for 10 %, nothing for 10 %
             (LLM2Vec's collators "all_mask" and "default").
         lora_r, lora_alpha, lora_dropout, lora_num_layers, max_length: As in [`CaptionContrastiveConfig`].
 
@@ -71,12 +71,14 @@ def mask_tokens(
     generator: torch.Generator | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
+    Mask tokens that are to be predicted.
+
     Args:
-        input_ids: int64, of any shape.
-        special_tokens_mask: A tensor of the same shape, 1 where a token must stay.
-        mask_token_id, vocab_size: Those of the tokenizer.
+        input_ids: int64, any shape.
+        special_tokens_mask: The same shape, 1 where a token must stay.
+        mask_token_id, vocab_size: The tokenizer's.
         probability, masking: See [`MaskedNextTokenConfig`].
-        generator: Where the draws come from; torch's own by default.
+        generator: Source of randomness; torch's global one by default.
 
     Returns:
         The masked `input_ids`, and labels: the token where it is to be predicted, -100 elsewhere.
@@ -98,7 +100,7 @@ def mask_tokens(
 
 def masked_next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """
-    Cross entropy of each masked token given the state before it. A token at the very first position has none and does not count.
+    Cross entropy of each masked token given the hidden state before it. The very first token has none before it and does not count.
 
     Args:
         logits: `(batch_size, sequence_length, vocab_size)`.
@@ -115,12 +117,12 @@ def masked_next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.
 
 class MaskedTexts(Dataset):
     """
-    Rows of texts as masked tokens. What is masked is a function of seed, epoch and row alone, as is the caption drawn of several, so a
-    resumed run sees the same.
+    Rows of texts as masked tokens. Masks, and the choice among several captions, depend on seed, epoch and row only, so a resumed run sees the
+    same ones.
 
     Args:
         rows: Rows by number with "text", a text or a list of texts.
-        tokenizer: Tokenizer of the LLM; its mask token is used, or the token "_" if it has none (LLM2Vec's "blank").
+        tokenizer: The LLM's; its mask token is used, or the token "_" if it has none (LLM2Vec's "blank").
         args: Settings.
 
     Raises:
@@ -169,16 +171,16 @@ class MaskedTexts(Dataset):
 
 class MaskedNextTokenTrainer(StageTrainer):
     r"""
-    Trains a LoRA on an LLM that attends in both directions to predict masked tokens. What it saves is the LoRA of the *base model*, as
-    [`CaptionContrastiveTrainer`] saves: load it on `AutoModel`, or merge it by `proclip convert LLM OUT --lora FOLDER`.
+    Trains a LoRA on an LLM with bidirectional attention to predict masked tokens. It saves the LoRA of the *base model*, as
+    [`CaptionContrastiveTrainer`] does: load it on `AutoModel`, or merge it with `proclip convert LLM OUT --lora FOLDER`.
 
     Args:
         model (`PreTrainedModel`): A causal LM (`AutoModelForCausalLM`); its weights and head stay frozen.
         args ([`MaskedNextTokenConfig`]): Settings.
-        train_dataset: Rows by number with "text", a text or a list of texts of which one is drawn every epoch.
+        train_dataset: Rows by number with "text", a text or a list of texts, one of which is drawn in each epoch.
         eval_dataset (*optional*): The same; `eval_loss` is logged.
-        processing_class (tokenizer): Tokenizer of the LLM. Texts are read without a prompt template.
-        kwargs: Of [`~transformers.Trainer`].
+        processing_class (tokenizer): The LLM's. Texts are read without a prompt template.
+        kwargs: Passed to [`~transformers.Trainer`].
 
     Raises:
         ImportError: If PEFT is not installed.
@@ -243,7 +245,7 @@ class MaskedNextTokenTrainer(StageTrainer):
         return loss.detach(), None, None
 
     def merge(self) -> PreTrainedModel:
-        """The base model with the LoRA merged into its weights: what stage 0 goes on from. Call it last."""
+        """The base model with the LoRA merged into its weights, to continue with in stage 0. Call this last."""
         merged = self.adapter.merge_and_unload()
         check_finite(dict(merged.named_parameters()), "the merged LLM")
         return merged

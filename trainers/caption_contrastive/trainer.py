@@ -1,4 +1,4 @@
-"""Stage 0: the LLM learns, by a LoRA, to embed captions so that those of one picture find each other."""
+"""Stage 0: a LoRA teaches the LLM to embed captions so that captions of one image find each other."""
 
 import time
 from collections.abc import Sequence
@@ -32,27 +32,27 @@ from .losses import caption_contrastive_loss, global_caption_contrastive_loss
 
 class CaptionContrastiveTrainer(StageTrainer):
     r"""
-    Trains a LoRA on an LLM that attends in both directions: of two captions of one picture one must find the other among those of the
-    other pictures, by the cosine of their pooled embeddings (LLM2CLIP, arXiv 2411.04997).
+    Trains a LoRA on an LLM with bidirectional attention: by the cosine of their pooled embeddings, a caption must find the other caption of
+    its image among the captions of other images (LLM2CLIP, arXiv 2411.04997).
 
     Args:
         model ([`ProCLIPModel`] or `PreTrainedModel`):
-            A pair, of which the LLM is trained, or a decoder LLM by itself (`AutoModel`). All its weights stay frozen.
+            A ProCLIP model, whose LLM is trained, or a decoder LLM by itself (`AutoModel`). The LLM's own weights stay frozen.
         args ([`CaptionContrastiveConfig`]): Settings.
-        train_dataset: Rows by number: "text", two or more captions of one picture; optionally "negative" (hard negatives: a text or a list)
-            and "id" (rows of one id are not negatives of each other). See [`CaptionPairs`].
+        train_dataset: Rows by number: "text", two or more captions of one image; optionally "negative" (hard negatives: a text or a list)
+            and "id" (rows with the same id are not negatives of each other). See [`CaptionPairs`].
         eval_dataset (*optional*): The same, or a dict of such; the first two captions are read. Logged: `eval_loss` and
             `eval_caption_r@1`, see [`caption_retrieval`].
-        processing_class ([`ProCLIPProcessor`] or tokenizer): Whose prompt template is used; a tokenizer's own chat template by default.
-        plain_text_dataset (*optional*): Rows `{"text": [query, document]}`, optionally with "instruction" and "negative", mixed in by batches
+        processing_class ([`ProCLIPProcessor`] or tokenizer): Its prompt template is used, that of a tokenizer being its chat template.
+        plain_text_dataset (*optional*): Rows `{"text": [query, document]}`, optionally with "instruction" and "negative", mixed in as batches
             of their own so that the LLM stays good at other texts (LLM2CLIP, LLM2Vec); see [`OneSourceBatches`].
-        kwargs: Of [`~transformers.Trainer`].
+        kwargs: Passed to [`~transformers.Trainer`].
 
     Raises:
         ImportError: If PEFT is not installed.
-        ValueError: If the LLM stays causal, a row has fewer than two captions, or the captions do not fill a batch.
+        ValueError: If the LLM stays causal or the captions do not fill a batch, or, when it is read, if a row has fewer than two captions.
 
-    `save_model(folder)` and checkpoints write the LoRA alone, in PEFT's format; [`~CaptionContrastiveTrainer.merge`] gives the tuned LLM.
+    `save_model(folder)` and checkpoints write only the LoRA, in PEFT's format; [`~CaptionContrastiveTrainer.merge`] returns the tuned LLM.
 
     Example:
 
@@ -105,13 +105,13 @@ class CaptionContrastiveTrainer(StageTrainer):
             raise ValueError(
                 "micro_batch_tokens gives the processes different numbers of forward passes, which FSDP runs together: leave it out."
             )
-        self.loss_is_scaled_for_ga = True  # a batch is a step: there is nothing to divide by
+        self.loss_is_scaled_for_ga = True  # each step has one batch: there is nothing to divide by
         self.add_callback(SetEpoch(self.pairs))
 
     def merge(self) -> PreTrainedModel:
         """
-        The LLM with the LoRA merged into its weights, as a plain model of Transformers; save it by `save_pretrained`. A [`ProCLIPModel`] that
-        was passed in has it as its `text_model`. Call it last: the trainer's model is no longer one of PEFT. Raises ValueError if a merged
+        The LLM with the LoRA merged into its weights, as a plain model of Transformers; save it with `save_pretrained`. A [`ProCLIPModel`] that
+        was passed in has it as its `text_model`. Call this last: the trainer's model is no longer a PEFT model. Raises ValueError if a merged
         weight is NaN or infinite, as float16's may be.
         """
         merged = self.accelerator.unwrap_model(self.model).merge_and_unload()

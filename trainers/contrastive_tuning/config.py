@@ -16,15 +16,15 @@ def batch_invariant_weights(
     lambda_: float = PUBLISHED_LAMBDA, per_device_batch: int = PUBLISHED_BATCH, distance: str = "squared"
 ) -> tuple[float, float]:
     """
-    The two weights with which `reduction="mean"` and `structure_distance="squared"` give what one weight gave on sums over a batch:
-    lambda (L_ins + L_struct) of ProCLIP, arXiv 2510.18795, method.
+    The two weights with which `reduction="mean"` and `structure_distance="squared"` give the loss that a single weight gives on sums over a
+    batch, lambda (L_ins + L_struct) (ProCLIP, arXiv 2510.18795, method).
 
-    A sum over N pairs is N times their mean, and one over the pairs of pairs N (N - 1) / 2 times.
+    The sum over N pairs is N times their mean; the sum over the pairs of pairs is N (N - 1) / 2 times theirs.
 
     Args:
-        lambda_: the weight on the sums.
-        per_device_batch: N, the pairs that were summed over.
-        distance: what L_struct summed: "squared" (paper) or "smooth_l1" (published code), which is half of the square on unit vectors.
+        lambda_: weight of the sums.
+        per_device_batch: N, the number of pairs that were summed over.
+        distance: what L_struct summed, "squared" (paper) or "smooth_l1" (published code), which is half of the square on unit vectors.
 
     Returns:
         `(lambda_ins, lambda_struct)`; (0.2048, 52.3) for the paper's formula at its settings, (0.2048, 26.2) for its code's.
@@ -42,27 +42,28 @@ class ContrastiveTuningConfig(AlignmentConfig):
 
     Args:
         method (`"proclip"`, `"llm2clip"` or `"lit"`, defaults to `"proclip"`):
-            "proclip": L_info + lambda_ins L_ins + lambda_struct L_struct against the EMA teacher, after stage 1. "llm2clip" (arXiv 2411.04997):
-            L_info alone, no teacher, from a fresh adapter. "lit" (arXiv 2111.07991): the same with the image encoder frozen.
+            "proclip": L_info + lambda_ins L_ins + lambda_struct L_struct, regularised towards the EMA teacher, after stage 1. "llm2clip"
+            (arXiv 2411.04997): L_info alone, without a teacher, from a fresh adapter. "lit" (arXiv 2111.07991): the same with the image
+            encoder frozen.
         loss (`"info_nce"` or `"sigmoid"`, defaults to `"info_nce"`):
             L_info: symmetric InfoNCE over the joined batch (ProCLIP, LLM2CLIP, LiT), or SigLIP's sigmoid loss (arXiv 2303.15343), for SigLIP
             towers: it trains the model's `logit_bias` too, and does not bound the logit scale, which is above 100 in SigLIP.
-        ema_decay (`float`, defaults to 0.999): alpha of the EMA teacher.
+        ema_decay (`float`, defaults to 0.999): Decay alpha of the EMA teacher.
         reduction (`"mean"` or `"sum"`, defaults to `"mean"`):
-            How L_ins and L_struct are reduced. "mean" does not depend on the batch. "sum" is the paper's formula; it sums over the joined
+            How L_ins and L_struct are reduced. "mean" does not depend on the batch size. "sum" is the paper's formula; it sums over the joined
             batch of all processes (the published code: over each process's own, averaged over the processes).
         structure_distance (`"squared"` or `"smooth_l1"`, defaults to `"squared"`):
-            What L_struct does with a difference of distances: its square (paper), or smooth L1 (published code), half of the square.
+            How L_struct measures a difference of distances: its square (paper), or smooth L1 (published code), half of the square.
         lambda_ins, lambda_struct (`float`, *optional*):
             Weights of L_ins and L_struct. "proclip": with "sum" the published 4e-4 for both; with "mean" 0.2048 and 52.3, the same at the
             published 512 pairs a device ([`batch_invariant_weights`]). 0 for the other methods.
         freeze_vision (`bool`, *optional*): Whether the image encoder (tower and projection) is frozen. True for "lit", else False.
         adapter_learning_rate (`float`, *optional*):
-            Of the text adapter, if it is not to be `learning_rate`. One that is much higher destroys what stage 1 inherited.
+            Learning rate of the text adapter; `learning_rate` by default. A much higher one destroys what stage 1 inherited.
         gradient_caching_batch_size (`int`, *optional*):
-            Rows of a micro-batch. The batch of `per_device_train_batch_size` rows stays in the host's memory and goes through the model that
-            many rows at a time, twice; loss and gradients are those of the whole batch ([`cached_backward`], arXiv 2101.06983). So one
-            device trains with the papers' batch at the memory of a micro-batch.
+            Rows of a micro-batch. The batch of `per_device_train_batch_size` rows stays in the host's memory and goes through the model this
+            many rows at a time, twice; loss and gradients are those of the whole batch ([`cached_backward`], arXiv 2101.06983). One device
+            can train with the papers' batch size in the memory of a micro-batch.
 
     Defaults that differ from [`~transformers.TrainingArguments`]. ProCLIP, arXiv 2510.18795, Table 8: `per_device_train_batch_size` 512,
     `learning_rate` 1e-5, `lr_scheduler_type` "cosine", `weight_decay` 0.05, `adam_beta2` 0.98, `adam_epsilon` 1e-6, `num_train_epochs`

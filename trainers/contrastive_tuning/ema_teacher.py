@@ -1,4 +1,4 @@
-"""The EMA teacher of stage 2: a slowly moving copy of the image encoder that it is distilled from."""
+"""The EMA teacher of stage 2: an exponential moving average of the image encoder, towards which the image encoder is regularised."""
 
 from pathlib import Path
 
@@ -18,14 +18,14 @@ EMA_FILE = "ema_teacher.safetensors"
 
 class EMATeacher:
     """
-    E_I*: starts as a copy of the image encoder E_I (vision tower and projection) and follows it by
+    E_I*: starts as a copy of the image encoder E_I (vision tower and projection) and is updated to
     E_I* = decay * E_I* + (1 - decay) * E_I after every optimizer step (ProCLIP, arXiv 2510.18795, method; the published code has none).
 
-    It is in eval mode, without gradient, and no part of the model: it is saved beside a checkpoint, not in it.
+    It is in eval mode, has no gradient, and is no part of the model: its weights are a file of their own in a checkpoint.
 
     Args:
-        model: the model whose image encoder is copied as it is now.
-        decay: alpha, between 0 (the teacher is the student) and 1 (the teacher stays as it started).
+        model: whose image encoder is copied as it is now.
+        decay: between 0 (the teacher equals the student) and 1 (the teacher never changes).
     """
 
     def __init__(self, model: ProCLIPModel, decay: float):
@@ -39,7 +39,7 @@ class EMATeacher:
 
     @torch.no_grad()
     def update(self, model: ProCLIPModel) -> None:
-        """Take one step towards the image encoder of `model`."""
+        """Update the average with the image encoder of `model`."""
         self.averaged.update_parameters(_image_encoder(model))
 
     @torch.no_grad()
@@ -57,7 +57,7 @@ class EMATeacher:
 
     def load(self, folder: str | Path) -> None:
         """
-        Continue as `save` left it.
+        Read what `save` wrote.
 
         Raises:
             FileNotFoundError: If the file is not in `folder`; names the remedy.
@@ -65,8 +65,8 @@ class EMATeacher:
         file = Path(folder) / EMA_FILE
         if not file.is_file():
             raise FileNotFoundError(
-                f"{file} is missing, so the EMA teacher cannot go on where it was: resume from a checkpoint that method='proclip' wrote, or "
-                "start a new run from these weights (ProCLIPModel.from_pretrained)"
+                f"{file} is missing, so the EMA teacher cannot be restored: resume from a checkpoint that method='proclip' wrote, or start a "
+                "new run from these weights (ProCLIPModel.from_pretrained)"
             )
         self.averaged.load_state_dict(load_file(file))
 

@@ -1,4 +1,4 @@
-"""Retrieval on a held-out set while stage 2 trains: all images, all captions, each once, over all processes."""
+"""Retrieval on a held-out set while stage 2 trains: among all images and all captions, each once, of all processes."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,14 +12,14 @@ from trainers.evaluation import retrieval_recall
 
 class AllCaptionsCollator:
     """
-    What `collator` makes of rows, and the stored embeddings of all their captions.
+    Batches of `collator`, with the stored embeddings of all captions of their rows.
 
     Args:
-        collator: collator of a training's batches, which reads the first caption of a row.
+        collator: makes training batches, which read the first caption of a row.
         text_store: the LLM's embeddings; only `lookup(list[str]) -> (N, hidden_size)` is used.
 
     Returns:
-        What `collator` does, with "caption_embeds" `(num_captions, hidden_size)`, row by row, and "num_captions" `(batch_size,)`.
+        What `collator` returns, with "caption_embeds" `(num_captions, hidden_size)`, row by row, and "num_captions" `(batch_size,)`.
     """
 
     def __init__(self, collator: Any, text_store: Any):
@@ -45,7 +45,7 @@ class HeldOutRetrieval:
         self._batches.append((images.cpu(), captions.cpu(), num_captions.cpu()))
 
     def recall(self, device: torch.device) -> dict[str, float]:
-        """[`retrieval_recall`] at 1, 5 and 10 of what all processes have added since the last call; nothing if they have not."""
+        """[`retrieval_recall`] at 1, 5 and 10 among what all processes have added since the last call; empty if nothing was added."""
         if not self._batches:
             return {}
         sides = [torch.cat(side).to(device) for side in zip(*self._batches, strict=True)]

@@ -28,25 +28,25 @@ MAX_LOG_LOGIT_SCALE = math.log(100)  # CLIP, arXiv 2103.00020
 
 class ContrastiveTuningTrainer(AlignmentTrainer):
     r"""
-    Trains image encoder E_I, text adapter A and logit scale on pictures with captions, by
+    Trains image encoder E_I, text adapter A and logit scale on images with captions, by
     L_stage2 = L_info + lambda_ins L_ins(v, v*) + lambda_struct L_struct(v, v*) (ProCLIP, arXiv 2510.18795, method, stage 2): the contrastive
-    loss over the joined batch of all processes, and the distance of the image embeddings v from those v* of an EMA teacher that started as
-    the same image encoder. LLM2CLIP and LiT are [`ContrastiveTuningConfig`]`.method`.
+    loss over the joined batch of all processes, with the image embeddings v regularised towards the embeddings v* of an EMA copy of the image
+    encoder. LLM2CLIP and LiT are settings of it: [`ContrastiveTuningConfig`]`.method`.
 
-    The LLM's embeddings are looked up, so it is not needed: load the model with `load_text_model=False`.
+    The LLM's embeddings are looked up, so it is not loaded: load the model with `load_text_model=False`.
 
     Args:
         model ([`ProCLIPModel`]): After stage 1, or with a fresh adapter for the baselines. Or a [`ProCLIPPeftModel`] with PEFT adapters on the
             image encoder, which are trained in its place; the EMA teacher averages the adapters' factors.
         args ([`ContrastiveTuningConfig`]): Settings.
         train_dataset:
-            Rows by number with "text", a caption or a list of captions of which one is drawn every epoch, and "pixel_values"
-            `(3, height, width)` or "image", a picture that `processing_class` makes pixel values of.
-        eval_dataset (*optional*): The same. Logged: `eval_loss` and its parts, for which of several captions the first is read, and
-            `eval_i2t_r@1`, `eval_t2i_r@1` and so on at 5 and 10: retrieval among all its pictures and all their captions.
+            Rows by number with "text", a caption or a list of captions, one of which is drawn in each epoch, and "pixel_values"
+            `(3, height, width)` or "image", which `processing_class` turns into pixel values.
+        eval_dataset (*optional*): The same. Logged: `eval_loss` and its parts, which read the first of several captions, and
+            `eval_i2t_r@1`, `eval_t2i_r@1` and so on at 5 and 10: retrieval among all its images and all their captions.
         text_store ([`TextEmbeddingStore`]): G(text), `(N, hidden_size)`.
         processing_class (*optional*): [`ProCLIPProcessor`] or image processor, for rows with "image"; saved with the checkpoints.
-        kwargs: Of [`~transformers.Trainer`].
+        kwargs: Passed to [`~transformers.Trainer`].
 
     Raises:
         ValueError: If the store's embeddings do not fit the model, a trained part is in half precision, the training set is shorter than
@@ -117,7 +117,10 @@ class ContrastiveTuningTrainer(AlignmentTrainer):
         self.text_store, self._held_out = text_store, HeldOutRetrieval()
 
     def embed(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """v of `pixel_values (batch_size, 3, height, width)`, with what else the image encoder takes, and t of `llm_embeds (batch_size, hidden_size)`; t alone if E_I is frozen."""
+        """
+        v, from `pixel_values (batch_size, 3, height, width)` and the image encoder's other inputs, and t, from `llm_embeds (batch_size,
+        hidden_size)`; t alone if E_I is frozen.
+        """
         if self.args.freeze_vision:
             return (unit_length(model(llm_embeds=batch["llm_embeds"]).text_model_output.pooler_output),)
         outputs = model(**image_inputs(batch), llm_embeds=batch["llm_embeds"])
@@ -126,7 +129,7 @@ class ContrastiveTuningTrainer(AlignmentTrainer):
         )
 
     def embed_frozen(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """v if E_I is frozen; v* of the EMA teacher, if there is one."""
+        """v if E_I is frozen; v* if there is an EMA teacher."""
         if self.args.freeze_vision:
             self.model.vision_model.eval()  # Trainer puts all in training mode, and batch norms would go on learning
             with torch.no_grad():
@@ -153,7 +156,7 @@ class ContrastiveTuningTrainer(AlignmentTrainer):
         return loss
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """As in stage 1, with all captions of a picture."""
+        """As in stage 1, with all captions of an image."""
         with replaced(self, data_collator=AllCaptionsCollator(self.data_collator, self.text_store)):
             return super().get_eval_dataloader(eval_dataset)
 

@@ -12,11 +12,11 @@ class RepresentationInheritanceConfig(AlignmentConfig):
 
     Args:
         reduction (`"mean"` or `"sum"`, defaults to `"mean"`):
-            How L_ins and L_struct are reduced. "mean" does not depend on the batch. "sum" is the paper's formula; it sums over the joined
+            How L_ins and L_struct are reduced. "mean" does not depend on the batch size. "sum" is the paper's formula; it sums over the joined
             batch of all processes (the published code: over each process's own, averaged over the processes), so the balance of the two
             parts moves with the batch.
         structure_distance (`"squared"` or `"smooth_l1"`, defaults to `"squared"`):
-            What L_struct does with a difference of distances: its square (paper), or smooth L1 (published code), half of the square.
+            How L_struct measures a difference of distances: its square (paper), or smooth L1 (published code), half of the square.
         lambda_ins, lambda_struct (`float`, *optional*):
             Weights of L_ins and L_struct. With "sum" 1 and 1 (L_stage1 = L_ins + L_struct, paper). Those sums over N texts are N and
             N (N - 1) / 2 times the means; without the common factor N, on which AdamW's steps do not depend, the published balance at 128
@@ -24,9 +24,9 @@ class RepresentationInheritanceConfig(AlignmentConfig):
             (300 steps of 256 texts, two seeds; zero-shot of unseen concepts with weights 1, 8 and 63.5 of L_struct): 95.2, 96.6 and 88.6 %
             at learning rate 3e-4, 99.4, 99.6 and 99.4 % at 1e-3; L_ins ends lowest with 1 and 8, L_struct with 63.5.
         gradient_caching_batch_size (`int`, *optional*):
-            Rows of a micro-batch. The batch of `per_device_train_batch_size` rows stays in the host's memory and goes through the model that
-            many rows at a time, twice; loss and gradients are those of the whole batch ([`cached_backward`], arXiv 2101.06983). So one
-            device trains with the papers' batch at the memory of a micro-batch.
+            Rows of a micro-batch. The batch of `per_device_train_batch_size` rows stays in the host's memory and goes through the model this
+            many rows at a time, twice; loss and gradients are those of the whole batch ([`cached_backward`], arXiv 2101.06983). One device
+            can train with the papers' batch size in the memory of a micro-batch.
 
     Defaults that differ from [`~transformers.TrainingArguments`]. ProCLIP, arXiv 2510.18795, Table 8: `per_device_train_batch_size` 128,
     `learning_rate` 1e-5, `lr_scheduler_type` "cosine", `weight_decay` 0.05, `adam_beta2` 0.98, `adam_epsilon` 1e-6, `num_train_epochs`

@@ -17,23 +17,24 @@ from .config import RepresentationInheritanceConfig
 
 class RepresentationInheritanceTrainer(AlignmentTrainer):
     r"""
-    Trains the text adapter A alone, on texts alone: t = unit(A(G(text))) is drawn to e = unit(E_T(text)), what CLIP's own text encoder makes
-    of the same text, by L_stage1 = lambda_ins L_ins(t, e) + lambda_struct L_struct(t, e) (ProCLIP, arXiv 2510.18795, method, stage 1).
+    Distils CLIP's text encoder E_T into the text adapter A, on texts alone. The adapter learns to map the LLM's embedding of a text,
+    t = unit(A(G(text))), to CLIP's own embedding of it, e = unit(E_T(text)), by
+    L_stage1 = lambda_ins L_ins(t, e) + lambda_struct L_struct(t, e) (ProCLIP, arXiv 2510.18795, method, stage 1).
 
-    Both embeddings are looked up, so neither the LLM nor CLIP's text encoder is needed: load the model with `load_text_model=False`.
+    Both embeddings are looked up, so neither the LLM nor CLIP's text encoder is loaded: load the model with `load_text_model=False`.
 
     Args:
         model ([`ProCLIPModel`]):
-            All but its `text_adapter` is frozen. If the adapter standardises its input (`adapter_input_norm="standardize"`) and was not
-            told how yet, it gets `text_store.statistics()`.
+            Everything but its `text_adapter` is frozen. An adapter that standardises its input (`adapter_input_norm="standardize"`) and has
+            no statistics yet gets `text_store.statistics()`.
         args ([`RepresentationInheritanceConfig`]): Settings.
-        train_dataset: Rows by number with the column "text": a caption, or a list of captions of which one is drawn every epoch. A row may
+        train_dataset: Rows by number with the column "text": a caption, or a list of captions, one of which is drawn in each epoch. A row may
             name in "teacher_text" what CLIP reads instead, likewise: `{"text": "ein roter Apfel", "teacher_text": "a red apple"}` teaches the
             adapter what CLIP, which knows no German, makes of the English caption.
-        eval_dataset (*optional*): The same; of several captions the first is read. `eval_loss` and its parts are logged.
+        eval_dataset (*optional*): The same; the first of several captions is read. `eval_loss` and its parts are logged.
         text_store ([`TextEmbeddingStore`]): G(text), `(N, hidden_size)`.
         teacher_store ([`TextEmbeddingStore`]): E_T(text) of what CLIP reads, `(N, projection_dim)`, by the CLIP whose image encoder the model has.
-        kwargs: Of [`~transformers.Trainer`].
+        kwargs: Passed to [`~transformers.Trainer`].
 
     Raises:
         ValueError: If a store's embeddings do not fit the model, the adapter is in half precision, or a dataset is shorter than a batch.
@@ -66,7 +67,7 @@ class RepresentationInheritanceTrainer(AlignmentTrainer):
     ):
         if not isinstance(model, ProCLIPModel):
             raise ValueError(
-                f"stage 1 trains the text adapter alone, so adapters of PEFT have no part in it: pass the ProCLIPModel, not a "
+                f"stage 1 trains the text adapter alone, and PEFT adapters would stay as they are: pass the ProCLIPModel, not a "
                 f"{type(model).__name__}"
             )
         super().__init__(
@@ -89,11 +90,11 @@ class RepresentationInheritanceTrainer(AlignmentTrainer):
         )
 
     def embed(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """t of `llm_embeds (batch_size, hidden_size)`."""
+        """t, from `llm_embeds (batch_size, hidden_size)`."""
         return (unit_length(model(llm_embeds=batch["llm_embeds"]).text_model_output.pooler_output),)
 
     def embed_frozen(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """e, which is `teacher_embeds (batch_size, projection_dim)`."""
+        """e, from `teacher_embeds (batch_size, projection_dim)`."""
         return (unit_length(batch["teacher_embeds"]),)
 
     def loss_of(self, embeds: tuple[torch.Tensor, ...], frozen: tuple[torch.Tensor, ...]) -> torch.Tensor:

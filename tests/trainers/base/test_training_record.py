@@ -7,7 +7,7 @@ from huggingface_hub import ModelCard
 
 from hub_cards import model_card
 from modeling_proclip import ProCLIPConfig
-from tests.trainers.tiny_training import CAPTIONS, inheritance_trainer, tiny_model, tuning_trainer
+from tests.trainers.tiny_training import CAPTIONS, inheritance_trainer, picture_rows, tiny_model, tuning_trainer
 from trainers.data import PairSource, open_pairs
 
 
@@ -32,6 +32,22 @@ def test_checkpoints_record_the_stages_before_and_the_steps_so_far(tmp_path):
         ("contrastive tuning", 2),
     ]
     assert [stage["steps"] for stage in model.config.training] == [3, 4]
+
+
+def test_the_best_weights_are_recorded_with_their_own_steps(tmp_path):
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 4}
+    settings |= {"metric_for_best_model": "loss", "load_best_model_at_end": True, "learning_rate": 1.0}
+    model = tiny_model(load_text_model=True)
+    trainer = tuning_trainer(tmp_path, model, eval_dataset=picture_rows(6), **settings)
+    trainer.train()
+    best = trainer.state.best_global_step
+    assert best < 4
+    (record,) = model.config.training
+    losses = {log["step"]: log["loss"] for log in trainer.state.log_history if "loss" in log}
+    assert (record["steps"], record["num_epochs"], record["final"]["loss"]) == (best, best / 4, losses[best])
+    trainer.save_model()
+    assert ProCLIPConfig.from_pretrained(tmp_path).training == [record]
+    assert ProCLIPConfig.from_pretrained(tmp_path / "checkpoint-4").training[0]["steps"] == 4
 
 
 def test_a_model_that_was_not_trained_records_nothing(tmp_path):
