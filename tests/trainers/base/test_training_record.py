@@ -36,7 +36,7 @@ def test_checkpoints_record_the_stages_before_and_the_steps_so_far(tmp_path):
 
 def test_the_best_weights_are_recorded_with_their_own_steps(tmp_path):
     settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 4}
-    settings |= {"metric_for_best_model": "loss", "load_best_model_at_end": True, "learning_rate": 1.0}
+    settings |= {"metric_for_best_model": "loss", "greater_is_better": True, "load_best_model_at_end": True}
     model = tiny_model(load_text_model=True)
     trainer = tuning_trainer(tmp_path, model, eval_dataset=picture_rows(6), **settings)
     trainer.train()
