@@ -163,11 +163,16 @@ def own_weights(folder: str | Path) -> set[str]:
 
 def is_hub_name(name: str) -> bool:
     """Whether `name` reads as a repository `owner/name` on the Hub and is no folder here: only such a name is of use to others."""
+    return is_repo_id(name) and name.count("/") == 1 and not Path(name).exists()
+
+
+def is_repo_id(name: str) -> bool:
+    """Whether a repository on the Hub could be called `name`."""
     try:
         validate_repo_id(name)
     except HFValidationError:
         return False
-    return name.count("/") == 1 and not Path(name).exists()
+    return True
 
 
 def shown_name(name: str) -> str:

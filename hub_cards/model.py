@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from transformers.utils import logging
 
-from .checkpoint_facts import base_card, is_hub_name, own_weights, read_facts, shown_name
+from .checkpoint_facts import base_card, is_hub_name, is_repo_id, own_weights, read_facts, shown_name
 from .citations import citations
 from .measurements import (
     RESULTS_FILE,
@@ -95,9 +95,8 @@ def model_card(
     }
     recorded = [stage.data for stage in checkpoint.training if stage.data]
     trained_on = {**{shown_source(data): None for data in recorded}, **scrub(dict(datasets or {}))}
-    on_hub = {data["source"] for data in recorded if data.get("revision") or data.get("on_hub")} | {
-        *filter(is_hub_name, datasets or {})
-    }
+    from_hub = [data["source"] for data in recorded if data.get("revision") or data.get("on_hub")]
+    on_hub = {*filter(is_repo_id, from_hub), *filter(is_hub_name, datasets or {})}
     if languages is None:
         languages = [code for code in _listed(base_cards.get("text", {}).get("language")) if is_language(code)]
     name = repo_id or PLACEHOLDER
