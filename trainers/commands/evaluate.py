@@ -76,6 +76,7 @@ def evaluate(
 
     from trainers.evaluation.data.manifest import check_unique, load_suite, own_images
     from trainers.evaluation.report.table import print_results
+    from trainers.evaluation.runner import also_folders
     from trainers.evaluation.runner import evaluate as run
     from trainers.evaluation.scoring.encoders import Encoder
 
@@ -98,6 +99,12 @@ def evaluate(
         raise ValueError("--also needs --baseline: the models are compared with it")
     names = [model, *([] if baseline is None else [baseline]), *(also or [])]
     encoders = [Encoder.load(name, place, dtype) for name in names]
+    called = [encoder.name for encoder in encoders]
+    for encoder, given in zip(encoders, names, strict=True):
+        if (
+            len(encoders) > 2 and called.count(encoder.name) > 1
+        ):  # folders of one name: by the paths as they were given
+            encoder.name = given
     results = run(
         encoders,
         check_unique(manifests),
@@ -113,7 +120,7 @@ def evaluate(
     if state.is_main_process:
         print_results(results[0], results[1] if baseline is not None else None)
         typer.echo(f"{output_dir / 'results.json'}")
-        others = [output_dir / "also" / Path(result["model"]["name"]).name for result in results[2:]]
+        others = also_folders(output_dir, [encoder.name for encoder in encoders[2:]])
         _write_report(output_dir, [output_dir, *others], output_dir / "baseline" if baseline else None)
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import re
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -13,6 +14,7 @@ import numpy as np
 from accelerate import PartialState
 from filelock import FileLock, Timeout
 
+from hub_cards.scrubbing import scrub
 from trainers.evaluation.data.manifest import Manifest
 from trainers.evaluation.data.sources import open_data
 from trainers.evaluation.report.examples import Retrieved
@@ -92,7 +94,7 @@ def evaluate(
             for folder in dict.fromkeys((output_dir, cache_dir)):
                 stack.callback(_lock(folder).release)
         state.wait_for_everyone()
-        folders = [output_dir, output_dir / "baseline", *(output_dir / "also" / Path(name).name for name in names[2:])]
+        folders = [output_dir, output_dir / "baseline", *also_folders(output_dir, names[2:])]
         runs = [
             _Run(encoder, folder, cache_dir, state, limit, seed, batch_size, token_budget, progress)
             for encoder, folder in zip(encoders, folders, strict=False)
@@ -116,6 +118,24 @@ def evaluate(
             if manifest.kind == "retrieval" and state.is_main_process:
                 write_examples(output_dir, task, [some for some in scored if some is not None], seed)
         return [run.finish() for run in runs]
+
+
+def also_folders(output_dir: Path, names: Sequence[str]) -> list[Path]:
+    """
+    Where the results of the models beside model and baseline are: in `also/`, under the last part of the name, or all of it where two share
+    that part.
+
+    Raises:
+        ValueError: If two names come out the same.
+    """
+    last = [Path(name).name for name in names]
+    folders = [
+        part if last.count(part) == 1 and part != ".." else re.sub(r"[^\w.-]+", "--", name).strip("-.") or "model"
+        for name, part in zip(names, last, strict=True)
+    ]
+    if len(set(folders)) < len(folders):
+        raise ValueError(f"models that are compared need different names, but these are called {', '.join(names)}")
+    return [output_dir / "also" / folder for folder in folders]
 
 
 class _Run:
@@ -185,7 +205,7 @@ class _Run:
         self.state.wait_for_everyone()
 
     def _add(self, task: Task, keys: np.ndarray, outcome: Outcome, started: float) -> None:
-        manifest, notes = task.manifest, list(outcome.notes)
+        manifest, notes, source = task.manifest, list(outcome.notes), task.manifest.data.source
         repeated = len(keys) - len(np.unique(keys, axis=0))
         if repeated and manifest.kind == "retrieval":
             notes.append(
@@ -198,7 +218,7 @@ class _Run:
             "kind": manifest.kind,
             "group": manifest.group,
             "dataset": {
-                "source": manifest.data.source,
+                "source": Path(source).name if manifest.group == "own" else scrub(source),
                 "read_from": "local copy" if task.data.folder is not None else "source",
                 "config": manifest.data.config,
                 "revision": task.data.revision,

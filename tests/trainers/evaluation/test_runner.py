@@ -27,7 +27,7 @@ from trainers.cli import app
 from trainers.evaluation import retrieval_recall, zero_shot_accuracy, zero_shot_classifier
 from trainers.evaluation.data.manifest import load_suite, parse_manifest
 from trainers.evaluation.results import read_results
-from trainers.evaluation.runner import evaluate
+from trainers.evaluation.runner import also_folders, evaluate
 from trainers.evaluation.scoring.encoders import Encoder
 
 
@@ -354,12 +354,63 @@ def test_your_own_pictures_and_captions(tmp_path):
     assert result.exit_code == 0, result.output
     (task,) = read_results(tmp_path / "out")["tasks"]
     assert (task["name"], task["dataset"]["num_items"], task["protocol"]["num_captions"]) == ("pictures", 4, 6)
+    for file in ("results.json", "report.html", "report.json"):  # for others to read
+        assert str(tmp_path) not in (tmp_path / "out" / file).read_text(), file
     assert load_file(tmp_path / "out" / task["items_file"])["text_to_image"].tolist() == [0, 0, 1, 1, 2, 3]
     result = run()
     assert result.exit_code == 1 and "line 2 has no column 'image'; it has file, text" in result.output
     (tmp_path / "pictures" / "2.png").unlink()
     result = run("--image-column", "file", "--caption-column", "text")
     assert result.exit_code == 1 and "the image '2.png': there is no file" in result.output
+
+
+def test_models_of_one_name_do_not_overwrite_each_other(tmp_path):
+    (tmp_path / "images").mkdir()
+    for i, image in enumerate(pictures(4)):
+        image.save(tmp_path / "images" / f"{i}.png")
+    (tmp_path / "captions.csv").write_text("image,caption\n" + "".join(f"{i}.png,words {i}\n" for i in range(4)))
+    models = []
+    for number in range(4):
+        encoder = tiny_encoder("clip")
+        encoder.model.logit_scale.data += number
+        models.append(str(save(encoder, tmp_path / str(number) / "model")))
+    options = [
+        "--baseline",
+        models[1],
+        "--also",
+        models[2],
+        "--also",
+        models[3],
+        "--output-dir",
+        str(tmp_path / "out"),
+    ]
+    data = ["--images", str(tmp_path / "images"), "--captions", str(tmp_path / "captions.csv"), "--device", "cpu"]
+    result = CliRunner().invoke(app, ["evaluate", models[0], *options, *data])
+    assert result.exit_code == 0, result.output
+    found = [read_results(folder)["model"] for folder in (tmp_path / "out/also").iterdir()]
+    assert len({model["weights_sha256"] for model in found}) == 2 and {model["name"] for model in found} == {
+        *models[2:]
+    }
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert len({entry["name"] for entry in report["models"]}) == 3
+
+
+@pytest.mark.parametrize(
+    ("names", "folders"),
+    [
+        (["a", "owner/b"], ["a", "b"]),
+        (["one/model", "two/model"], ["one--model", "two--model"]),
+        (["/x/one/model", "../model", "m"], ["x--one--model", "model", "m"]),
+        (["..", "x/.."], ["model", "x"]),
+    ],
+)
+def test_folders_of_other_models(tmp_path, names, folders):
+    assert also_folders(tmp_path, names) == [tmp_path / "also" / folder for folder in folders]
+
+
+def test_other_models_that_cannot_be_told_apart_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="need different names, but these are called a/b, a/b"):
+        also_folders(tmp_path, ["a/b", "a/b"])
 
 
 def test_wrong_commands_are_refused_in_one_line(suite: Path, tmp_path):

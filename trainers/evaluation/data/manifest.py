@@ -271,7 +271,7 @@ def own_images(images: Path, captions: Path, image_column: str, caption_column: 
     name = images.resolve().name
     if not _NAME.fullmatch(name):
         name = "own images"
-    return Manifest(name=name, title=str(images), kind="retrieval", group="own", data=data, columns=columns)
+    return Manifest(name=name, title=images.resolve().name, kind="retrieval", group="own", data=data, columns=columns)
 
 
 def _beside(file: Path, name: str, where: str) -> Path:

@@ -55,7 +55,7 @@ def changes(
                 offset = (number - (len(models) - 1) / 2) * 0.26
                 drawn[number] = _dot(axes, place + offset, point, number, theme)
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_yticks(range(len(rows)), [label for label, _, _ in rows])
+    axes.set_yticks(range(len(rows)), [_literal(label) for label, _, _ in rows])
     for tick, (_, _, heads) in zip(axes.get_yticklabels(), rows, strict=True):
         if heads:
             tick.set_fontweight("bold")
@@ -64,7 +64,7 @@ def changes(
     axes.set_xlabel("change against the baseline (percentage points)", color=theme.text)
     axes.spines["left"].set_visible(False)
     if len(models) > 1:
-        _legend(axes, [drawn[n] for n in drawn], [models[n] for n in drawn], theme)
+        _legend(axes, [drawn[n] for n in drawn], [_literal(models[n]) for n in drawn], theme)
     return _svg(figure)
 
 
@@ -97,7 +97,7 @@ def bars(
                 heights.append(100 * point["value"])
                 below.append(100 * max(0.0, point["value"] - point["low"]))
                 above.append(100 * max(0.0, point["high"] - point["value"]))
-        axes.bar(places, heights, 0.92 * width, color=color, label=model, zorder=2)
+        axes.bar(places, heights, 0.92 * width, color=color, label=_literal(model), zorder=2)
         axes.errorbar(
             places, heights, [below, above], fmt="none", ecolor=theme.text, elinewidth=0.9, capsize=1.6, capthick=0.9
         )
@@ -106,7 +106,7 @@ def bars(
     axes.set_xlim(-0.6, len(rows) - 0.4)
     axes.set_ylim(0, None)
     axes.set_ylim(0, min(max(axes.get_ylim()[1], 1), 104))
-    axes.set_xticks(range(len(rows)), [label for label, _ in rows])
+    axes.set_xticks(range(len(rows)), [_literal(label) for label, _ in rows])
     if rotate:
         for tick in axes.get_xticklabels():
             tick.set(rotation=35, ha="right", rotation_mode="anchor")
@@ -133,13 +133,13 @@ def lines(series: Mapping[str, Sequence[tuple[str, float]]], theme: Theme, ylabe
             marker=MARKERS[number % len(MARKERS)],
             markersize=5,
             linewidth=1.6,
-            label=model,
+            label=_literal(model),
         )
         lowest = min(lowest, *(value for _, value in points))
     labels = [layer for layer, _ in max(series.values(), key=len)]
     step = -(-len(labels) // 14)
     shown = [i for i in range(len(labels)) if i in (0, len(labels) - 1) or (i % step == 0 and i < len(labels) - step)]
-    axes.set_xticks(shown, [labels[i] for i in shown])
+    axes.set_xticks(shown, [_literal(labels[i]) for i in shown])
     axes.set_ylim(lowest - 0.03, 1.03)
     axes.grid(axis="y", color=theme.grid, linewidth=0.7)
     axes.set_xlabel("layer of the image encoder", color=theme.text)
@@ -158,6 +158,13 @@ def _figure(width: float, height: float, theme: Theme) -> tuple[Figure, Axes]:
         spine.set_color(theme.text)
     axes.tick_params(colors=theme.text, labelsize=9)
     return figure, axes
+
+
+def _literal(name: str) -> str:
+    """A name as matplotlib shows it letter by letter: without formulas between dollars, and in the legend although it begins with "_"."""
+    text = "".join(c if c.isprintable() else " " for c in name)
+    text = text if len(text) <= 60 else f"{text[:59]}…"
+    return (f" {text}" if text.startswith("_") else text).replace("$", r"\$")
 
 
 def _dot(axes: Axes, y: float, point: Point, number: int, theme: Theme) -> Any:

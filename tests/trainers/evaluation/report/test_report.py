@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -192,6 +193,47 @@ def test_a_broken_page_is_noticed(results, tmp_path):
 
 
 # Bad input
+
+
+class Elements(HTMLParser):
+    """The elements of a page in their order, with their attributes' names."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.found: list[tuple] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append((tag, *(name for name, _ in attributes)))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        '<script>alert(1)</script></table></main><img src=x onerror=alert(1)>" onload="alert(1)',
+        "$\\frac{$",
+        "_hidden {{ 7 * 7 }} line\nbreak\x1b[31m" + " long" * 100,
+    ],
+)
+def test_hostile_names_stay_text(tmp_path, name):
+    pages = []
+    for place, called in (("harmless", "plain"), ("hostile", name)):
+        folder = tmp_path / place
+        write_results(folder / "clip", "CLIP", skill=0.8, seed=3)
+        write_results(folder / "tuned", called, skill=0.7, seed=1)
+        write_examples(folder / "tuned", ["CLIP", called])
+        for model in ("clip", "tuned"):
+            file = folder / model / "results.json"
+            content = json.loads(file.read_text())
+            for task in content["tasks"]:
+                task |= {"title": f"{called} {task['name']}", "notes": [called]}
+                task["dataset"]["source"] = called
+                if "classes" in task["protocol"]:
+                    task["protocol"]["classes"] = [f"{called} {i}" for i in range(len(task["protocol"]["classes"]))]
+            file.write_text(json.dumps(content))
+        pages.append(write_report(folder / "out", [folder / "tuned"], folder / "clip").read_text(encoding="utf-8"))
+    harmless, hostile = (Elements(page).found for page in pages)
+    assert hostile == harmless and "plain 1" in pages[0]
 
 
 def test_missing_and_broken_results_are_refused(results, tmp_path):
