@@ -272,7 +272,7 @@ class Quickstart:
         model.save_pretrained(staging)
         self.processor.save_pretrained(staging)
         for _, notice in self.language_model.weights.notices:
-            shutil.copy(self.llm_folder / Path(notice).name, staging)
+            shutil.copy(self.output_dir / self.language_model.folder / Path(notice).name, staging)
         quickstart_card(results).save(staging / "README.md")
         shutil.rmtree(checkpoint, ignore_errors=True)
         staging.rename(checkpoint)
