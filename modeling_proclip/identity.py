@@ -117,8 +117,9 @@ def tokenizer_values(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     else:  # one in Python: its files, but for the settings below and where it came from
         with tempfile.TemporaryDirectory() as folder:
             tokenizer.save_pretrained(folder)
-            names = sorted(file.name for file in Path(folder).iterdir() if file.name != "tokenizer_config.json")
-            parts = {"class": type(tokenizer).__name__, **{name: file_sha256(Path(folder) / name) for name in names}}
+            files = [file for file in sorted(Path(folder).iterdir()) if file.name != "tokenizer_config.json"]
+            hashes = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+            parts = {"class": type(tokenizer).__name__, **hashes}
     return {
         **parts,
         "padding_side": tokenizer.padding_side,
@@ -187,16 +188,7 @@ def _update(digest: Any, name: str, tensor: torch.Tensor) -> None:
     digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
 
 
-# Weights and other content in files
-
-
-def file_sha256(file: str | os.PathLike) -> str:
-    """SHA-256 of a file's bytes, read in pieces."""
-    with open(file, "rb") as stream:
-        digest = hashlib.sha256()
-        while piece := stream.read(1 << 20):
-            digest.update(piece)
-        return digest.hexdigest()
+# Weights in files
 
 
 def weights_sha256(

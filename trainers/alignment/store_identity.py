@@ -7,7 +7,8 @@ from modeling_proclip.identity import llm_config_values, module_sha256
 from modeling_proclip.lean_checkpoint import text_model_sha256
 from trainers.data import OnTheFlyStore, TextEmbeddingStore
 from trainers.text_store.encoding import OF_TWO_TOWERS, tokenization_values
-from trainers.text_store.fingerprint import check_fingerprint, warn_once
+from trainers.text_store.fingerprint import check_fingerprint
+from trainers.text_store.layout import warn_once
 
 
 def check_made_by_llm(name: str, store: Any, model: ProCLIPModel, processor: Any = None) -> None:

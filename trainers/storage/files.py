@@ -33,7 +33,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
     with writing(temporary, path) as file:
         yield file
-    publish(temporary, path)
+    put_in_place(temporary, path)
 
 
 @contextmanager
@@ -57,7 +57,7 @@ def writing(temporary: Path, path: Path) -> Iterator[BinaryIO]:
         raise
 
 
-def publish(temporary: Path, path: Path) -> None:
+def put_in_place(temporary: Path, path: Path) -> None:
     """Renames `temporary` to `path`, so that the new name too is on the disk before anybody relies on it."""
     os.replace(temporary, path)
     sync_folder(path.parent)

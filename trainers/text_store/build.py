@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from .encoding import encode_texts, shorten
 from .fingerprint import check_same_encoder
 from .keys import find_keys, sort_order, text_keys
-from .layout import DTYPES, Writer, read_settings
+from .layout import FORMAT_VERSION, Writer, read_settings
 
 
 logger = logging.getLogger(__name__)
@@ -141,7 +141,7 @@ def build_store(
                 )
                 summary.num_truncated += batch.num_truncated
                 bar.update(len(batch.indices))
-            if settings is None:
+            if settings is None or settings["format"] != FORMAT_VERSION:
                 settings = writer.write_settings(embeds.shape[1], dtype, fingerprint)
                 check_same_encoder(writer.path, settings, dtype, fingerprint)
             writer.write_shard(embeds, np.stack(keys))
@@ -185,8 +185,8 @@ def foretell(
 
 
 def bytes_of_text(dim: int, dtype: str) -> int:
-    """Bytes on the disk for one text: its embedding, and 16 for its key in the shard, 16 in the index and 8 for its row there."""
-    return dim * (4 if DTYPES[dtype] == "F32" else 2) + 40
+    """Bytes on the disk for one text: its embedding, 24 for its key and checksum in the shard, and 32 for both and its row in the index."""
+    return dim * getattr(torch, dtype).itemsize + 56
 
 
 def _duration(seconds: float) -> str:

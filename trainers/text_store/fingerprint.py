@@ -1,17 +1,14 @@
 """Whether a text store holds what an encoder would give: fingerprints are compared field by field, and what differs is named."""
 
-import logging
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from modeling_proclip.identity import differences
 
 from .encoding import PROVENANCE
+from .layout import warn_once
 
-
-logger = logging.getLogger(__name__)
 
 # What fingerprints record only since ... of these a store that was written before says nothing.
 _ADDED = ("config", "tokenizer", "encoding", "versions")
@@ -46,7 +43,8 @@ def check_fingerprint(name: str, there: Mapping[str, Any], here: Mapping[str, An
     """
     unknown = [field for field in _ADDED if field in here and field not in there]
     compared = [field for field in {**there, **here} if field not in (*PROVENANCE, *unknown, "versions")]
-    changes = list(differences(*({f: side[f] for f in compared if f in side} for side in (there, here))))
+    of_store, of_encoder = ({field: side[field] for field in compared if field in side} for side in (there, here))
+    changes = list(differences(of_store, of_encoder))
     if changes:
         more = f" (and {len(changes) - 3} more)" if len(changes) > 3 else ""
         raise ValueError(f"{name} was made by another encoder: {'; '.join(changes[:3])}{more}; {remedy}")
@@ -60,9 +58,3 @@ def check_fingerprint(name: str, there: Mapping[str, Any], here: Mapping[str, An
             f"{name} was made with other releases of libraries: {'; '.join(releases)}. As a rule that changes nothing; `proclip embed TEXTS "
             "--model DIR --verify STORE` embeds some of its texts again and compares"
         )
-
-
-@cache
-def warn_once(message: str) -> None:
-    """Logs a warning the first time."""
-    logger.warning("%s", message)

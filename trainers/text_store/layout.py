@@ -1,11 +1,11 @@
 """The directory of a text store: its shards, its settings, and the locks that let several processes fill it at the same time."""
 
-import hashlib
 import json
 import logging
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -13,26 +13,21 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from safetensors.torch import save
 
-from trainers.storage.files import TEMPORARY_SUFFIX, publish, write_file, writing
-
-from .files import MappedSafetensors, damaged
+from trainers.storage.embedding_shard import DTYPES, EmbeddingShard, shard_content
+from trainers.storage.files import TEMPORARY_SUFFIX, put_in_place, write_file, writing
 
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 2
-DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # name in torch -> name in safetensors
+FORMAT_VERSION = 3  # the first whose shards have checksums of their rows
+_READ_VERSIONS = (2, FORMAT_VERSION)
+SHARD_REMEDY = (
+    "Delete this file and build the store again with the same texts: only what this file held is computed anew"
+)
+INDEX_REMEDY = "Delete this file: it is made anew when the store is used"
 LOCKS = "locks"
 _WRITER = re.compile(r"writer-(\d+)-of-(\d+)")
-
-
-def checksum(data: np.ndarray | torch.Tensor) -> str:
-    """The 128-bit BLAKE2b hash of the bytes of `data`, in hexadecimal digits."""
-    if isinstance(data, torch.Tensor):
-        data = data.contiguous().view(torch.uint8).numpy()
-    return hashlib.blake2b(np.ascontiguousarray(data).data, digest_size=16).hexdigest()
 
 
 def shard_paths(path: Path) -> list[Path]:
@@ -40,25 +35,9 @@ def shard_paths(path: Path) -> list[Path]:
     return sorted(path.glob("shard-*.safetensors"), key=lambda file: (len(file.name), file.name))
 
 
-def open_shard(path: Path, dim: int, dtype: str) -> MappedSafetensors:
+def open_shard(path: Path, dim: int, dtype: str) -> EmbeddingShard:
     """The shard at `path`; ValueError if it does not fit a store of this `dim` and `dtype`."""
-    shard = MappedSafetensors(path, {"embeds": (DTYPES[dtype], 2), "keys": ("I64", 2)})
-    num_texts = shard.shape("keys")[0]
-    if shard.shape("keys") != (num_texts, 2) or shard.shape("embeds") != (num_texts, dim):
-        raise damaged(
-            path, f"embeds {shard.shape('embeds')} and keys {shard.shape('keys')} do not fit a store of dim {dim}"
-        )
-    if shard_checksums(shard).keys() != {"embeds", "keys"}:
-        raise damaged(path, "it has no checksums")
-    return shard
-
-
-def shard_checksums(shard: MappedSafetensors) -> dict[str, str]:
-    """The checksums of "embeds" and "keys" that were written with them."""
-    try:
-        return dict(json.loads(shard.metadata["blake2b"]))
-    except (KeyError, ValueError, TypeError):
-        return {}
+    return EmbeddingShard(path, dtype, dim, SHARD_REMEDY)
 
 
 def read_settings(path: Path) -> dict[str, Any] | None:
@@ -66,8 +45,8 @@ def read_settings(path: Path) -> dict[str, Any] | None:
     file = path / "store.json"
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
-        if settings["format"] != FORMAT_VERSION:
-            raise ValueError(f"its format is {settings['format']!r}, and this version reads format {FORMAT_VERSION}")
+        if settings["format"] not in _READ_VERSIONS:
+            raise ValueError(f"its format is {settings['format']!r}, and this version reads formats {_READ_VERSIONS}")
         if (
             settings["dtype"] not in DTYPES
             or not isinstance(settings["dim"], int)
@@ -113,11 +92,11 @@ class Writer:
         self.name = f"writer-{process_index}-of-{num_processes}"
 
     def write_settings(self, dim: int, dtype: str, fingerprint: dict[str, Any]) -> dict[str, Any]:
-        """Writes the store.json of a new store, unless another writer was faster, and returns what it says."""
+        """Writes the store.json of a new store, unless another writer was faster, or the format of an old one; returns what it says."""
         with store_lock(self.path):
-            settings = read_settings(self.path)
-            if settings is None:
-                settings = {"format": FORMAT_VERSION, "dim": dim, "dtype": dtype, "fingerprint": fingerprint}
+            settings = read_settings(self.path) or {"dim": dim, "dtype": dtype, "fingerprint": fingerprint}
+            if settings.get("format") != FORMAT_VERSION:
+                settings = {**settings, "format": FORMAT_VERSION}
                 text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
                 write_file(self.path / "store.json", text.encode("utf-8"))
         return settings
@@ -125,17 +104,15 @@ class Writer:
     def write_shard(self, embeds: torch.Tensor, keys: np.ndarray) -> None:
         """Writes `embeds (n, dim)` with `keys (n, 2)` as the next shard, or as the first that is missing: one deleted because it was damaged
         comes back in its place."""
-        # One entry: safetensors orders several at random, and equal stores must have equal bytes.
-        metadata = {"blake2b": json.dumps({"embeds": checksum(embeds), "keys": checksum(keys)})}
         temporary = self.path / (self.name + TEMPORARY_SUFFIX)
         with writing(temporary, self.path / "shard") as file:
-            file.write(save({"embeds": embeds, "keys": torch.from_numpy(keys)}, metadata=metadata))
+            file.write(shard_content(embeds, keys))
         with store_lock(self.path):
             taken = {file.name for file in shard_paths(self.path)}
             name = next(
                 name for name in (f"shard-{number:05d}.safetensors" for number in count()) if name not in taken
             )
-            publish(temporary, self.path / name)
+            put_in_place(temporary, self.path / name)
 
     def wait_for_others(self) -> None:
         """Returns when those that write the store now are done, or dead. For a writer that has given its own lock back."""
@@ -186,6 +163,12 @@ def writer(path: Path, process_index: int, num_processes: int) -> Iterator[Write
             with own:
                 pass  # free again; the others are to be looked at once more before it is taken
         yield this
+
+
+@cache
+def warn_once(message: str) -> None:
+    """Logs a warning the first time."""
+    logger.warning("%s", message)
 
 
 def _is_free(path: Path, name: str) -> bool:

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
@@ -65,7 +66,7 @@ class OnTheFlyStore:
             missing.setdefault(keys[position].tobytes(), []).append(position)
         result = torch.empty(len(texts), self.store.dim, dtype=self.store.dtype)
         found = rows >= 0
-        result[torch.from_numpy(found)] = self.store.read_rows(rows[found])
+        result[torch.from_numpy(found)] = self.store.lookup([texts[i] for i in np.flatnonzero(found).tolist()])
         self._embed({key: texts[places[0]] for key, places in missing.items() if key not in self._cache})
         for key, places in missing.items():
             self._cache.move_to_end(key)

@@ -3,7 +3,8 @@
 A store is a directory:
 
     store.json                 format version, dim, dtype and the fingerprint of what made the embeddings
-    shard-00000.safetensors    `embeds` (n, dim) and `keys` (n, 2) int64, the hashes of the n texts, in the order in which the texts came
+    shard-00000.safetensors    `embeds` (n, dim) and `keys` (n, 2) int64, the hashes of the n texts, in the order in which the texts came;
+                               `checksums` (n,) int64 of each embedding with its key
     ...
     index.safetensors          `keys` (2, N) int64 sorted, and `rows` (N,) int64: where each embedding is, counted over all shards in order
     locks/                     what the processes that write it tell each other
@@ -11,9 +12,6 @@ A store is a directory:
 Shards are written whole or not at all and never changed. The index is a cache, made anew when it does not fit the shards.
 """
 
-import os
-import resource
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -22,16 +20,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from .files import MappedSafetensors, damaged
+from trainers.storage.embedding_shard import DTYPES
+
 from .index import Index, open_index
-from .keys import find_keys, text_keys
-from .layout import DTYPES, make_directory, open_shard, read_settings, shard_paths, writer
+from .keys import text_keys
+from .layout import make_directory, open_shard, read_settings, shard_paths, warn_once, writer
+from .row_reader import RowReader
 
 
 if TYPE_CHECKING:
     from .build import BuildSummary
-
-_BLOCK = 4096  # embeddings read at a time where all are read
 
 
 class TextEmbeddingStore:
@@ -74,10 +72,14 @@ class TextEmbeddingStore:
         self.fingerprint: dict[str, Any] = settings["fingerprint"]
         self.build_summary: BuildSummary | None = None
         self.shards = [open_shard(file, self.dim, settings["dtype"]) for file in shard_paths(self.path)]
-        sizes = [shard.shape("keys")[0] for shard in self.shards]
-        self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])  # first row of each shard, and the end
-        self._offsets = np.array([shard.offset("embeds") for shard in self.shards], dtype=np.int64)  # in the files
-        self._descriptors = _Descriptors(self.shards)
+        self._reader = RowReader(self.shards, self.dim, self.dtype)
+        old = sum(not shard.has_checksums for shard in self.shards)
+        if old:
+            warn_once(
+                f"{old:,} of {len(self.shards):,} shards of the text store {self.path} were written by an earlier release, without checksums of "
+                "their rows: a look-up compares the keys of their texts only, and an embedding in which a bit has changed is not noticed. "
+                "`proclip embed --verify STORE` reads all of it and compares"
+            )
 
     @cached_property
     def index(self) -> Index:
@@ -85,7 +87,7 @@ class TextEmbeddingStore:
         return open_index(self.path, self.shards)
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return len(self._reader)
 
     def __contains__(self, text: str) -> bool:
         return bool(self.find(text_keys([text]))[0] >= 0)
@@ -112,11 +114,12 @@ class TextEmbeddingStore:
         """
         if isinstance(texts, str):
             raise TypeError("lookup takes a list of texts, not one string")
-        rows = self.find(text_keys(texts))
+        keys = text_keys(texts)
+        rows, checksums = self.index.find(keys)
         if (rows < 0).any():
             missing = list(dict.fromkeys(text for text, row in zip(texts, rows, strict=True) if row < 0))
             raise KeyError(self.missing_message(missing))
-        return self.read_rows(rows)
+        return self._reader.read(rows, keys, checksums)
 
     def missing_message(self, missing: Sequence[str]) -> str:
         """What to say of texts that are not in the store."""
@@ -129,37 +132,13 @@ class TextEmbeddingStore:
         )
 
     def find(self, keys: np.ndarray) -> np.ndarray:
-        """Row of each of `keys (n, 2)` over all shards, -1 where it is missing: `(n,)` int64."""
-        positions = find_keys(self.index.keys, keys)
-        rows = np.full(len(keys), -1, dtype=np.int64)
-        rows[positions >= 0] = self.index.rows[positions[positions >= 0]]
-        return rows
-
-    def read_rows(self, rows: np.ndarray) -> torch.Tensor:
-        """The embeddings `(n, dim)` of `rows (n,)`, counted over all shards.
-
-        They are read from the files, not through a memory map: that is a microsecond a row, and what was looked up does not stay in the
-        memory of the process, where a map of a large store would fill it.
-        """
-        result = torch.empty(len(rows), self.dim, dtype=self.dtype)
-        order = np.argsort(rows, kind="stable")
-        shards = np.searchsorted(self._starts, rows[order], side="right") - 1
-        size = self.dim * self.dtype.itemsize
-        offsets = self._offsets[shards] + (rows[order] - self._starts[shards]) * size
-        memory = memoryview(result.view(torch.uint8).numpy().reshape(-1))
-        opened, descriptor = -1, -1
-        for position, shard, offset in zip(order.tolist(), shards.tolist(), offsets.tolist(), strict=True):
-            if shard != opened:
-                opened, descriptor = shard, self._descriptors.open(shard)
-            if os.preadv(descriptor, [memory[position * size : (position + 1) * size]], offset) != size:
-                raise damaged(self.shards[shard].path, "it has become shorter since it was opened")
-        return result
+        """Row of each of `keys (n, 2)` over all shards, -1 where it is missing: `(n,)` int64. See [`Index.find`]."""
+        return self.index.find(keys)[0]
 
     def blocks(self) -> Iterator[torch.Tensor]:
-        """All embeddings, in blocks `(n, dim)` of at most 4,096, shard by shard."""
+        """All embeddings, in blocks `(n, dim)` of at most 4,096, shard by shard, compared with their checksums."""
         for shard in self.shards:
-            for begin in range(0, shard.shape("embeds")[0], _BLOCK):
-                yield shard.read("embeds", begin, begin + _BLOCK)
+            yield from shard.blocks()
 
     def statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and standard deviation (of the population) of each dimension over all stored embeddings, for the adapter's input norm
@@ -271,27 +250,3 @@ class TextEmbeddingStore:
         store.index  # noqa: B018 - made now, so that who opens the store next need not wait
         store.build_summary = summary
         return store
-
-
-class _Descriptors:
-    """Open files of shards, the most recently used of them: a process may have a limited number."""
-
-    def __init__(self, shards: Sequence[MappedSafetensors]):
-        self._shards = shards
-        self._open: OrderedDict[int, int] = OrderedDict()
-        self._most = min(max(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2, 1), 4096)
-
-    def open(self, shard: int) -> int:
-        """The file descriptor of the shard with this number."""
-        descriptor = self._open.get(shard)
-        if descriptor is None:
-            if len(self._open) >= self._most:
-                os.close(self._open.popitem(last=False)[1])
-            descriptor = self._open[shard] = os.open(self._shards[shard].path, os.O_RDONLY)
-        else:
-            self._open.move_to_end(shard)
-        return descriptor
-
-    def __del__(self):
-        for descriptor in self._open.values():
-            os.close(descriptor)

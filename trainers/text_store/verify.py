@@ -11,13 +11,15 @@ import torch
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from trainers.storage.embedding_shard import EmbeddingShard
+from trainers.storage.mapped_safetensors import DamagedFileError
+
 from .build import stored_as
 from .encoding import encode_texts, encoder_fingerprint, shorten
-from .files import MappedSafetensors
 from .fingerprint import check_same_encoder
-from .index import map_index, open_index, shards_digest
+from .index import StaleIndexError, map_index, open_index, shards_digest
 from .keys import find_keys, text_keys
-from .layout import checksum, open_shard, read_settings, shard_checksums, shard_paths
+from .layout import INDEX_REMEDY, SHARD_REMEDY, open_shard, read_settings, shard_paths
 from .store import TextEmbeddingStore
 
 
@@ -71,7 +73,7 @@ def verify_store(
     settings = read_settings(path)
     if settings is None:
         raise FileNotFoundError(f"{path} is no text store: it has no store.json")
-    sound: list[MappedSafetensors] = []
+    sound: list[EmbeddingShard] = []
     for file in tqdm(shard_paths(path), desc="verifying shards", disable=not progress):
         try:
             shard = open_shard(file, settings["dim"], settings["dtype"])
@@ -80,12 +82,10 @@ def verify_store(
             found.problems.append(str(error))
             continue
         if problem:
-            found.problems.append(
-                f"{file} {problem}. Delete this file and run `proclip embed` again with the same texts: only what it held is embedded anew"
-            )
+            found.problems.append(problem)
         else:
             sound.append(shard)
-    found.num_shards, found.num_texts = len(sound), sum(shard.shape("keys")[0] for shard in sound)
+    found.num_shards, found.num_texts = len(sound), sum(shard.num_rows for shard in sound)
     if not found.problems:
         found.problems += _problems_of_index(path, sound)
     if not found.problems and texts is not None and model is not None:
@@ -93,28 +93,24 @@ def verify_store(
     return found
 
 
-def _problem_of_shard(shard: MappedSafetensors) -> str | None:
-    for name, expected in sorted(shard_checksums(shard).items()):
-        tensor = shard.read(name)
-        if checksum(tensor) != expected:
-            return f"is damaged: its {name} have changed since they were written"
-        if name == "embeds" and not torch.isfinite(tensor).all():
-            return f"holds {int((~torch.isfinite(tensor)).any(dim=1).sum())} embeddings that are not finite"
-    return None
+def _problem_of_shard(shard: EmbeddingShard) -> str | None:
+    problem = shard.problem()
+    if problem is not None:
+        return str(shard.damaged(problem))
+    not_finite = sum(int((~torch.isfinite(block)).any(dim=1).sum()) for block in shard.blocks())
+    return f"{shard.path} holds {not_finite} embeddings that are not finite. {SHARD_REMEDY}" if not_finite else None
 
 
-def _problems_of_index(path: Path, shards: list[MappedSafetensors]) -> list[str]:
+def _problems_of_index(path: Path, shards: list[EmbeddingShard]) -> list[str]:
     """The index is sorted, has no key twice and knows the place of each key of each shard."""
     file = path / "index.safetensors"
-    remedy = "Delete it: it is made anew when the store is used"
     try:
         index = map_index(path, shards_digest(shards))
-    except FileNotFoundError:
+        index.check()
+    except (FileNotFoundError, StaleIndexError):  # shards were added since: that is how stores grow, and no damage
         index = open_index(path, shards)
-    except ValueError as error:
-        if "belongs to other shards" not in str(error):
-            return [f"{file} is damaged. {remedy}"]
-        index = open_index(path, shards)  # shards were added since: that is how stores grow, and no damage
+    except DamagedFileError as error:
+        return [str(error)]
     first, second = index.keys
     for begin in range(0, max(first.size - 1, 0), 1 << 20):
         a, b = first[begin : begin + (1 << 20) + 1], second[begin : begin + (1 << 20) + 1]
@@ -125,13 +121,13 @@ def _problems_of_index(path: Path, shards: list[MappedSafetensors]) -> list[str]
                 f"{twice:,} texts or more are in {path} twice: build it anew, with the same number of processes everywhere"
             ]
         if (a[1:] < a[:-1]).any() or (equal & (b[1:] < b[:-1])).any():
-            return [f"{file} is not sorted. {remedy}"]
+            return [f"{file} is not sorted. {INDEX_REMEDY}"]
     start = 0
     for shard in shards:
         keys = shard.read("keys").numpy()
         positions = find_keys(index.keys, keys)
         if (positions < 0).any() or (index.rows[positions] != np.arange(start, start + len(keys))).any():
-            return [f"{file} does not know where the texts of {shard.path.name} are. {remedy}"]
+            return [f"{file} does not know where the texts of {shard.path.name} are. {INDEX_REMEDY}"]
         start += len(keys)
     return []
 
@@ -155,7 +151,7 @@ def _compare(
     if missing:
         found.problems.append(store.missing_message(missing))
     some = [text for text, row in zip(some, rows, strict=True) if row >= 0]
-    stored = store.read_rows(rows[rows >= 0]).float()
+    stored = store.lookup(some).float()
     smallest = 1.0
     for batch in encode_texts(some, model, processor):
         names = [some[i] for i in batch.indices]

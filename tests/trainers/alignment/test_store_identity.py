@@ -10,7 +10,7 @@ from modeling_proclip import ProCLIPModel
 from tests.trainers.tiny_encoders import tiny_clip, tiny_proclip
 from tests.trainers.tiny_training import inheritance_trainer, picture_rows, tuning_trainer
 from trainers.data import OnTheFlyStore, TextEmbeddingStore
-from trainers.text_store.fingerprint import warn_once
+from trainers.text_store.layout import warn_once
 
 
 CAPTIONS_OF_ROWS = [caption for row in picture_rows(8) for caption in row["text"]]

@@ -14,10 +14,10 @@ from safetensors.torch import save
 from tests.trainers.fake_encoder import FakeEncoder, contents, fake_embedding
 from tests.trainers.tiny_encoders import make_texts
 from trainers.data import TextEmbeddingStore
+from trainers.storage.mapped_safetensors import MappedSafetensors
 from trainers.text_store import build as store_build
 from trainers.text_store import index as store_index
 from trainers.text_store import store as text_store
-from trainers.text_store.files import MappedSafetensors
 from trainers.text_store.keys import text_keys
 
 
@@ -77,7 +77,7 @@ def test_a_damaged_shard_is_named_and_comes_back(encoder, tmp_path):
     for data in (whole[:-1], whole + b"0", whole[:30], b"", no_header, bad_json, other_tensors, other_dim):
         shard.write_bytes(data)
         for use in (lambda: TextEmbeddingStore(tmp_path), lambda: encoder.build(texts, tmp_path)):
-            with pytest.raises(ValueError, match="shard-00001.safetensors is damaged .* Delete this file"):
+            with pytest.raises(ValueError, match="shard-00001.safetensors is damaged: .* Delete this file"):
                 use()
     shard.unlink()
     encoder.embedded.clear()
@@ -158,9 +158,9 @@ def test_a_process_may_have_few_open_files(encoder, tmp_path):
     texts = make_texts(300)
     encoder.build(texts, tmp_path, shard_size=2)
     store = TextEmbeddingStore(tmp_path)
-    store._descriptors._most = 3
+    store._reader._files._most = 3
     assert torch.equal(store.lookup(texts[::-1]), torch.stack([fake_embedding(text) for text in texts[::-1]]))
-    assert len(store._descriptors._open) == 3
+    assert len(store._reader._files._files) == 3
 
 
 def test_a_shard_that_becomes_shorter_while_it_is_used_is_named(encoder, tmp_path):
@@ -215,7 +215,7 @@ def test_size_and_time_are_foretold(encoder, tmp_path, monkeypatch, capsys):
     assert "150 texts to embed at most: 0.00 GB on the disk (6 float32; " in said and "texts/s" in said
     assert encoder.embedded[:64] == encoder.embedded[64:164][:64], "by a sample of the first texts"
     line = store_build.foretell(tmp_path, 10**6, ["fox"], lambda texts: [Batch()], "float16", 4)
-    assert line.startswith("1,000,000 texts to embed at most: 1.19 GB on the disk (576 float16; ")
+    assert line.startswith("1,000,000 texts to embed at most: 1.21 GB on the disk (576 float16; ")
     encoder.embedded.clear()
     monkeypatch.setattr(store_build.shutil, "disk_usage", lambda path: Usage(free=9000))
     with pytest.raises(OSError, match="there is too little room: 150 texts .* 0.00 GB are free.*float16") as error:

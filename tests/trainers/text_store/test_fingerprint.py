@@ -10,7 +10,7 @@ from tests.trainers.fake_encoder import contents
 from tests.trainers.tiny_encoders import make_texts, tiny_clip, tiny_proclip
 from trainers.data import OnTheFlyStore, TextEmbeddingStore
 from trainers.text_store.encoding import encoder_fingerprint, load_encoder
-from trainers.text_store.fingerprint import warn_once
+from trainers.text_store.layout import warn_once
 from trainers.text_store.verify import verify_store
 
 

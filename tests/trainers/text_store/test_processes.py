@@ -89,7 +89,7 @@ def slow():
     real = store_layout.Writer.write_shard
     def write(*args):
         real(*args)
-        time.sleep(0.1)
+        time.sleep(0.3)
     store_layout.Writer.write_shard = write
 
 first = start(slow, path + "/two-writers")

@@ -10,9 +10,8 @@ from safetensors.torch import load_file
 from tests.trainers.fake_encoder import FakeEncoder, contents, fake_embedding
 from tests.trainers.tiny_encoders import make_texts, tiny_proclip
 from trainers.data import TextEmbeddingStore
-from trainers.storage.files import write_safetensors
-from trainers.text_store.files import MappedSafetensors
-from trainers.text_store.layout import store_lock, writer
+from trainers.text_store import index as store_index
+from trainers.text_store.layout import INDEX_REMEDY, open_shard, store_lock, writer
 from trainers.text_store.verify import verify_store
 
 
@@ -39,11 +38,11 @@ def test_a_sound_store(path):
     assert problems(path) == [] and contents(path) == before
 
 
-@pytest.mark.parametrize("tensor", ["embeds", "keys"])
+@pytest.mark.parametrize("tensor", ["embeds", "keys", "checksums"])
 def test_one_bit_that_has_changed(path, encoder, tensor):
     whole, shard = contents(path), path / "shard-00001.safetensors"
     data = bytearray(shard.read_bytes())
-    data[MappedSafetensors(shard, {"embeds": ("F32", 2), "keys": ("I64", 2)}).offset(tensor) + 5] ^= 4
+    data[open_shard(shard, 6, "float32").offset(tensor) + 5] ^= 4
     shard.write_bytes(data)
     (problem,) = problems(path)
     assert problem.startswith(
@@ -60,7 +59,7 @@ def test_a_shard_that_is_cut_short(path):
     shard.write_bytes(shard.read_bytes()[:-1])
     (path / "shard-00002.safetensors").write_bytes(b"")
     found = problems(path)
-    assert len(found) == 2 and all("is damaged or was not written by a text store" in problem for problem in found)
+    assert len(found) == 2 and all("safetensors is damaged: it" in problem for problem in found)
 
 
 def test_embeddings_that_are_not_finite(path):
@@ -83,25 +82,36 @@ def test_texts_that_are_there_twice(path):
 
 
 @pytest.mark.parametrize(("change", "message"), [("order", "is not sorted"), ("rows", "does not know where")])
-def test_an_index_that_is_wrong(path, change, message):
-    file = path / "index.safetensors"
-    metadata = MappedSafetensors(file, {"keys": ("I64", 2), "rows": ("I64", 1)}).metadata
-    tensors = load_file(file)
-    if change == "order":
-        tensors["keys"][:, [4, 20]] = tensors["keys"][:, [20, 4]]
-    else:
-        tensors["rows"][[4, 20]] = tensors["rows"][[20, 4]]
-    write_safetensors(file, tensors, metadata)
+def test_an_index_that_was_written_wrong(path, change, message, monkeypatch):
+    def wrong(*args):
+        for part in sorted_parts(*args):
+            places = part[:2] if change == "order" else part[2:3]
+            places[:, [4, 20]] = places[:, [20, 4]]
+            yield part
+
+    sorted_parts = store_index._sorted_parts
+    monkeypatch.setattr(store_index, "_sorted_parts", wrong)
+    store_index.write_index(path, TextEmbeddingStore(path).shards)
+    monkeypatch.undo()
     (problem,) = problems(path)
-    assert message in problem and "Delete it" in problem
-    file.unlink()
+    assert message in problem and "Delete this file" in problem
+    (path / "index.safetensors").unlink()
     assert problems(path) == []
+
+
+@pytest.mark.parametrize("tensor", ["keys", "rows", "checksums"])
+def test_one_bit_of_the_index_that_has_changed(path, tensor):
+    file = path / "index.safetensors"
+    data = bytearray(file.read_bytes())
+    data[TextEmbeddingStore(path).index.file.offset(tensor) + 5] ^= 4
+    file.write_bytes(data)
+    assert problems(path) == [f"{file} is damaged: its content has changed since it was written. {INDEX_REMEDY}"]
 
 
 def test_an_index_that_is_cut_short(path):
     file = path / "index.safetensors"
     file.write_bytes(file.read_bytes()[:-8])
-    assert problems(path) == [f"{file} is damaged. Delete it: it is made anew when the store is used"]
+    assert problems(path) == [f"{file} is damaged: it has 1,384 bytes where its header tells of 1,392. {INDEX_REMEDY}"]
 
 
 def test_embeddings_are_compared_with_what_the_model_says(tmp_path):

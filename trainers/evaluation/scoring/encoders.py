@@ -13,8 +13,9 @@ from transformers import AutoModel, AutoProcessor, BatchFeature
 
 import modeling_proclip  # noqa: F401  registers the classes
 from modeling_proclip import ProCLIPModel
-from modeling_proclip.identity import own_weights_sha256, state_sha256
+from modeling_proclip.identity import config_values, library_versions, own_weights_sha256, state_sha256
 from trainers.text_store.encoding import (
+    PROVENANCE,
     EncodedBatch,
     count_truncated,
     embeddings_of,
@@ -22,6 +23,9 @@ from trainers.text_store.encoding import (
     encoder_fingerprint,
 )
 
+
+# Raised when our own code decodes images or prepares them for the model in another way than the release before.
+DECODING_VERSION = 1
 
 DTYPES: dict[str, Any] = {
     "float32": torch.float32,
@@ -107,21 +111,27 @@ class Encoder:
         return identity
 
     def image_fingerprint(self) -> dict[str, Any]:
-        """What decides an image's embedding: weights, processor, dtype and device."""
-        if isinstance(
-            self.model, ProCLIPModel
-        ):  # the adapter and the LLM may change without the images' embeddings changing
+        """What decides an image's embedding, see [`modeling_proclip.identity`], with image processor, dtype and device."""
+        if isinstance(self.model, ProCLIPModel):
+            # The adapter and the LLM may change without the images' embeddings changing.
             state = self.model.state_dict()
-            weights = state_sha256(
-                {k: v for k, v in state.items() if k.startswith(("vision_model.", "visual_projection."))}
-            )
+            parts = {k: v for k, v in state.items() if k.startswith(("vision_model.", "visual_projection."))}
+            weights, config = state_sha256(parts), self.model.config.vision_config
         else:
-            weights = self.weights_sha256
-        return {"weights_sha256": weights, "image_processor": self._image_processor_json(), **self._place()}
+            weights, config = self.weights_sha256, getattr(self.model, "config", None)
+        backend = ("torchvision",) if self._image_backend() == "torchvision" else ()
+        return {
+            "weights_sha256": weights,
+            "config": {} if config is None else config_values(config),
+            "image_processor": self._image_processor_json(),
+            "decoding": DECODING_VERSION,
+            "versions": library_versions(("transformers", "pillow", *backend)),
+            **self._place(),
+        }
 
     def text_fingerprint(self) -> dict[str, Any]:
         """What decides what [`encode_texts`] gives. Two ProCLIPs with the same LLM, template and length share it."""
-        fingerprint = {k: v for k, v in self._text.items() if k not in ("model", "revision")}
+        fingerprint = {k: v for k, v in self._text.items() if k not in PROVENANCE}
         if not isinstance(self.model, ProCLIPModel):
             fingerprint["weights_sha256"] = self.weights_sha256
         return {**fingerprint, **self._place()}
@@ -175,7 +185,7 @@ class Encoder:
             },
             "image": {
                 "processor": type(image).__name__,
-                "backend": "pil" if type(image).__name__.endswith("Pil") else "torchvision",
+                "backend": self._image_backend(),
                 "size": settings.get("size"),
                 "crop_size": settings.get("crop_size") if settings.get("do_center_crop") else None,
                 "resample": settings.get("resample"),
@@ -184,6 +194,9 @@ class Encoder:
             "dtype": {name: str(dtype).removeprefix("torch.") for name, dtype in self._dtypes().items()},
             "device": self.device.type,
         }
+
+    def _image_backend(self) -> str:
+        return "pil" if type(self.processor.image_processor).__name__.endswith("Pil") else "torchvision"
 
     def _image_processor_json(self) -> str:
         settings = self.processor.image_processor.to_dict()

@@ -2,7 +2,8 @@
 
 A cache is a directory `<images|texts>-<hash of the fingerprint>/` with `cache.json`, which says what made the embeddings, and shards of
 at most 512 rows, each written whole or not at all. An embedding is found by the hash of the text, or of the bytes of the image's file:
-what several benchmarks, languages or prompts share is computed once, and so is an image that is in a data set twice.
+what several benchmarks, languages or prompts share is computed once, and so is an image that is in a data set twice. Every row has a
+checksum, which is compared when it is read: see [`EmbeddingShard`].
 """
 
 import hashlib
@@ -14,13 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainers.storage.files import TEMPORARY_SUFFIX, write_file, write_safetensors
-from trainers.text_store.files import MappedSafetensors
+from trainers.storage.embedding_shard import EmbeddingShard, shard_content
+from trainers.storage.files import TEMPORARY_SUFFIX, write_file
 from trainers.text_store.keys import find_keys, sort_order
 
 
 # Rows in a shard: what a killed process loses at most.
 SHARD_SIZE = 512
+_REMEDY = "Delete this file and evaluate again: only what it held is embedded anew"
 
 
 class FeatureCache:
@@ -41,7 +43,7 @@ class FeatureCache:
         self.path = folder / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
         self.rank = rank
         self._fingerprint = fingerprint
-        self._shards: dict[str, MappedSafetensors] = {}
+        self._shards: dict[str, EmbeddingShard] = {}
         self.refresh()
 
     def __len__(self) -> int:
@@ -59,17 +61,13 @@ class FeatureCache:
         """Opens the shards that were written since, by this process or by others."""
         for file in sorted(self.path.glob("shard-*.safetensors")):
             if file.name not in self._shards:
-                try:
-                    shard = MappedSafetensors(file, {"embeds": ("F32", 2), "keys": ("I64", 2)})
-                except ValueError as error:
-                    raise ValueError(
-                        f"{file} is damaged (of kept embeddings): delete this file and evaluate again"
-                    ) from error
-                self._shards[file.name] = shard
+                shard = self._shards[file.name] = EmbeddingShard(file, "float32", None, _REMEDY)
+                if not shard.has_checksums:
+                    raise shard.damaged("it has no checksums")
         self._order = list(self._shards.values())
-        sizes = [shard.shape("keys")[0] for shard in self._order]
+        sizes = [shard.num_rows for shard in self._order]
         self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int64)
-        keys = np.concatenate([np.empty((0, 2), np.int64), *(shard.tensor("keys").numpy() for shard in self._order)])
+        keys = np.concatenate([np.empty((0, 2), np.int64), *(shard.read_keys() for shard in self._order)])
         self._rows = sort_order(keys)
         self._keys = np.ascontiguousarray(keys[self._rows].T)
 
@@ -84,11 +82,16 @@ class FeatureCache:
         number = len(taken)
         while (name := f"shard-{self.rank:04d}-{number:06d}.safetensors") in taken:
             number += 1
-        tensors = {"embeds": embeds.contiguous(), "keys": torch.from_numpy(np.ascontiguousarray(keys))}
-        write_safetensors(self.path / name, tensors, {"format": "proclip-evaluation-features"})
+        write_file(self.path / name, shard_content(embeds.contiguous(), keys))
 
     def blocks(self, keys: np.ndarray, size: int = 4096) -> Iterator[torch.Tensor]:
-        """The embeddings of `keys (N, 2)` in their order, `size` at a time: `(n, dim)` float32. KeyError if one is not there."""
+        """
+        The embeddings of `keys (N, 2)` in their order, `size` at a time: `(n, dim)` float32.
+
+        Raises:
+            KeyError: If one is not there.
+            DamagedFileError: If one is not what was written with this key.
+        """
         places = find_keys(self._keys, keys)
         if (places < 0).any():
             raise KeyError(f"{int((places < 0).sum())} embeddings are not in the cache {self.path}")
@@ -99,7 +102,7 @@ class FeatureCache:
             block: torch.Tensor | None = None
             for number in np.unique(shards):
                 inside = np.flatnonzero(shards == number)
-                found = self._order[number].tensor("embeds")[torch.from_numpy(some[inside] - self._starts[number])]
+                found = self._order[number].rows(some[inside] - self._starts[number], keys[start + inside])
                 if block is None:
                     block = torch.empty(len(some), found.shape[1])
                 block[torch.from_numpy(inside)] = found
