@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from transformers import AutoProcessor
+from transformers import AutoConfig, AutoProcessor
 
 from modeling_proclip import ProCLIPModel
 from tests.environments import REPOSITORY
 from tests.modeling_proclip import tiny
 from tests.trainers.tiny_recipe import write_parts
+from tests.trainers.tiny_training import TinyStore
 
 
 CAPTIONS = [f"a drawing of {number} cats" for number in range(8)]
@@ -102,6 +103,18 @@ def test_tune_the_llm(folder):
     run_page("docs/caption_contrastive.md", {"LLM": "llm"}, replace)
     assert (folder / "stage-0" / "adapter" / "adapter_config.json").is_file()
     ProCLIPModel.from_vision_text_pretrained("clip", "tuned-llm")
+
+
+def test_other_languages(folder):
+    write_parts(folder)
+    german = [f"eine Zeichnung von {number} Katzen" for number in range(8)]
+    hidden_size = AutoConfig.from_pretrained("llm").hidden_size
+    names = {"CLIP": "clip", "captions": CAPTIONS, "english": CAPTIONS, "german": german}
+    names["text_store"] = TinyStore(hidden_size, 0, [*CAPTIONS, *german])
+    (block,) = (block for block in blocks("docs/how_to/multilingual.md") if "set_anchors" in block)
+    exec(block.replace("tuned-llm", "llm"), names)
+    adapter = names["model"].text_adapter
+    assert adapter.anchors.any() and adapter.language_directions.any() and adapter.input_mean.any()
 
 
 def test_long_captions(folder):
