@@ -1,5 +1,7 @@
 """What a checkpoint must be before it is sent: whole, with a processor of its own, and with an LLM that others can find."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -8,6 +10,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoProcessor
 
 from modeling_proclip import ProCLIPConfig, ProCLIPModel
+from modeling_proclip.conversion.errors import first_line
 from modeling_proclip.conversion.json_files import check_numbers, read_json
 from modeling_proclip.conversion.stored_tensors import StoredTensor
 from modeling_proclip.identity import weights_sha256
@@ -18,9 +21,24 @@ from .errors import PublishError
 from .sent_files import PROCESSOR_FILES, OutgoingFiles
 
 
+@contextmanager
+def building_from(file: Path) -> Iterator[None]:
+    """
+    In this context models are built without memory for their weights.
+
+    Raises:
+        PublishError: If none can be built from what the configuration in `file` says.
+    """
+    try:
+        with torch.device("meta"):
+            yield
+    except Exception as error:  # a damaged configuration makes each model fail in its own way
+        raise PublishError(f"{file}: no model can be built from it: {first_line(error)}") from error
+
+
 def check_tensors(source: Path, config: ProCLIPConfig, tensors: dict[str, StoredTensor]) -> None:
     """Refuse weights that are not those of the model of `config`, by name and shape."""
-    with torch.device("meta"):
+    with building_from(source / "config.json"):
         model = ProCLIPModel(config, load_text_model=not config.lean)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     missing = set(shapes) - set(tensors) - set(model.all_tied_weights_keys)

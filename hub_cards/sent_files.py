@@ -192,7 +192,7 @@ class OutgoingFiles:
 
     def copy_images(self, text: str) -> None:
         """Copy the images that a card shows from this folder."""
-        for name in sorted(set(re.findall(r"\]\(([^)\s:#]{1,300})\)", text))):
+        for name in sorted(set(re.findall(r"\]\(([\w./+-]{1,300})\)", text))):
             if name.lower().endswith(IMAGE_ENDINGS) and ".." not in Path(name).parts and (file := self.find(name)):
                 try:
                     with Image.open(file) as image:

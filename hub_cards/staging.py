@@ -20,7 +20,7 @@ from modeling_proclip.conversion.rules import build_config
 from modeling_proclip.conversion.stored_tensors import StoredTensor, read_tensors
 from modeling_proclip.lean_checkpoint import record_text_model, recorded_text_model
 
-from .checkpoint_checks import check_processor, check_tensors, check_text_model, rename_text_model
+from .checkpoint_checks import building_from, check_processor, check_tensors, check_text_model, rename_text_model
 from .checkpoint_facts import is_hub_name, read_training
 from .errors import PublishError
 from .measurements import shown_source
@@ -85,7 +85,7 @@ def stage(
     outgoing.copy_modules()
     if text_model is not None:
         rename_text_model(config, text_model, text_model_revision, lean)
-    planned = _plan(config, tensors, lean, sketch)
+    planned = _plan(source, config, tensors, lean, sketch)
     if lean:
         check_text_model(config, outgoing)
 
@@ -107,7 +107,7 @@ def stage(
 
     staged = outgoing.staged(lean, used={tensor.file.name for tensor in tensors.values()} | {WEIGHTS_INDEX})
     if lean and config.text_model_name_or_path is not None:
-        with torch.device("meta"):
+        with building_from(source / "config.json"):
             llm = AutoModel.from_config(config.text_config, dtype=config.text_config.dtype)
         staged.text_model_bytes = sum(t.numel() * t.element_size() for t in llm.state_dict().values())
     return staged
@@ -181,7 +181,9 @@ def _settings_for_others(settings: dict[str, Any], config: ProCLIPConfig, lean: 
     return {**settings, "training": config.training}
 
 
-def _plan(config: ProCLIPConfig, tensors: dict[str, StoredTensor], lean: bool, sketch: bool) -> list[PlannedTensor]:
+def _plan(
+    source: Path, config: ProCLIPConfig, tensors: dict[str, StoredTensor], lean: bool, sketch: bool
+) -> list[PlannedTensor]:
     """The tensors to write if the weights are written anew. Taking the LLM out makes sure first that its name stands for it."""
     prefix = "text_model."
     planned = [PlannedTensor(name, tensor.dtype, tensor.shape, tensor.read) for name, tensor in tensors.items()]
@@ -197,7 +199,7 @@ def _plan(config: ProCLIPConfig, tensors: dict[str, StoredTensor], lean: bool, s
             record_text_model(config, llm, lean=True)
         planned = [tensor for tensor in planned if not tensor.name.startswith(prefix)]
     elif config.lean and not lean:
-        with torch.device("meta"):
+        with building_from(source / "config.json"):
             shapes = AutoModel.from_config(config.text_config, dtype=config.text_config.dtype).state_dict()
 
         @cache

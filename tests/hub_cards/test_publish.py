@@ -126,6 +126,27 @@ def test_card_says_what_it_is_told_and_what_was_measured(copy, hub, tmp_path):
     assert "no keys and values" in run(copy, "alice/x", "--card", told).output
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("license: [mit", "card.yaml, line 1: "),
+        ("licence: mit", "card.yaml: licence: unknown key; did you mean 'license'?"),
+        ("limits: It is tiny.", "card.yaml: limits: must be a list, got the text 'It is tiny.'"),
+        ("languages: {en: 1}", "card.yaml: languages: must be a list"),
+        ("datasets: [owner/images]", "card.yaml: datasets: must be a mapping"),
+        ("a: &a [x, x]\nb: &b [*a, *a, *a, *a, *a, *a, *a, *a, *a, *a]\n", "unknown key"),
+        ("[" * 100_000, "card.yaml, line 1: it is nested more than 50 levels deep"),
+        ("license: apache", "license 'apache' is none of the Hub's identifiers"),
+        ("base_models: {images: a/b}", "base_models has no key 'images'"),
+        ("results: [nowhere]", "nowhere is missing"),
+    ],
+)
+def test_a_card_file_that_is_wrong_ends_in_one_line(copy, hub, tmp_path, text, message):
+    (tmp_path / "card.yaml").write_text(text)
+    result = run(copy, "alice/x", "--card", tmp_path / "card.yaml", "--dry-run")
+    assert result.exit_code == 1 and message in result.stderr and result.stderr.count("\n") == 1
+
+
 def test_a_card_that_nobody_touched_is_rendered_anew(copy, hub):
     model_card(copy).save(copy / "README.md")
     (copy / "results.json").write_text(json.dumps(RESULTS))
@@ -196,5 +217,5 @@ def test_command(checkpoint, hub):
     assert "model-00001-of-00003.safetensors" in hub.files("alice/x", "dev")
     assert not [name for name in hub.files("alice/x", "dev") if name.endswith(".py")]
     assert repository.branches["dev"] in result.output and TOKEN not in result.output
-    assert "sending 2" in result.stderr and "bytes to alice/x" in result.stderr  # before it is sent
+    assert "sending 2" in result.stderr and "bytes to alice/x: 1_Normalize/config.json, README.md" in result.stderr
     assert run(checkpoint, "x", "--max-shard-size", "lots").exit_code == 1

@@ -13,6 +13,10 @@ from hub_cards.staging import PublishError
 from tests.hub_cards.publishing import edit, run
 
 
+def edit_tower(file: Path, tower: str, **values) -> None:
+    edit(file, **{tower: {**json.loads(file.read_text())[tower], **values}})
+
+
 def _without(file: str):
     return lambda folder: (folder / file).unlink()
 
@@ -43,9 +47,40 @@ REFUSALS = {
     "no folder": (shutil.rmtree, "is no folder"),
     "no config": (_without("config.json"), "has no config.json: name the folder"),
     "another model": (lambda f: edit(f / "config.json", model_type="llama"), "a model of type 'llama'.*hf upload"),
-    "unknown key": (
-        lambda f: edit(f / "config.json", projection_dims=3),
-        "no key 'projection_dims'.*'projection_dim'",
+    "a billion layers": (
+        lambda f: edit(f / "config.json", adapter_num_layers=10**9),
+        "config.json: adapter_num_layers is 1000000000, and no model has more than 1,000",
+    ),
+    "a billion layers of a tower": (
+        lambda f: edit_tower(f / "config.json", "text_config", num_hidden_layers=10**9, layer_types=["x"]),
+        "config.json: num_hidden_layers is 1000000000",
+    ),
+    "sizes beyond all memory": (
+        lambda f: edit_tower(f / "config.json", "text_config", hidden_size=10**12, vocab_size=10**12),
+        "config.json: no model can be built from it",
+    ),
+    "an expansion beyond all numbers": (
+        lambda f: edit(f / "config.json", adapter_expansion=1e300),
+        "config.json: no model can be built from it",
+    ),
+    "labels beyond all memory": (
+        lambda f: edit_tower(f / "config.json", "vision_config", num_labels=10**9),
+        "config.json: num_labels is 1000000000",
+    ),
+    "images of a billion pixels": (
+        lambda f: edit_tower(f / "processor_config.json", "image_processor", size={"shortest_edge": 10**9}),
+        "processor_config.json: shortest_edge is 1000000000",
+    ),
+    "deep JSON": (lambda f: (f / "config.json").write_text('{"a":' * 100_000), "config.json cannot be read as JSON"),
+    "a header of four gigabytes": (
+        lambda f: (f / "model.safetensors").write_bytes((2**32).to_bytes(8, "little") + b"{"),
+        "model.safetensors cannot be read",
+    ),
+    "a value of another kind": (lambda f: edit(f / "config.json", projection_dim="x"), "No model has these sizes"),
+    "towers that are none": (lambda f: edit(f / "config.json", vision_config=[]), "vision_config"),
+    "a record that is none": (
+        lambda f: edit(f / "config.json", training=[{"steps": 1}]),
+        "config.json: the record of the training, 0.stage: Field required",
     ),
     "no weights": (_without("model.safetensors"), "has no model.safetensors"),
     "a pickle": (_pickled, "Pickles are not published"),

@@ -1,13 +1,38 @@
 """`proclip publish`: send a checkpoint to the Hub."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 
+if TYPE_CHECKING:
+    from hub_cards.publish import PublishReport
+
+
+@dataclass
+class CardFile:
+    """The keys of `--card FILE`; see [`~hub_cards.model_card`] and, for `base_model`, [`~hub_cards.adapter_card`]."""
+
+    license: str | None = None
+    license_name: str | None = None
+    license_link: str | None = None
+    base_model: str | None = None
+    base_models: dict[str, str] | None = None
+    base_licenses: dict[str, str] | None = None
+    languages: list[str] | None = None
+    datasets: dict[str, str | None] | None = None
+    results: list[str] | None = None
+    limits: list[str] | None = None
+    title: str | None = None
+
+
 def publish(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a ProCLIP checkpoint and its processor.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="DIR", help="Folder of a ProCLIP checkpoint and its processor, or of PEFT adapters."),
+    ],
     repo_id: Annotated[str, typer.Argument(metavar="REPO", help="owner/name on the Hub; a name alone is yours.")],
     private: Annotated[
         bool | None, typer.Option("--private/--public", help="Who sees a new repository. Default: only you.")
@@ -42,8 +67,9 @@ def publish(
 ) -> None:
     """Send a checkpoint to the Hub: weights, processor, the code that loads them anywhere, and the card.
 
-    DIR is checked first; only a checkpoint's own files are sent, in one commit. After an interruption, give the same command again: large
-    files that the Hub has are not sent twice. The token is that of `hf auth login` or HF_TOKEN.
+    DIR is checked first. Only a checkpoint's own files are sent, without passwords, tokens and paths of this machine, in one commit; they are
+    listed before. After an interruption, give the same command again: large files that the Hub has are not sent twice. The token is that of
+    `hf auth login` or HF_TOKEN.
     """
     from rich.console import Console
     from rich.table import Column, Table
@@ -51,11 +77,14 @@ def publish(
 
     from hub_cards.publish import MESSAGE
     from hub_cards.publish import publish as run
-    from trainers.storage.yaml_files import read_yaml
+    from trainers.storage.yaml_files import check_fields, read_yaml
 
-    said = None if card is None else read_yaml(card)
-    if card is not None and not isinstance(said, dict):
-        raise ValueError(f"{card} holds no keys and values: write lines such as `license: apache-2.0`")
+    details = None if card is None else read_yaml(card)
+    if card is not None:
+        if not isinstance(details, dict):
+            raise ValueError(f"{card} holds no keys and values: write lines such as `license: apache-2.0`")
+        check_fields(CardFile, details, str(card))
+        details = {name: value for name, value in details.items() if value is not None}
     report = run(
         folder,
         repo_id,
@@ -67,9 +96,9 @@ def publish(
         with_code=with_code,
         text_model=text_model,
         text_model_revision=text_model_revision,
-        card=said,
+        card=details,
         dry_run=dry_run,
-        announce=lambda plan: typer.echo(f"sending {plan.num_bytes:,} bytes to {plan.repo_id}", err=True),
+        announce=_announce,
     )
     verb = "would send" if dry_run else "sent"
     rows = [(f"{verb} {name}", f"{size:,} bytes") for name, size in sorted(report.files.items())]
@@ -90,3 +119,7 @@ def publish(
         f"{verb} {report.num_bytes:,} bytes to {report.url or report.repo_id}"
         + (f", commit {report.commit}" if report.commit else "")
     )
+
+
+def _announce(plan: "PublishReport") -> None:
+    typer.echo(f"sending {plan.num_bytes:,} bytes to {plan.repo_id}: {', '.join(sorted(plan.files))}", err=True)
