@@ -28,7 +28,7 @@ from trainers.data.stream_loader import StreamLoader
 from .checks import check_store, check_texts, proclip_of, refuse_sharding, train_only
 from .config import AlignmentConfig
 from .input_statistics import set_input_statistics
-from .store_identity import check_made_by_llm
+from .store_identity import check_made_by_llm, text_encoder_of
 
 
 class AlignmentTrainer(StageTrainer):
@@ -91,6 +91,7 @@ class AlignmentTrainer(StageTrainer):
         self._check_sizes()
         hidden_size = model.config.text_config.hidden_size
         check_made_by_llm("text_store", text_store, proclip_of(model), self.processing_class)
+        self._text_encoder = text_encoder_of(text_store)
         self.check_store("text_store", text_store, hidden_size, "build it with this model's LLM, by `proclip embed`.")
         set_input_statistics(model, text_store)
         # Each batch's loss is a mean, which Trainer divides by the number of accumulated batches, or a sum, which it must not.
@@ -141,6 +142,8 @@ class AlignmentTrainer(StageTrainer):
         """Write into the model's configuration what its card says of this stage."""
         if self.state.global_step:
             record = training_record(self, self.stage, self.rows, finished)
+            if self._text_encoder is not None:
+                record["text_encoder"] = self._text_encoder
             self.model.config.training = [*self._earlier_stages, record]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:

@@ -80,7 +80,7 @@ class RepresentationInheritanceTrainer(AlignmentTrainer):
             data_collator=InheritanceCollator(text_store, teacher_store),
             **kwargs,
         )
-        check_made_by_teacher("teacher_store", teacher_store)
+        check_made_by_teacher("teacher_store", teacher_store, model)
         self.check_store(
             "teacher_store",
             teacher_store,

@@ -101,3 +101,38 @@ def test_what_cannot_be_compared_is_said_once(made, tmp_path, caplog):
     said = [record.getMessage() for record in caplog.records if record.name.startswith("trainers.text_store")]
     assert len(said) == 2
     assert "does not record the hash of its LLM" in said[0] and "did not record config, tokenizer" in said[1]
+
+
+def test_every_stage_reads_texts_embedded_in_the_same_way(made, tmp_path):
+    """Also where no processor says which way is right."""
+    model = ProCLIPModel.from_pretrained(made.lean, load_text_model=False)
+    rows = [{"text": row["text"]} for row in picture_rows(8)]
+    stage_1 = {"text_store": made.template, "teacher_store": made.teacher, "max_steps": 1}
+    inheritance_trainer(tmp_path / "1", model, rows, **stage_1).train()
+    assert model.config.training[0]["text_encoder"] == {
+        "pooling": "mean",
+        "prompt_template": "{text}",
+        "instruction": None,
+    }
+    tuning_trainer(tmp_path / "2", model, rows=picture_rows(8), text_store=made.template)
+    with pytest.raises(
+        ValueError,
+        match=r"trained with before \(representation inheritance\): prompt_template is '<.*' there and '{text}' here",
+    ):
+        tuning_trainer(tmp_path / "2", model, rows=picture_rows(8), text_store=made.right)
+
+
+def test_a_teacher_of_another_name_is_said(made, tmp_path, caplog):
+    caplog.set_level("WARNING", "trainers")
+    warn_once.cache_clear()
+    model = ProCLIPModel.from_pretrained(made.lean, load_text_model=False)
+    rows = [{"text": row["text"]} for row in picture_rows(8)]
+    teacher = copy.copy(made.teacher)
+    for teacher_name, vision, said in (("a/clip", "a/clip", 0), (None, "a/clip", 0), ("a/clip", "b/clip", 1)):
+        teacher.fingerprint = {**teacher.fingerprint, "model": teacher_name}
+        model.config.vision_model_name_or_path = vision
+        inheritance_trainer(tmp_path, model, rows, text_store=made.right, teacher_store=teacher)
+        assert (
+            sum("was made by 'a/clip', and this model's image encoder" in r.getMessage() for r in caplog.records)
+            == said
+        )

@@ -221,8 +221,9 @@ def test_verifies_a_store_and_says_what_to_do(tmp_path, checkpoint):
     shard.write_bytes(data)
     found = run("--verify", store)
     assert found.exit_code == 1 and "30 texts in 3 sound shards" in found.output
-    assert f"error: {shard} is damaged: its embeds have changed since they were written. Delete this file and build" in (
-        " ".join(found.output.split())
+    assert (
+        f"error: {shard} is damaged: its embeds have changed since they were written. Delete this file and build"
+        in (" ".join(found.output.split()))
     )
     shard.unlink()
     assert "40 texts: 10 embedded, 30 in the store before" in run(*arguments).output
