@@ -34,6 +34,10 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be resumed from; names the file and what is wrong with it."""
 
 
+class UnfinishedError(CheckpointError):
+    """A checkpoint that was not written to its end, as by a killed process."""
+
+
 class MissingFileError(FileNotFoundError, CheckpointError):
     """A checkpoint that lacks a file; names it."""
 
@@ -46,6 +50,20 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
         if (match := _NAME.fullmatch(folder.name)) and folder.is_dir()
     }
     return [folders[step] for step in sorted(folders)]
+
+
+def last_written_checkpoint(output_dir: str | Path) -> Path | None:
+    """The checkpoint of the most steps in `output_dir` that was written to its end, changed since or not; None if there is none. Reads no weights."""
+    for folder in reversed(list_checkpoints(output_dir)):
+        try:
+            if _read_manifest(folder) is None:
+                _check_without_manifest(folder)
+        except UnfinishedError:
+            continue
+        except CheckpointError:
+            pass  # resuming names what is wrong
+        return folder
+    return None
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str:
@@ -65,9 +83,7 @@ def last_complete_checkpoint(output_dir: str | Path) -> str:
             reasons.append(error)
         else:
             return str(folder)
-    message = (
-        f"{output_dir} holds no complete checkpoint to resume from: leave resume_from_checkpoint out to start anew"
-    )
+    message = f"{output_dir} holds no complete checkpoint to resume from: to start anew, delete it, or leave resume_from_checkpoint out"
     raise type(reasons[0])(f"{reasons[0]}, and {message}") if reasons else CheckpointError(message)
 
 
@@ -175,7 +191,7 @@ def _read_manifest(folder: Path) -> dict[str, dict[str, Any]] | None:
     if not intact:
         raise CheckpointError(f"{folder / MANIFEST} was damaged after it was written")
     if files is None:
-        raise CheckpointError(f"{folder} was not written to its end")
+        raise UnfinishedError(f"{folder} was not written to its end")
     return files
 
 
@@ -187,7 +203,7 @@ def _check_without_manifest(folder: Path) -> None:
     try:
         TrainerState.load_from_json(str(folder / STATE_FILE))
     except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{folder} was not written to its end ({STATE_FILE} is missing or cut)") from error
+        raise UnfinishedError(f"{folder} was not written to its end ({STATE_FILE} is missing or cut)") from error
 
 
 def _put_on_disk(file: Path) -> dict[str, Any]:

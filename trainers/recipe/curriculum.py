@@ -215,7 +215,7 @@ class Curriculum(RecipeProgress):
         self._on_main(lambda: self._begin(STAGE_0))
         started = time.perf_counter()
         trainer = self._stage_0_trainer()
-        trainer.train(resume_from_checkpoint=self.checkpoint_of(STAGE_0))
+        trainer.train(resume_from_checkpoint=self.checkpoint_of(STAGE_0) is not None)
         adapter = _partial(folder / "adapter")
         self._on_main(lambda: shutil.rmtree(adapter, ignore_errors=True))
         trainer.save_model(str(adapter))
@@ -267,7 +267,7 @@ class Curriculum(RecipeProgress):
             trainer = self._trainer(stage, model, processor)
         except KeyError as error:  # a caption that a text store of the recipe's own does not hold
             raise RecipeError(f"stages.{stage}: {error.args[0]}") from error
-        trainer.train(resume_from_checkpoint=self.checkpoint_of(stage))
+        trainer.train(resume_from_checkpoint=self.checkpoint_of(stage) is not None)
         partial = _partial(folder / "model")
         self._on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
         trainer.save_model(str(partial))  # of all processes: under FSDP each holds a part

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from trainers.base.checkpoints import last_complete_checkpoint
+from trainers.base.checkpoints import last_written_checkpoint
 from trainers.compute.dtypes import native_dtype
 from trainers.data.pairs import PairSource, open_pairs
 from trainers.text_store.store import TextEmbeddingStore
@@ -223,13 +223,9 @@ class RecipeProgress:
         return order[position - 1] if position else PREPARATION
 
     def checkpoint_of(self, stage: str) -> str | None:
-        """The last complete checkpoint of a stage that was interrupted."""
-        if not (self.output_dir / stage / "checkpoints").is_dir():
-            return None
-        try:
-            return last_complete_checkpoint(self.output_dir / stage / "checkpoints")
-        except ValueError:
-            return None  # killed before the first one
+        """The last checkpoint of a stage that was interrupted; resuming verifies it, and takes the one before it if it was damaged."""
+        checkpoint = last_written_checkpoint(self.output_dir / stage / "checkpoints")
+        return None if checkpoint is None else str(checkpoint)
 
     def store_path(self, which: str) -> Path:
         """Folder of the text store "llm" or "teacher"."""

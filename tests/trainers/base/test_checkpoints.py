@@ -16,7 +16,14 @@ from tests.trainers.tiny_training import (
     tuning_trainer,
 )
 from trainers.base import checkpoints
-from trainers.base.checkpoints import MANIFEST, CheckpointError, last_complete_checkpoint, list_checkpoints, verify
+from trainers.base.checkpoints import (
+    MANIFEST,
+    CheckpointError,
+    last_complete_checkpoint,
+    last_written_checkpoint,
+    list_checkpoints,
+    verify,
+)
 
 
 # Twelve steps, a checkpoint after every third; dropout makes the result depend on the random state too.
@@ -161,7 +168,12 @@ def test_one_that_was_not_written_to_its_end_is_passed_over(tmp_path, caplog):
             trainer.train()
     assert trainer_complete == ["checkpoint-2", "checkpoint-4"]
     assert (tmp_path / "checkpoint-4" / "trainer_state.json").is_file()
+    assert last_written_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    damage(tmp_path / "checkpoint-2" / MANIFEST, "cut")
+    assert last_written_checkpoint(tmp_path) == tmp_path / "checkpoint-2", "resuming says what is wrong with it"
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    assert last_written_checkpoint(tmp_path) is None
     assert "checkpoint-4 was not written to its end" in caplog.text
 
 

@@ -303,3 +303,15 @@ def test_missing_parts_are_named(content, tmp_path):
         with pytest.raises((OSError, ValueError), match=name):
             Curriculum(changed(content, tmp_path, **{key: str(tmp_path / name)})).run()
         assert not (tmp_path / "out" / "preparation" / "complete.json").exists()
+
+
+def test_a_damaged_checkpoint_is_named_and_not_started_over(content, tmp_path):
+    recipe = changed(content, tmp_path)
+    curriculum = Curriculum(recipe)
+    die_in_stage(curriculum, "inheritance", 3, interrupt)
+    with pytest.raises(Interrupted):
+        curriculum.run()
+    file = tmp_path / "out" / "inheritance" / "checkpoints" / "checkpoint-2" / "optimizer.pt"
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="optimizer.pt was damaged after it was written: .*to start anew, delete it"):
+        Curriculum(recipe).run()
