@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -42,6 +43,9 @@ OF_TWO_TOWERS = "get_text_features"
 # Their tokens tell two tokenisations apart: another script, white space at both ends, a spelled-out special token. They are short, so
 # that none is cut.
 _PROBE_TEXTS = ("A red fox", " 3 dogs\n", "猫 🦊", "<s>")
+
+# A tokenizer keeps truncation and padding as its state, so that two threads that call one disturb each other.
+_tokenizing = threading.Lock()
 
 
 class EncodedBatch(NamedTuple):
@@ -245,18 +249,19 @@ def _tokenize(
     if not texts:
         return [], []
     tokenizer, max_length = _tokenizer(processor), _max_length(model, processor)
-    if isinstance(model, ProCLIPModel):
-        encoded, literally = processor(text=texts, padding=False), {"split_special_tokens": True}
-    elif getattr(getattr(model, "config", None), "model_type", None) in _PADDED_TO_FULL_LENGTH:
-        encoded, literally = tokenizer(texts, truncation=True, padding="max_length", max_length=max_length), {}
-        encoded = {"input_ids": encoded["input_ids"]}
-    else:
-        encoded, literally = tokenizer(texts, truncation=True, max_length=max_length), {}
-    rows = [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
-    full = [i for i, row in enumerate(rows) if len(row["input_ids"]) == max_length]
-    truncated = [False] * len(rows)
-    if full:
-        whole = tokenizer([texts[i].rstrip() for i in full], verbose=False, **literally)["input_ids"]
-        for i, tokens in zip(full, whole, strict=True):
-            truncated[i] = len(tokens) > max_length
+    with _tokenizing:
+        if isinstance(model, ProCLIPModel):
+            encoded, literally = processor(text=texts, padding=False), {"split_special_tokens": True}
+        elif getattr(getattr(model, "config", None), "model_type", None) in _PADDED_TO_FULL_LENGTH:
+            encoded, literally = tokenizer(texts, truncation=True, padding="max_length", max_length=max_length), {}
+            encoded = {"input_ids": encoded["input_ids"]}
+        else:
+            encoded, literally = tokenizer(texts, truncation=True, max_length=max_length), {}
+        rows = [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
+        full = [i for i, row in enumerate(rows) if len(row["input_ids"]) == max_length]
+        truncated = [False] * len(rows)
+        if full:
+            whole = tokenizer([texts[i].rstrip() for i in full], verbose=False, **literally)["input_ids"]
+            for i, tokens in zip(full, whole, strict=True):
+                truncated[i] = len(tokens) > max_length
     return rows, truncated

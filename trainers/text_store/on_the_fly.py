@@ -60,17 +60,17 @@ class OnTheFlyStore:
     def lookup(self, texts: Sequence[str]) -> torch.Tensor:
         """The embeddings of `texts`, in their order: `(len(texts), dim)` of the store's dtype, on the CPU."""
         keys = text_keys(texts)
-        rows = self.store.find(keys)
-        missing: dict[bytes, list[int]] = {}
-        for position in (rows < 0).nonzero()[0].tolist():
-            missing.setdefault(keys[position].tobytes(), []).append(position)
+        found = self.store.find(keys) >= 0
         result = torch.empty(len(texts), self.store.dim, dtype=self.store.dtype)
-        found = rows >= 0
         result[torch.from_numpy(found)] = self.store.lookup([texts[i] for i in np.flatnonzero(found).tolist()])
-        self._embed({key: texts[places[0]] for key, places in missing.items() if key not in self._cache})
+        missing: dict[bytes, list[int]] = {}
+        for position in np.flatnonzero(~found).tolist():
+            missing.setdefault(keys[position].tobytes(), []).append(position)
+        # Several threads may look up at the same time, so what is used here is taken out of the cache first.
+        embeds = {key: embed for key in missing if (embed := self._cache.pop(key, None)) is not None}
+        embeds |= self._embed({key: texts[places[0]] for key, places in missing.items() if key not in embeds})
         for key, places in missing.items():
-            self._cache.move_to_end(key)
-            result[places] = self._cache[key]
+            result[places] = self._cache[key] = embeds[key]
         while len(self._cache) > self.num_cached:
             self._cache.popitem(last=False)
         return result
@@ -79,10 +79,10 @@ class OnTheFlyStore:
         """Statistics of the texts in the store, see [`TextEmbeddingStore.statistics`]."""
         return self.store.statistics()
 
-    def _embed(self, texts: dict[bytes, str]) -> None:
-        """Puts the embeddings of `texts` into the cache, in the store's dtype."""
+    def _embed(self, texts: dict[bytes, str]) -> dict[bytes, torch.Tensor]:
+        """The embeddings of `texts`, by their keys, in the store's dtype."""
         if not texts:
-            return
+            return {}
         if get_worker_info() is not None and next(self.model.text_model.parameters()).device.type != "cpu":
             raise ValueError(
                 self.store.missing_message(list(texts.values()))
@@ -90,8 +90,9 @@ class OnTheFlyStore:
             )
         if not self.num_embedded:
             logger.warning("texts that are not in %s are embedded while they are looked up", self.store.path)
-        keys, values = list(texts), list(texts.values())
+        keys, values, found = list(texts), list(texts.values()), {}
         for batch in encode_texts(values, self.model, self.processor):
             embeds = stored_as(self.store.dtype, batch.embeddings, [values[i] for i in batch.indices])
-            self._cache.update(zip([keys[i] for i in batch.indices], embeds, strict=True))
+            found.update(zip([keys[i] for i in batch.indices], embeds, strict=True))
         self.num_embedded += len(texts)
+        return found

@@ -1,5 +1,7 @@
 """A store that embeds what it lacks."""
 
+import threading
+
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -44,6 +46,26 @@ def test_no_more_are_kept_than_asked_for(on_the_fly):
     assert on_the_fly.num_embedded == 8
     on_the_fly.lookup(TEXTS[12:13])
     assert on_the_fly.num_embedded == 9
+
+
+def test_many_threads_share_one(on_the_fly):
+    """With a cache that is smaller than what each of them asks for."""
+    expected, failed = on_the_fly.lookup(TEXTS), []
+
+    def read(seed):
+        order = torch.randperm(20, generator=torch.Generator().manual_seed(seed)).tolist()
+        try:
+            found = on_the_fly.lookup([TEXTS[i] for i in order])
+            torch.testing.assert_close(found, expected[order], atol=1e-5, rtol=1e-5)
+        except (AssertionError, KeyError) as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
 
 
 def test_dtype_is_the_stores(tmp_path):
