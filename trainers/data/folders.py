@@ -12,6 +12,8 @@ from typing import Any
 import yaml
 from huggingface_hub import DatasetCard
 
+from .text_lines import parse_json, read_lines
+
 
 logger = logging.getLogger(__name__)
 
@@ -215,10 +217,18 @@ def captions_beside(images: Sequence[str], files: Sequence[str], where: str) -> 
             "%s: %s captions such as %s are not read, because no image of a known kind lies beside them%s",
             where,
             f"{len(alone):,}",
-            next(iter(alone[0].values())),
+            next(file for ending, file in alone[0].items() if ending in CAPTIONS),
             f", but {kinds}" if kinds else "",
         )
     return {name: values for name, values in columns.items() if any(values)}
+
+
+def read_beside(file: str | Path) -> Any:
+    """What a file beside an image holds: the lines of a text, or the object of a JSON file. ValueError if it cannot be read; names it."""
+    lines = list(read_lines(file))
+    if str(file).lower().endswith(".json"):
+        return parse_json("".join(lines), str(file))
+    return [line.rstrip("\r\n") for line in lines]
 
 
 def labels_of(images: Sequence[str], all_images: Sequence[str]) -> tuple[list[str], list[str]] | None:

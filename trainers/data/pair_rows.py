@@ -15,10 +15,10 @@ from modeling_proclip.images import BrokenImage
 
 from .archives import BROKEN
 from .copies import PLACE
+from .folders import read_beside
 from .images import decode_stored_image
 from .pair_source import PairSource
 from .pair_sources import NAMES, RawRows
-from .text_lines import parse_json, read_lines
 
 
 logger = logging.getLogger(__name__)
@@ -110,7 +110,10 @@ def texts_of(row: Mapping[str, Any], rows: RawRows, reader: str = "text") -> lis
         head, *rest = [column] if column in row else column.split(".")
         value = row.get(head)
         if head in rows.text_files and value is not None:
-            value = _read_captions(value, rows)
+            try:
+                value = read_beside(str(rows.files.find(value)))
+            except (OSError, ValueError) as error:
+                raise BrokenRow(str(error)) from error
         for part in rest:
             value = value.get(part) if isinstance(value, Mapping) else None
         for text in value if isinstance(value, list) else [value]:
@@ -121,21 +124,6 @@ def texts_of(row: Mapping[str, Any], rows: RawRows, reader: str = "text") -> lis
             if text and not text.isspace():
                 texts.append(text)
     return texts if texts or reader == "text" else texts_of(row, rows)
-
-
-def _read_captions(name: str, rows: RawRows) -> Any:
-    """What a file beside an image holds: the lines of a text, or the object of a JSON file."""
-    try:
-        assert rows.files is not None
-        file = str(rows.files.find(name))
-        lines = list(read_lines(file))
-        return (
-            parse_json("".join(lines), file)
-            if file.lower().endswith(".json")
-            else [line.rstrip("\r\n") for line in lines]
-        )
-    except (OSError, ValueError) as error:
-        raise BrokenRow(str(error)) from error
 
 
 def good_texts(rows: RawRows, source: PairSource, reader: str = "text") -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -10,6 +11,7 @@ import datasets
 
 from .archives import TarShard
 from .data_folder import NamedFiles, settle
+from .folders import read_beside
 from .pair_source import PairSource
 from .sources import FoundRows, find_rows
 
@@ -119,7 +121,7 @@ def _check_columns(
         names = " or ".join(map(repr, image_columns))
         there = ", ".join(columns) or "none"
         raise ValueError(f"{found.name} has no column {names} for the images (image_column); its columns are {there}")
-    if found.table is not None and "text" in text_columns and columns == ["image"]:
+    if found.text_files and columns in (["image"], ["image", "label"]):
         raise ValueError(
             f"{found.name} holds images but no captions: put a metadata.jsonl there (one line an image: "
             '{"file_name": "a.jpg", "text": "..."}) or a .txt beside each image, or name the file with the captions'
@@ -136,7 +138,7 @@ def _check_columns(
 def _check_nested(found: FoundRows, heads: list[str], columns: list[str], texts: list[str]) -> None:
     """ValueError if a column that reaches into an object reaches nothing in any of the first rows; proposes the nearest."""
     nested = {column: column.split(".") for column in texts if column not in columns}
-    if not nested or found.text_files:
+    if not nested:
         return
     there: dict[str, dict[str, None]] = {column: {} for column in nested}
     for row in islice(
@@ -144,6 +146,9 @@ def _check_nested(found: FoundRows, heads: list[str], columns: list[str], texts:
     ):
         for column, (*parts, _) in nested.items():
             value: Any = row
+            if parts[0] in found.text_files and found.files is not None and row[parts[0]] is not None:
+                with suppress(OSError, ValueError):  # a broken row, which is counted when it is read
+                    value = {parts[0]: read_beside(str(found.files.find(row[parts[0]])))}
             for part in parts:
                 value = value.get(part) if isinstance(value, Mapping) else None
             if isinstance(value, Mapping):
