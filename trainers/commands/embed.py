@@ -11,8 +11,8 @@ def embed(
     texts: Annotated[
         str | None,
         typer.Argument(
-            help="A .txt file (one text a line), a .jsonl, .json, .csv or .parquet file, a folder that `datasets` reads, or a dataset's "
-            "name on the Hub."
+            help="Texts (.txt, one a line), a table (.csv, .tsv, .jsonl, .json, .parquet), a captions file of COCO, Karpathy or Flickr30k, "
+            "webdataset shards (.tar), a folder or pattern of these, or a dataset's name on the Hub."
         ),
     ] = None,
     model: Annotated[
@@ -21,8 +21,15 @@ def embed(
     output: Annotated[
         Path | None, typer.Option(help="Directory of the text store. An existing one gets the texts that it lacks.")
     ] = None,
-    column: Annotated[str | None, typer.Option(help="Column with a text, or a list of texts, in every row.")] = None,
-    split: Annotated[str, typer.Option(help="Split of a dataset.")] = "train",
+    column: Annotated[
+        str | None,
+        typer.Option(
+            help="Column with a text, or a list of texts, in every row; json.caption reaches into an object. By default text, else caption."
+        ),
+    ] = None,
+    split: Annotated[
+        str, typer.Option(help="Split of a dataset, folder or captions file that has several.")
+    ] = "train",
     dtype: Annotated[
         Literal["float32", "float16", "bfloat16"], typer.Option(help="dtype of the stored embeddings.")
     ] = "float32",

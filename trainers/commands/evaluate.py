@@ -18,7 +18,10 @@ def evaluate(
     ] = None,
     captions: Annotated[
         Path | None,
-        typer.Option(help="A .csv, .tsv, .json, .jsonl or .parquet file: an image's name and a caption in every row."),
+        typer.Option(
+            help="A .csv, .tsv, .json, .jsonl or .parquet file, an image's name and a caption in every row; or the captions of COCO, Karpathy "
+            "or Flickr30k."
+        ),
     ] = None,
     image_column: Annotated[str, typer.Option(help="Column of --captions with the image's name.")] = "image",
     caption_column: Annotated[

@@ -69,7 +69,7 @@ class Data:
         files: for the layout "table", a pattern of the split's files in the source, where other files lie beside them (`test/*.tar`).
         num_items: rows. A source with another number is refused. None, for your own data, checks nothing.
         num_captions: captions in all rows together, likewise.
-        layout: "table" (anything `datasets` reads: rows with columns), "caption_file" (a file whose rows name images in a folder),
+        layout: "table" (any layout that training reads, or a dataset on the Hub: rows with columns), "caption_file" (a file whose rows name images in a folder),
             "caption_folder" (images in `image/`, a text file of the same name for each in `caption/`), "mmvp" (that of MMVP-VLM) or
             "openmoji" (drawn here, from the packages of the quickstart; `config` says which part).
         caption_file: for the layout "caption_file", the .csv, .tsv, .json, .jsonl or .parquet file, in the source's folder. The columns
