@@ -55,6 +55,7 @@ class Measurement:
         value: As measured: a fraction for shares.
         primary: Whether it is the number that stands for the task.
         limit: Rows that were drawn of the data set, if not all were read; the number is then no benchmark's.
+        precision: What it was computed in, in words, where that is recorded: another dtype gives another number.
     """
 
     task: str
@@ -68,6 +69,7 @@ class Measurement:
     num_items: int | None = None
     primary: bool = True
     limit: int | None = None
+    precision: str | None = None
 
 
 def read_measurements(path: str | Path) -> list[Measurement]:
@@ -86,12 +88,21 @@ def read_measurements(path: str | Path) -> list[Measurement]:
     if "tasks" in content:
         evaluation = _checked(_Evaluation, content, file)
         limit = evaluation.partial.limit if evaluation.partial else None
-        return [measurement for task in evaluation.tasks for measurement in _of_task(task, limit)]
+        computed_in = precision(evaluation.protocol or {})
+        return [measurement for task in evaluation.tasks for measurement in _of_task(task, limit, computed_in)]
     if "rows" in content:
         return _of_quickstart(_checked(_Quickstart, content, file), file)
     raise ValueError(
         f'{file} is no result of `proclip evaluate` or `proclip quickstart`: it has neither "tasks" nor "rows"'
     )
+
+
+def precision(protocol: Mapping[str, Any]) -> str | None:
+    """What numbers were computed in, in words, of the "dtype" and "device" of a protocol; None where it names no dtype."""
+    dtype = protocol.get("dtype")
+    if not isinstance(dtype, Mapping):
+        return None
+    return scrub(f"images in {dtype.get('image')} and texts in {dtype.get('text')}, on {protocol.get('device')}")
 
 
 def evaluated_weights(path: str | Path) -> str | None:
@@ -192,11 +203,13 @@ class _Partial:
 class _Evaluation:
     tasks: list[_Task]
     partial: _Partial | None = None
+    protocol: dict[str, Any] | None = None
 
 
 @dataclass
 class _Quickstart:
     rows: list[dict[str, Any]]
+    protocol: dict[str, Any] | None = None
 
 
 _Format = TypeVar("_Format")
@@ -211,7 +224,7 @@ def _checked(kind: type[_Format], content: Any, file: Path) -> _Format:
         raise ValueError(f"{file} is no result that a card can show: {place}: {first['msg']}") from error
 
 
-def _of_task(task: _Task, limit: int | None) -> list[Measurement]:
+def _of_task(task: _Task, limit: int | None, computed_in: str | None) -> list[Measurement]:
     data, own = task.dataset, task.group == "own"  # of a person's own images the title is their folder
     source = Path(data.source).name if own else shown_source(vars(data))
     return [
@@ -227,6 +240,7 @@ def _of_task(task: _Task, limit: int | None) -> list[Measurement]:
             value=value,
             primary=metric == task.metric,
             limit=limit,
+            precision=computed_in,
         )
         for metric, value in {task.metric: task.value, **task.metrics}.items()
     ]
@@ -238,8 +252,9 @@ def _of_quickstart(content: _Quickstart, file: Path) -> list[Measurement]:
         raise ValueError(f'{file} has no row "proclip"')
     numbers = _checked(dict[str, FiniteFloat], {key: row.get(key) for key in _QUICKSTART}, file)
     by_language = _checked(dict[str, FiniteFloat], row.get("zero_shot_by_language"), file)
+    computed_in = precision(content.protocol or {})
     measurements = [
-        Measurement(f"OpenMoji, {what}", kind, group, "OpenMoji", metric, numbers[key])
+        Measurement(f"OpenMoji, {what}", kind, group, "OpenMoji", metric, numbers[key], precision=computed_in)
         for key, (kind, group, what, metric) in _QUICKSTART.items()
     ]
     measurements += [
@@ -250,6 +265,7 @@ def _of_quickstart(content: _Quickstart, file: Path) -> list[Measurement]:
             "OpenMoji",
             "top1",
             value,
+            precision=computed_in,
         )
         for language, value in by_language.items()
     ]

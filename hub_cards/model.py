@@ -212,6 +212,7 @@ def rows_of_tasks(results: Iterable[Measurement]) -> list[dict[str, Any]]:
                 "split": result.split,
                 "num_items": result.num_items,
                 "limit": result.limit,
+                "precision": result.precision,
                 "values": [],
             },
         )

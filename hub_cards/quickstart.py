@@ -5,6 +5,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .measurements import precision
 from .rendering import render
 
 
@@ -86,6 +87,7 @@ def quickstart_card(results: Mapping[str, Any]) -> ModelCard:
         num_language_concepts=results["num_language_concepts"],
         seed=results["seed"],
         size=results["size"],
+        precision=precision(results.get("protocol") or {}),
         llm=llm,
         llm_title=llm_title,
     )

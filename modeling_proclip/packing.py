@@ -99,7 +99,10 @@ def _try_packing(text_model: nn.Module) -> str | None:
     text_model.eval()
     try:
         alone = torch.cat(
-            [text_model(input_ids=weight.new_tensor([text], dtype=torch.long), use_cache=False).last_hidden_state[0] for text in texts]
+            [
+                text_model(input_ids=weight.new_tensor([text], dtype=torch.long), use_cache=False).last_hidden_state[0]
+                for text in texts
+            ]
         )
         packed, other = (_packed_states(text_model, some) for some in (texts, [texts[0], texts[0][:3], texts[2]]))
     except (ValueError, TypeError, RuntimeError, NotImplementedError, KeyError) as error:

@@ -41,7 +41,10 @@ def pool_tokens(
 
 
 def pool_segments(
-    hidden_states: torch.Tensor, bounds: torch.Tensor, token_type_ids: torch.Tensor | None = None, pooling: str = "mean"
+    hidden_states: torch.Tensor,
+    bounds: torch.Tensor,
+    token_type_ids: torch.Tensor | None = None,
+    pooling: str = "mean",
 ) -> torch.Tensor:
     """
     As [`pool_tokens`], from the states of packed texts.

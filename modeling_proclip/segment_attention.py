@@ -106,4 +106,6 @@ def _attend(
 
 
 AttentionInterface.register(SEGMENT_ATTENTION, segment_attention)
-AttentionMaskInterface.register(SEGMENT_ATTENTION, lambda *args, **kwargs: None)  # the texts' bounds say what a mask would
+AttentionMaskInterface.register(
+    SEGMENT_ATTENTION, lambda *args, **kwargs: None
+)  # the texts' bounds say what a mask would

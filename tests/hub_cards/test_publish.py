@@ -104,7 +104,7 @@ def test_card_of_the_folder_is_sent_with_its_pictures_and_the_repository_s_name(
 
 
 def test_card_says_what_it_is_told_and_what_was_measured(copy, hub, tmp_path):
-    identity = Encoder.load(copy, "cpu", "auto").identity()
+    identity = Encoder.load(copy, "cpu", "stored").identity()
     for name, weights in (("mine", identity), ("other", {**identity, "own_weights_sha256": "0" * 64})):
         (copy / name).mkdir()
         (copy / name / "results.json").write_text(json.dumps({**RESULTS, "model": weights}))

@@ -5,7 +5,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModel
 
-from modeling_proclip import ProCLIPModel
+from modeling_proclip import ProCLIPModel, segment_attention
 from modeling_proclip.packing import pack_rows, why_padded
 from tests.modeling_proclip import tiny
 from tests.modeling_proclip.test_attention_proof import FAMILIES, text_model
@@ -158,12 +158,50 @@ def test_texts_that_would_touch_are_padded(monkeypatch):
 
 
 @pytest.mark.parametrize("version, package", [(2, "flash-attn"), (3, "flash-attn-3"), (4, "flash-attn-4")])
-def test_flash_attention_that_is_not_installed(version, package, tmp_path):
+@pytest.mark.parametrize("way", ["loading", "pairing"])
+def test_flash_attention_that_is_not_installed(version, package, way, tmp_path):
     attention = {"text_config": f"flash_attention_{version}"}
     tiny.model().save_pretrained(tmp_path)
-    for load in (
-        lambda: AutoModel.from_pretrained(tmp_path, attn_implementation=attention),
-        lambda: ProCLIPModel.from_vision_text_pretrained(tiny.clip(), tiny.LLAMA_DIR, attn_implementation=attention),
+    with pytest.raises(ImportError, match=f"flash_attention_{version} cannot be used: .* {package}\\).*PyTorch's own"):
+        if way == "loading":
+            AutoModel.from_pretrained(tmp_path, attn_implementation=attention)
+        else:
+            ProCLIPModel.from_vision_text_pretrained(tiny.clip(), tiny.LLAMA_DIR, attn_implementation=attention)
+
+
+@pytest.mark.parametrize("window", [None, 2, 50])
+@pytest.mark.parametrize("gqa_option", [False, True])
+def test_what_the_kernel_is_given(window, gqa_option, monkeypatch):
+    """The arithmetic that `varlen_attn` documents, text by text, in place of the kernel: the same as on the CPU."""
+
+    def reference(
+        query, key, value, bounds, same_bounds, longest, same_longest, *, scale, window_size=(-1, -1), enable_gqa=None
     ):
-        with pytest.raises(ImportError, match=f"flash_attention_{version} cannot be used: .* {package}\\).*PyTorch's own"):
-            load()
+        assert enable_gqa is (True if gqa_option else None) and bounds is same_bounds and bounds.dtype == torch.int32
+        assert longest == same_longest == max(LENGTHS)
+        outputs = []
+        for start, end in zip(bounds.tolist(), bounds[1:].tolist()):
+            positions = torch.arange(end - start)
+            distance = positions[:, None] - positions
+            left, right = (end if size < 0 else size for size in window_size)
+            q, k, v = (x[start:end].transpose(0, 1) for x in (query, key, value))
+            k, v = (x.repeat_interleave(len(q) // len(k), dim=0) for x in (k, v))
+            scores = (q @ k.mT * scale).masked_fill((distance > left) | (-distance > right), -torch.inf)
+            outputs.append((scores.softmax(-1) @ v).transpose(0, 1))
+        return torch.cat(outputs)
+
+    options = {"scale", "window_size", *(["enable_gqa"] if gqa_option else [])}
+    monkeypatch.setattr(segment_attention, "varlen_attn", reference)
+    monkeypatch.setattr(segment_attention, "_VARLEN_OPTIONS", options)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, heads, sum(LENGTHS), 8, generator=generator) for heads in (4, 2, 2))
+    bounds = torch.tensor([0, *LENGTHS]).cumsum(0, dtype=torch.int32)
+    given = {"scaling": 0.3, "sliding_window": window, "cu_seq_lens_q": bounds, "max_length_q": max(LENGTHS)}
+    expected, _ = segment_attention.segment_attention(None, query, key, value, None, **given)
+    found = segment_attention._varlen_attention(query, key, value, 0.3, window, bounds, max(LENGTHS))
+    torch.testing.assert_close(found[None], expected, atol=1e-5, rtol=0)
+
+
+def test_texts_without_tokens_are_refused():
+    with pytest.raises(ValueError, match="text 1 of the batch has no tokens"):
+        pack_rows([{"input_ids": [1, 2]}, {"input_ids": []}])

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -47,6 +47,14 @@ def embed(
     device: Annotated[
         str | None, typer.Option(help="Such as cpu or cuda:1. Default: the GPU if there is one.")
     ] = None,
+    model_dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16", "stored"],
+        typer.Option(help="Of the model. auto: bfloat16 where the device multiplies it natively, else float32."),
+    ] = "stored",
+    attn_implementation: Annotated[
+        str | None,
+        typer.Option(help="Such as sdpa, eager or flash_attention_2. Texts are packed on a GPU with any of them."),
+    ] = None,
     process_index: Annotated[
         int | None,
         typer.Option(min=0, help="Index of this process among those that fill the store. Default: from the launcher."),
@@ -74,13 +82,13 @@ def embed(
             raise typer.BadParameter("--verify names the store: leave --output out")
         if (texts is None) != (model is None):
             raise typer.BadParameter("to embed a sample again, --verify needs both TEXTS and --model")
-        return _verify(verify, texts, model, column, split, device)
+        return _verify(verify, texts, model, column, split, device, model_dtype, attn_implementation)
     if texts is None or model is None or output is None:
         missing = {"TEXTS": texts, "--model": model, "--output": output}
         raise typer.BadParameter(f"{', '.join(name for name, value in missing.items() if value is None)} is missing")
 
     from trainers.data.text_files import read_texts
-    from trainers.text_store.encoding import load_encoder
+    from trainers.text_store.encoding import load_encoder, text_dtype
     from trainers.text_store.store import TextEmbeddingStore
 
     # accelerate and torchrun tell each process which one it is.
@@ -89,7 +97,7 @@ def embed(
     if num_processes is None:
         num_processes = int(os.environ.get("WORLD_SIZE", 1))
     source = read_texts(texts, column, split)
-    encoder, processor = load_encoder(model, device or _device_of_process())
+    encoder, processor = load_encoder(model, device or _device_of_process(), model_dtype, attn_implementation)
     store = TextEmbeddingStore.build(
         source,
         encoder,
@@ -110,7 +118,8 @@ def embed(
     )
     typer.echo(f"{share}{summary.seconds:.1f} seconds, {summary.num_new / summary.seconds:,.1f} texts/s")
     typer.echo(
-        f"{share}{output}: {len(store):,} embeddings of {store.dim} {dtype}, {store.num_bytes / 1e6:,.1f} MB on disk"
+        f"{share}{output}: {len(store):,} embeddings of {store.dim} {dtype}, {store.num_bytes / 1e6:,.1f} MB on disk; the model ran in "
+        f"{str(text_dtype(encoder)).removeprefix('torch.')}"
     )
 
 
@@ -123,9 +132,7 @@ def _device_of_process() -> str | None:
     return None
 
 
-def _verify(
-    store: Path, texts: str | None, model: str | None, column: str | None, split: str, device: str | None
-) -> None:
+def _verify(store: Path, texts: str | None, model: str | None, column: str | None, split: str, *settings: Any) -> None:
     from trainers.data.text_files import read_texts
     from trainers.text_store.encoding import load_encoder
     from trainers.text_store.verify import verify_store
@@ -133,7 +140,7 @@ def _verify(
     source, encoder, processor = None, None, None
     if texts is not None and model is not None:
         source = read_texts(texts, column, split)
-        encoder, processor = load_encoder(model, device)
+        encoder, processor = load_encoder(model, *settings)
     found = verify_store(store, source, encoder, processor)
     compared = ""
     if found.smallest_cosine is not None:

@@ -50,9 +50,18 @@ def evaluate(
         typer.Option(min=2, help="Draw only this many rows of every benchmark; results are marked as partial."),
     ] = None,
     device: Annotated[str | None, typer.Option(help="Such as cpu or cuda. Default: the GPU if there is one.")] = None,
-    dtype: Annotated[
-        Literal["float32", "float16", "bfloat16", "auto"], typer.Option(help="dtype of the models; auto: as stored.")
+    model_dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16", "stored"],
+        typer.Option(
+            "--model-dtype",
+            "--dtype",
+            help="Of the models. auto: bfloat16 where the device multiplies it natively, else float32. stored: as each part was saved.",
+        ),
     ] = "float32",
+    attn_implementation: Annotated[
+        str | None,
+        typer.Option(help="Such as sdpa, eager or flash_attention_2. Texts are packed on a GPU with any of them."),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images in a batch.")] = 64,
     token_budget: Annotated[
         int | None,
@@ -101,7 +110,7 @@ def evaluate(
     if also and baseline is None:
         raise ValueError("--also needs --baseline: the models are compared with it")
     names = [model, *([] if baseline is None else [baseline]), *(also or [])]
-    encoders = [Encoder.load(name, place, dtype) for name in names]
+    encoders = [Encoder.load(name, place, model_dtype, attn_implementation) for name in names]
     called = [encoder.name for encoder in encoders]
     for encoder, given in zip(encoders, names, strict=True):
         if (

@@ -9,6 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from hub_cards.measurements import precision
 from trainers.openmoji.images import render
 from trainers.openmoji.task import Task
 
@@ -41,7 +42,7 @@ def print_table(console: Console, results: Mapping[str, Any]) -> None:
         f"seen, unseen: zero-shot top-1 on new pictures, {results['num_concepts']} classes; the alignment saw pictures of {results['num_seen']} "
         f"of them.\nI→T, T→I: recall@1 of image-to-text and text-to-image retrieval, {results['num_retrieval_pictures']} pictures.\n"
         f"others: zero-shot in 13 other languages, {results['num_language_concepts']} classes, chance "
-        f"{100 / results['num_language_concepts']:.1f}.",
+        f"{100 / results['num_language_concepts']:.1f}.\nComputed with {precision(results['protocol'])}.",
         style="dim",
         soft_wrap=True,
     )

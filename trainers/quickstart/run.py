@@ -160,6 +160,10 @@ class Quickstart:
             "num_seen": self.size.seen,
             "num_language_concepts": self.size.language_concepts,
             "num_retrieval_pictures": len(self.task.retrieval),
+            "protocol": {
+                "dtype": {"image": "float32", "text": str(self.llm.dtype).removeprefix("torch.")},
+                "device": "cpu",
+            },
         }
         with self.step("writing", "Writing checkpoint, card and pictures"):
             self.write(model, results, rankings)

@@ -371,11 +371,8 @@ def _reads_images(step: str) -> bool:
 def _precision(wanted: str) -> str:
     if wanted != "auto":
         return wanted
-    if torch.cuda.is_available():
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    if torch.accelerator.is_available():
-        return "float32"
-    return str(native_dtype()).removeprefix("torch.")
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    return str(native_dtype(device)).removeprefix("torch.")
 
 
 def _changes(before: Any, now: Any, path: str = "") -> Iterator[str]:

@@ -19,9 +19,11 @@ from modeling_proclip.identity import (
     tokenizer_values,
 )
 from modeling_proclip.lean_checkpoint import text_model_sha256
+from modeling_proclip.packing import pack_rows, why_padded
+from trainers.compute.dtypes import ModelDtype, default_device, loading_dtype
 from trainers.compute.onednn import fastest_linear
 
-from .token_batches import length_sorted_batches, pad_rows
+from .token_batches import TokenRow, length_sorted_batches, pad_rows
 
 
 # Padded tokens in a batch. On two CPU cores 1,000 encode faster than 8,000, whose activations leave the caches; a GPU wants to be filled.
@@ -63,9 +65,17 @@ class EncodedBatch(NamedTuple):
 
 
 def encode_texts(
-    texts: Sequence[str], model: torch.nn.Module, processor: Any, *, token_budget: int | None = None
+    texts: Sequence[str],
+    model: torch.nn.Module,
+    processor: Any,
+    *,
+    token_budget: int | None = None,
+    packed: bool | None = None,
 ) -> Iterator[EncodedBatch]:
-    """Embeds `texts`, the longest first, in batches of similar length that are padded to their own longest text only.
+    """Embeds `texts`, the longest first, in batches of similar length: packed without padding on a GPU, padded elsewhere.
+
+    Both give the same embeddings up to rounding. On the CPU packing has nothing to save: batches are sorted by length, and SDPA takes a mask
+    at no cost.
 
     Args:
         texts: the texts. All are tokenised before the first batch comes, so give a window of a long stream at a time.
@@ -75,12 +85,14 @@ def encode_texts(
         processor: a [`ProCLIPProcessor`] for a `ProCLIPModel`; a `CLIPProcessor` or the tokenizer for a CLIP.
         token_budget: most padded tokens (texts times the longest of them) in a batch; a single text may have more. By default 1,000 on
             the CPU and 16,384 on a GPU.
+        packed: whether a ProCLIP's texts are packed. By default on a GPU, if the LLM can; see [`why_padded`].
 
     Yields:
         [`EncodedBatch`]; every text is in exactly one.
 
     Raises:
-        ValueError: If the model has no text side, the processor does not fit it or the budget is not positive.
+        ValueError: If the model has no text side, the processor does not fit it, the budget is not positive, `packed` texts are asked of a
+            model that cannot, or a text is so long that its positions would depend on the texts before it (dynamic RoPE).
     """
     text_tower = _text_tower(model, processor)
     device = next(text_tower.parameters()).device
@@ -90,10 +102,12 @@ def encode_texts(
         raise ValueError(f"token_budget must be at least 1, got {token_budget}")
     tokenizer = _tokenizer(processor)
     model.eval()
+    packed = _packs(model, device, packed)
     rows, truncated = _tokenize(texts, model, processor)
-    for indices in length_sorted_batches(rows, token_budget):
-        batch = pad_rows([rows[i] for i in indices], tokenizer.pad_token_id, tokenizer.padding_side)
-        inputs = {name: values.to(device) for name, values in batch.items()}
+    for indices in length_sorted_batches(rows, token_budget, boundary=_rotary_boundary(text_tower, rows)):
+        batch = [rows[i] for i in indices]
+        inputs = pack_rows(batch) if packed else pad_rows(batch, tokenizer.pad_token_id, tokenizer.padding_side)
+        inputs = {name: _on(device, values) for name, values in inputs.items()}
         with torch.no_grad(), fastest_linear(device):
             if isinstance(model, ProCLIPModel):
                 embeddings = model.get_llm_embeds(**inputs)
@@ -112,12 +126,19 @@ def count_truncated(texts: Sequence[str], model: torch.nn.Module, processor: Any
     return sum(sum(_tokenize(texts[i : i + 4096], model, processor)[1]) for i in range(0, len(texts), 4096))
 
 
-def load_encoder(name_or_path: str, device: str | None = None) -> tuple[torch.nn.Module, Any]:
+def load_encoder(
+    name_or_path: str,
+    device: str | None = None,
+    dtype: ModelDtype = "stored",
+    attn_implementation: str | None = None,
+) -> tuple[torch.nn.Module, Any]:
     """Loads a text model with its processor, ready for [`encode_texts`].
 
     Args:
         name_or_path: folder or Hub name of a ProCLIP checkpoint, or of a CLIP or SigLIP.
         device: "cpu", "cuda", ...; the GPU by default if there is one.
+        dtype: of the model; "stored": as its checkpoint has it, "auto": bfloat16 where the device multiplies it natively, else float32.
+        attn_implementation: such as "sdpa", "eager" or "flash_attention_2"; by default the library's choice.
 
     Returns:
         `(model, processor)`: a `ProCLIPModel` with its `ProCLIPProcessor`, or another model with its tokenizer.
@@ -125,12 +146,21 @@ def load_encoder(name_or_path: str, device: str | None = None) -> tuple[torch.nn
     Raises:
         OSError: If nothing can be loaded from there.
         ValueError: If the model has no text side.
+        ImportError: If the attention needs a package that is not installed.
     """
-    model = AutoModel.from_pretrained(name_or_path)
+    device = device or default_device()
+    attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    model = AutoModel.from_pretrained(name_or_path, **loading_dtype(dtype, device), **attention)
     _check_text_side(model)
-    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model.to(device)
     loader = AutoProcessor if isinstance(model, ProCLIPModel) else AutoTokenizer
     return model, loader.from_pretrained(name_or_path)
+
+
+def text_dtype(model: torch.nn.Module) -> torch.dtype:
+    """The dtype in which `model` reads texts."""
+    tower = model.text_model if isinstance(model, ProCLIPModel) else model
+    return next(parameter.dtype for parameter in tower.parameters() if parameter.is_floating_point())
 
 
 def encoder_fingerprint(model: torch.nn.Module, processor: Any) -> dict[str, Any]:
@@ -222,6 +252,43 @@ def _text_tower(model: torch.nn.Module, processor: Any) -> torch.nn.Module:
             f"a ProCLIPModel needs its ProCLIPProcessor, which carries the prompt template, not a {type(processor).__name__}"
         )
     return model.text_model if isinstance(model, ProCLIPModel) else model
+
+
+def _packs(model: torch.nn.Module, device: torch.device, packed: bool | None) -> bool:
+    if not isinstance(model, ProCLIPModel):
+        return False
+    wanted = device.type == "cuda" if packed is None else packed
+    reason = why_padded(model.text_model) if wanted else None
+    if packed and reason is not None:
+        raise ValueError(f"the texts of this model cannot be packed: {reason}")
+    return wanted and reason is None
+
+
+def _rotary_boundary(text_tower: torch.nn.Module, rows: Sequence[TokenRow]) -> int | None:
+    """
+    The length beyond which an LLM has other rotary frequencies. It chooses them by the longest text of a batch (LongRoPE), so that shorter texts
+    must not be in one with longer ones. ValueError if they depend on all texts that came before (dynamic).
+    """
+    config = getattr(text_tower, "config", None)  # a module of your own need not have one
+    parameters = getattr(config, "rope_parameters", None) or {}
+    for rope in (parameters, *(value for value in parameters.values() if isinstance(value, dict))):
+        if rope.get("rope_type") == "longrope":
+            return rope["original_max_position_embeddings"]
+        if rope.get("rope_type") == "dynamic":
+            longest, limit = max((len(row["input_ids"]) for row in rows), default=0), config.max_position_embeddings
+            if longest > limit:
+                raise ValueError(
+                    f"a text has {longest} tokens, and beyond {limit} this LLM's positions (dynamic RoPE) depend on the texts before it: set "
+                    f"processor.max_length = {limit}"
+                )
+    return None
+
+
+def _on(device: torch.device, value: Any) -> Any:
+    """A tensor on `device`, where a GPU fetches it while it works; other values as they are."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
 
 
 def _tokenizer(processor: Any) -> PreTrainedTokenizerBase:

@@ -12,7 +12,10 @@ TokenRow = Mapping[
 
 
 def length_sorted_batches(
-    rows: Sequence[TokenRow], token_budget: int | None = None, max_texts: int | None = None
+    rows: Sequence[TokenRow],
+    token_budget: int | None = None,
+    max_texts: int | None = None,
+    boundary: int | None = None,
 ) -> Iterator[list[int]]:
     """
     Numbers of rows, the longest first, cut into batches.
@@ -20,12 +23,15 @@ def length_sorted_batches(
     Args:
         token_budget: most padded tokens of a batch (texts times the longest of them); a single text may have more.
         max_texts: most texts of a batch.
+        boundary: texts of more tokens than this and others share no batch.
     """
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]), reverse=True)
     while order:
         size = len(order) if max_texts is None else max_texts
         if token_budget is not None:
             size = min(size, max(token_budget // len(rows[order[0]]["input_ids"]), 1))
+        if boundary is not None and len(rows[order[0]]["input_ids"]) > boundary:
+            size = min(size, sum(len(rows[i]["input_ids"]) > boundary for i in order[:size]))
         batch, order = order[:size], order[size:]
         yield batch
 

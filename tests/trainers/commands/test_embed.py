@@ -118,6 +118,22 @@ def test_options_reach_the_store(tmp_path):
     assert len(list((tmp_path / "store").glob("shard-*"))) == 3
 
 
+def test_dtype_and_attention_of_the_model(tmp_path, checkpoint):
+    (tmp_path / "a.txt").write_text("\n".join(TEXTS))
+    arguments = [tmp_path / "a.txt", "--model", checkpoint, "--device", "cpu", "--output"]
+    options = ["--model-dtype", "bfloat16", "--attn-implementation", "eager"]
+    result = run(*arguments, tmp_path / "half", *options)
+    assert result.exit_code == 0, result.output
+    assert "embeddings of 32 float32" in result.output and "the model ran in bfloat16" in result.output
+    assert "the model ran in float32" in run(*arguments, tmp_path / "whole").output
+    half, whole = (TextEmbeddingStore(tmp_path / name).lookup(TEXTS) for name in ("half", "whole"))
+    assert torch.equal(half, half.bfloat16().float()) and not torch.equal(whole, whole.bfloat16().float())
+    assert torch.nn.functional.cosine_similarity(half, whole).min() > 0.999
+    assert "weights_sha256" in refused(*arguments, tmp_path / "half"), "another dtype, another store"
+    message = refused(*arguments, tmp_path / "flash", "--attn-implementation", "flash_attention_2")
+    assert message.startswith("error: flash_attention_2 cannot be used: ") and "pip install" in message
+
+
 def test_wrong_sources_are_refused_in_one_line(tmp_path, checkpoint):
     def message(name: str, content: str | bytes | None, *options):
         if content is not None:

@@ -254,7 +254,7 @@ def test_embeddings_that_are_not_finite_name_their_item(bench: Bench, tmp_path, 
     item = (
         "benchmark mine, data.parquet, row 2: the image in column 'image'" if side == "image" else "the text 'a boat'"
     )
-    assert f"the embedding of {item} is not finite" in message and "--dtype float32" in message
+    assert f"the embedding of {item} is not finite" in message and "--model-dtype float32" in message
 
 
 def test_what_was_embedded_before_an_interruption_is_kept(bench: Bench, tmp_path):

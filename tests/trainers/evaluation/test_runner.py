@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import CLIPImageProcessorPil, CLIPProcessor, SiglipModel
 from typer.testing import CliRunner
 
+from hub_cards.measurements import read_measurements
 from modeling_proclip import ProCLIPModel
 from tests.golden import load
 from tests.trainers.evaluation.stand_ins import ColorModel, ColorWorld
@@ -334,6 +335,24 @@ def test_a_killed_evaluation_goes_on_where_it_was(tmp_path):
     assert not list(texts_cache.glob("*.tmp"))
     assert CliRunner().invoke(app, command(model, tmp_path / "task.yaml", tmp_path / "whole")).exit_code == 0
     assert scores(tmp_path / "killed") == scores(tmp_path / "whole")
+
+
+def test_the_dtype_is_said(suite: Path, tmp_path):
+    """In the table, the results and the card's numbers: another dtype gives other scores."""
+    model = save(tiny_encoder("proclip"), tmp_path / "model")
+    for dtype, option in (
+        ("float32", []),
+        ("bfloat16", ["--model-dtype", "bfloat16", "--attn-implementation", "eager"]),
+    ):
+        result = CliRunner().invoke(app, command(model, suite, tmp_path / dtype, *option))
+        assert result.exit_code == 0, result.output
+        words = f"images in {dtype} and texts in {dtype}, on cpu"
+        assert f"model: {words}" in result.output
+        assert {measurement.precision for measurement in read_measurements(tmp_path / dtype)} == {words}
+    result = CliRunner().invoke(
+        app, command(model, suite, tmp_path / "x", "--attn-implementation", "flash_attention_2")
+    )
+    assert result.exit_code == 1 and "error: flash_attention_2 cannot be used" in result.output
 
 
 def test_your_own_pictures_and_captions(tmp_path):

@@ -6,9 +6,11 @@ from transformers import CLIPVisionModel
 
 from modeling_proclip import ProCLIPModel, ProCLIPProcessor
 from modeling_proclip.identity import weights_sha256
+from tests.modeling_proclip import tiny
 from tests.trainers.tiny_encoders import make_texts, tiny_clip, tiny_proclip
 from trainers.compute import onednn
 from trainers.data import encode_texts
+from trainers.text_store import encoding
 from trainers.text_store.encoding import encoder_fingerprint, load_encoder
 
 
@@ -28,6 +30,58 @@ def test_sorted_batches_equal_one_text_at_a_time():
         with torch.no_grad():
             alone = model.get_llm_embeds(**processor(text=[text], return_tensors="pt"))[0]
         torch.testing.assert_close(embedding, alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_packed_texts_equal_one_text_at_a_time(packed):
+    model, processor = tiny_proclip()
+    texts = [*make_texts(40), "", "   ", "one", "x" * 500]
+    alone, _ = gather(texts, model, processor, token_budget=1, packed=False)
+    embeddings, batches = gather(texts, model, processor, token_budget=300, packed=packed)
+    torch.testing.assert_close(embeddings, alone, atol=1e-5, rtol=1e-5)
+    assert len(batches) < len(texts)
+
+
+def test_texts_are_packed_on_a_gpu_and_padded_elsewhere(monkeypatch):
+    """And where a family cannot be packed."""
+    model, processor = tiny_proclip()
+    inputs = []
+    monkeypatch.setattr(model, "get_llm_embeds", lambda **given: inputs.append(given) or torch.zeros(1, 32))
+    for kind, reason, expected in (("cpu", None, False), ("cuda", None, True), ("cuda", "softcap", False)):
+        monkeypatch.setattr(encoding, "why_padded", lambda text_model, reason=reason: reason)
+        assert encoding._packs(model, torch.device(kind), None) is expected
+    list(encode_texts(["a fox"], model, processor))
+    assert "attention_mask" in inputs[0]
+    with pytest.raises(ValueError, match="the texts of this model cannot be packed: softcap"):
+        next(encode_texts(["a fox"], model, processor, packed=True))
+    clip, tokenizer = tiny_clip("clip")
+    assert not encoding._packs(clip, torch.device("cuda"), None)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_longrope_is_chosen_by_a_text_s_own_length(packed):
+    """Phi-3 has other frequencies beyond its first length, and takes them for all texts of a batch with a longer one."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [1.0 + 3 * i for i in range(4)]}
+    rope = {"rope_type": "longrope", "rope_theta": 100.0, "original_max_position_embeddings": 24, **factors}
+    model, processor = tiny_proclip(max_length=64)
+    torch.manual_seed(0)
+    sizes = {**tiny.TEXT, "head_dim": 8, "vocab_size": model.text_model.config.vocab_size}
+    model = tiny.model(
+        text_config={"model_type": "phi3", **sizes, "rope_parameters": rope, "original_max_position_embeddings": 24}
+    )
+    texts = ["a fox", *make_texts(20, longest=60)]
+    lengths = [len(ids) for ids in processor(text=texts, padding=False)["input_ids"]]
+    assert min(lengths) <= 24 < max(lengths)
+    alone, _ = gather(texts, model, processor, token_budget=1, packed=False)
+    embeddings, _ = gather(texts, model, processor, token_budget=100_000, packed=packed)
+    torch.testing.assert_close(embeddings, alone, atol=1e-5, rtol=1e-5)
+    rope["rope_type"] = "dynamic"
+    model.text_model.config.rope_parameters = rope
+    model.text_model.config.max_position_embeddings = 24
+    with pytest.raises(
+        ValueError, match="beyond 24 this LLM's positions .dynamic RoPE. depend on the texts before it"
+    ):
+        next(encode_texts(texts, model, processor))
 
 
 @pytest.mark.parametrize("family", ["clip", "siglip"])

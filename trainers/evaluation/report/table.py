@@ -6,6 +6,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from hub_cards.measurements import precision
+
 
 def print_results(
     results: dict[str, Any], baseline: dict[str, Any] | None = None, console: Console | None = None
@@ -18,6 +20,8 @@ def print_results(
     """
     console = console or Console(highlight=False)
     console.print(results_table(results, baseline))
+    for model in (results, *([] if baseline is None else [baseline])):
+        console.print(Text(f"{model['model']['name']}: {precision(model['protocol'])}", style="dim"))
     for task in results["tasks"]:
         for note in task["notes"]:
             console.print(Text(f"{task['name']}: {note}", style="dim"))

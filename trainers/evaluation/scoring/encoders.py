@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from PIL import Image
@@ -14,6 +14,7 @@ from transformers import AutoModel, AutoProcessor, BatchFeature
 import modeling_proclip  # noqa: F401  registers the classes
 from modeling_proclip import ProCLIPModel
 from modeling_proclip.identity import config_values, library_versions, own_weights_sha256, state_sha256
+from trainers.compute.dtypes import ModelDtype, loading_dtype
 from trainers.text_store.encoding import (
     PROVENANCE,
     EncodedBatch,
@@ -21,18 +22,12 @@ from trainers.text_store.encoding import (
     embeddings_of,
     encode_texts,
     encoder_fingerprint,
+    text_dtype,
 )
 
 
 # Raised when our own code decodes images or prepares them for the model in another way than the release before.
 DECODING_VERSION = 1
-
-DTYPES: dict[str, Any] = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "auto": "auto",  # as stored, which can be one for the image encoder and another for the LLM
-}
 
 
 class Encoder:
@@ -65,16 +60,29 @@ class Encoder:
         self._text = encoder_fingerprint(model, processor)
 
     @classmethod
-    def load(cls, name_or_path: str, device: str | torch.device = "cpu", dtype: str = "float32") -> "Encoder":
+    def load(
+        cls,
+        name_or_path: str,
+        device: str | torch.device = "cpu",
+        dtype: ModelDtype = "float32",
+        attn_implementation: str | None = None,
+    ) -> "Encoder":
         """Loads a model and its processor from a folder or from the Hub.
+
+        Args:
+            device: such as "cpu" or "cuda".
+            dtype: of the model; "stored": each part as its checkpoint has it, "auto": bfloat16 where the device multiplies it natively.
+            attn_implementation: such as "sdpa", "eager" or "flash_attention_2"; by default the library's choice.
 
         Raises:
             OSError: If nothing can be loaded from there.
-            ValueError: As the class.
+            ValueError: As the class, or if there is no such dtype.
+            ImportError: If the attention needs a package that is not installed.
         """
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-        model = AutoModel.from_pretrained(name_or_path, dtype=DTYPES[dtype])
+        if dtype not in get_args(ModelDtype):
+            raise ValueError(f"dtype must be one of {', '.join(get_args(ModelDtype))}, got {dtype!r}")
+        attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+        model = AutoModel.from_pretrained(name_or_path, **loading_dtype(dtype, device), **attention)
         processor = AutoProcessor.from_pretrained(name_or_path)
         path = Path(name_or_path)
         return cls(model.to(device), processor, path.resolve().name if path.exists() else name_or_path)
@@ -207,5 +215,4 @@ class Encoder:
         return {"dtype": str(self._dtypes()), "device": self.device.type}
 
     def _dtypes(self) -> dict[str, torch.dtype]:
-        text = self.model.text_model if isinstance(self.model, ProCLIPModel) else self.model
-        return {"image": self.dtype, "text": next(p.dtype for p in text.parameters() if p.is_floating_point())}
+        return {"image": self.dtype, "text": text_dtype(self.model)}

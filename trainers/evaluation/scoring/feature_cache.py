@@ -131,7 +131,7 @@ class ShardWriter:
         if len(bad):
             raise ValueError(
                 f"the embedding of {self.name_item(places[int(bad[0])])} is not finite: the model is broken, or its numbers do not fit "
-                "the dtype (try --dtype float32)"
+                "the dtype (try --model-dtype float32)"
             )
         self._places += places
         self._embeds.append(embeds)
