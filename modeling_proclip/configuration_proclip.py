@@ -73,7 +73,7 @@ class ProCLIPConfig(PreTrainedConfig):
             read as a mean of those that it is nearest to, which the adapter was trained on; a text that is near one is read as it is. 0 in
             the papers.
         adapter_anchor_temperature (`float`, defaults to 0.02): Of the softmax over the cosines that weighs the anchors in that mean.
-        adapter_anchor_threshold (`float`, defaults to 0.75):
+        adapter_anchor_threshold (`float`, defaults to 0.8):
             Cosine with the nearest anchor at which a text is read half as it is and half as that mean.
         adapter_output_bias (`bool`, defaults to `True`): Whether the adapter's last linear layer has a bias.
         adapter_layer_norm_eps (`float`, defaults to 1e-5): Epsilon of the adapter's layer norms.
@@ -119,7 +119,7 @@ class ProCLIPConfig(PreTrainedConfig):
     adapter_language_directions: int = 0
     adapter_num_anchors: int = 0
     adapter_anchor_temperature: int | float = 0.02
-    adapter_anchor_threshold: int | float = 0.75
+    adapter_anchor_threshold: int | float = 0.8
     adapter_output_bias: bool = True
     adapter_layer_norm_eps: float = 1e-5
     text_pooling: Literal["mean", "weighted_mean", "last_token", "eos_token", "bos_token"] = "mean"
