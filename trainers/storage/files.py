@@ -16,7 +16,7 @@ TEMPORARY_SUFFIX = ".tmp"
 def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
     """Writes `tensors` to `path` so that the file is there as a whole or not at all, also after a power cut.
 
-    `metadata` has one entry: safetensors orders several at random, and equal stores must have equal bytes.
+    `metadata` should have one entry: safetensors orders several at random, and equal contents should have equal bytes.
     """
     write_file(path, save(tensors, metadata=metadata))
 
@@ -29,7 +29,7 @@ def write_file(path: Path, data: bytes) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file to write, beside `path`, that becomes `path` as a whole when the block ends. Errors as of [`writing`]."""
+    """A new file to write, beside `path`, that replaces `path` as a whole when the block ends. Raises what [`writing`] raises."""
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
     with writing(temporary, path) as file:
         yield file

@@ -1,4 +1,4 @@
-"""The directory of a text store: its shards, its settings, and the locks that let several processes fill it at the same time."""
+"""The directory of a text store: its shards, its settings, and the locks by which several processes fill it at the same time."""
 
 import json
 import logging
@@ -71,7 +71,7 @@ def make_directory(path: Path) -> None:
     foreign = [
         entry.name for entry in path.iterdir() if entry.name != LOCKS and not entry.name.endswith(TEMPORARY_SUFFIX)
     ]
-    # After the listing: store.json is written before the first shard, so another process that starts a store here is no stranger.
+    # After the listing: store.json is written before the first shard, so the files of another process that starts a store here are not taken for foreign ones.
     if foreign and not (path / "store.json").exists():
         raise ValueError(
             f"{path} is no text store (no store.json) but holds other files such as {foreign[0]!r}: choose another directory"
@@ -85,14 +85,14 @@ def store_lock(path: Path, name: str = "store") -> FileLock:
 
 
 class Writer:
-    """One of `num_processes` that fill the store at `path`, as long as it holds its lock: see [`writer`]."""
+    """One of `num_processes` that fill the store at `path`. [`writer`] makes it and holds its lock."""
 
     def __init__(self, path: Path, process_index: int, num_processes: int):
         self.path = path
         self.name = f"writer-{process_index}-of-{num_processes}"
 
     def write_settings(self, dim: int, dtype: str, fingerprint: dict[str, Any]) -> dict[str, Any]:
-        """Writes the store.json of a new store, unless another writer was faster, or the format of an old one; returns what it says."""
+        """Writes store.json for a new store, unless another writer was faster, and raises the format of an old one. Returns its content."""
         with store_lock(self.path):
             settings = read_settings(self.path) or {"dim": dim, "dtype": dtype, "fingerprint": fingerprint}
             if settings.get("format") != FORMAT_VERSION:
@@ -115,7 +115,7 @@ class Writer:
             put_in_place(temporary, self.path / name)
 
     def wait_for_others(self) -> None:
-        """Returns when those that write the store now are done, or dead. For a writer that has given its own lock back."""
+        """Returns when the writers that are at work now have ended. Release the own lock before, or two writers would wait for each other."""
         with store_lock(self.path):
             others = self.others()
         for name in others:
@@ -123,19 +123,19 @@ class Writer:
                 pass
 
     def others(self) -> list[str]:
-        """The other writers that hold their locks now. For who holds the lock "store": a writer that starts meanwhile would be disturbed."""
+        """Names of the other writers at work. Hold the lock "store" while calling this, as it tries the locks of others."""
         names = [file.name for file in (self.path / LOCKS).iterdir() if _WRITER.fullmatch(file.name)]
         return [name for name in sorted(names) if name != self.name and not _is_free(self.path, name)]
 
 
 @contextmanager
 def writer(path: Path, process_index: int, num_processes: int) -> Iterator[Writer]:
-    """The right to write part `process_index` of `num_processes` of the store at `path`; where another process has it, says so and waits.
+    """A writer for part `process_index` of `num_processes` of the store at `path`. Waits, and says so, while another process writes that part.
 
-    The operating system takes it back, however the process ends. What a killed writer left half-written is deleted.
+    The operating system releases its lock however the process ends. Half-written files of killed writers are deleted.
 
     Raises:
-        ValueError: If processes write that divide the texts into another number of parts, and so might embed the same ones.
+        ValueError: If other processes divide the texts into another number of parts: they might embed the same ones.
     """
     this = Writer(path, process_index, num_processes)
     with ExitStack() as held:
@@ -161,7 +161,7 @@ def writer(path: Path, process_index: int, num_processes: int) -> Iterator[Write
                     break
             logger.warning("another process is writing the text store %s as %s: waiting for it", path, this.name)
             with own:
-                pass  # free again; the others are to be looked at once more before it is taken
+                pass  # free again: check the others once more before taking it
         yield this
 
 

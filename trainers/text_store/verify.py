@@ -56,8 +56,8 @@ def verify_store(
     progress: bool = True,
 ) -> Verification:
     """
-    Reads all of the store at `path` and compares: each shard's embeddings and keys with their checksums, the embeddings with what a
-    number can be, the keys with each other (no text twice) and with the index. It changes nothing, except that an index is made where there is none.
+    Reads all of the store at `path` and checks that embeddings and keys are those that were written, that every number is finite, that no text
+    is there twice, and that the index has the place of each key. It changes nothing, except that a missing index is made.
 
     Args:
         path: the store's directory.
