@@ -20,7 +20,7 @@ TEXTS = "row_texts"  # key of a batch: the caption of each row, for messages
 
 class WithTexts:
     """
-    What `collator` makes of rows, and their captions under [`TEXTS`], so that an error can name them.
+    Batches of `collator`, with the captions of their rows under [`TEXTS`], so that an error can name them.
 
     Args:
         collator: collator of the batches.
@@ -31,8 +31,9 @@ class WithTexts:
         self.collator, self.column = collator, column
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        batch = self.collator(rows)  # which says what is wrong with a row
         texts = [row[self.column] for row in rows]
-        return {**self.collator(rows), TEXTS: [text if isinstance(text, str) else text[0] for text in texts]}
+        return {**batch, TEXTS: [text if isinstance(text, str) else text[0] for text in texts]}
 
 
 def all_finite(loss: torch.Tensor, gradients: Sequence[torch.Tensor]) -> bool:

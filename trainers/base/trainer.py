@@ -1,4 +1,4 @@
-"""What every stage's trainer does around its loss: complete checkpoints, exact resuming, streams, publishing, and no number that is none."""
+"""What every stage's trainer does around its loss: a check for NaN and infinity, checkpoints, exact resuming, streams and publishing."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,7 +28,7 @@ class StageTrainer(Trainer):
     A Trainer that
 
     - stops at the first loss or gradient that is NaN or infinite, and saves no such weights (gradients that overflow because of float16's
-      loss scale are skipped by the scaler, as ever);
+      loss scale are skipped by the scaler, as usual);
     - resumes from checkpoints that are complete and unchanged, see [`trainers.base.checkpoints`], to the bits of a run that was not
       interrupted; a finished run makes no further step;
     - takes a [`PairStream`] as `train_dataset`, for which `max_steps` says how long to train;
@@ -284,10 +284,13 @@ class _Hooks(TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         accelerator = self.trainer.accelerator
-        if accelerator.optimizer_step_was_skipped and accelerator.scaler.get_scale() < MIN_LOSS_SCALE:
+        scale = (
+            accelerator.scaler.get_scale() if accelerator.optimizer_step_was_skipped and accelerator.scaler else 1.0
+        )
+        if scale < MIN_LOSS_SCALE:
             raise ValueError(
-                f"step {state.global_step + 1}: float16's gradients overflow at any loss scale (it is {accelerator.scaler.get_scale():.1e} now): "
-                "train with bf16=True, or in float32."
+                f"step {state.global_step + 1}: float16's gradients overflow at any loss scale (it is {scale:.1e} now): train with bf16=True, "
+                "or in float32."
             )
         self.trainer.after_optimizer_step()
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from modeling_proclip.attention_proof import check_bidirectional
 from modeling_proclip.finite_weights import check_finite
 from modeling_proclip.prompt_template import NO_TEMPLATE, templated_tokenizer
+from trainers.base.config import Refused
 from trainers.base.trainer import StageTrainer
 from trainers.data.captions import DrawnCaptions
 from trainers.data.epochs import SetEpoch
@@ -51,6 +52,14 @@ class MaskedNextTokenConfig(LoraTrainingArguments):
 
     mask_probability: float = 0.2
     masking: str = "bert"
+
+    refused = Refused(
+        LoraTrainingArguments.refused,
+        load_best_model_at_end=(
+            (False,),
+            "Trainer does not find the LoRA in the model: load the best checkpoint yourself",
+        ),
+    )
 
     def __post_init__(self):
         super().__post_init__()

@@ -223,13 +223,15 @@ class CaptionContrastiveTrainer(StageTrainer):
             if part is not None:
                 embeds[number::ranks] = part
         first, second = embeds.unbind(1)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in caption_retrieval(first, second).items()}
         size = self.args.eval_batch_size
         losses = [
             caption_contrastive_loss(a, b, scale=self.args.loss_scale) * len(a)
             for a, b in zip(first.split(size), second.split(size), strict=True)
         ]
-        metrics[f"{metric_key_prefix}_loss"] = float(sum(losses)) / len(texts)
+        loss = torch.stack(losses).sum() / len(texts)
+        self.check_evaluated(loss, self.model, {"embeddings": embeds}, [pair[0] for pair in texts])
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in caption_retrieval(first, second).items()}
+        metrics[f"{metric_key_prefix}_loss"] = loss.item()
         metrics.update(speed_metrics(metric_key_prefix, start, len(texts)))
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

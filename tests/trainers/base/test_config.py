@@ -31,6 +31,11 @@ REFUSED = [
     ({"per_device_eval_batch_size": 1}, COMPARING, "per_device_eval_batch_size=1 .* is 0 for a batch of one"),
     ({"use_liger_kernel": True}, ALIGNMENT, "use_liger_kernel=True: it has no kernels"),
     ({"neftune_noise_alpha": 5.0}, ALIGNMENT, "neftune_noise_alpha=5.0: .*looked up"),
+    (
+        {"load_best_model_at_end": True, "eval_strategy": "epoch", "save_strategy": "epoch"},
+        ALL[1:2],
+        "does not find the LoRA",
+    ),
     ({"train_sampling_strategy": "group_by_length"}, ALIGNMENT, "rows have no token lengths; leave it 'random'"),
     ({"include_num_input_tokens_seen": True}, COMPARING, "include_num_input_tokens_seen='all'"),
     (

@@ -12,6 +12,7 @@ from tests.trainers.base.test_distributed import run_on_ranks
 from tests.trainers.tiny_training import (
     CAPTIONS,
     LLM_DIM,
+    TEXT_STORE,
     TinyStore,
     copy_state,
     inheritance_trainer,
@@ -20,8 +21,9 @@ from tests.trainers.tiny_training import (
     tuning_trainer,
 )
 from trainers import MaskedNextTokenConfig, MaskedNextTokenTrainer
+from trainers.alignment.collators import ContrastiveTuningCollator
 from trainers.base.checkpoints import list_checkpoints
-from trainers.base.finite import all_finite
+from trainers.base.finite import WithTexts, all_finite
 
 
 SAVED = {"save_strategy": "steps", "save_steps": 1}
@@ -137,6 +139,28 @@ def test_evaluation_names_the_row(tmp_path):
     rows = [{"text": text} for text in CAPTIONS[:6]]
     with pytest.raises(ValueError, match=r"llm_embeds holds NaN or infinity in row 5 \('caption 5'\)"):
         inheritance_trainer(tmp_path, text_store=broken_store(), eval_dataset=rows).evaluate()
+
+
+def test_stage_0s_evaluation_names_the_row(tmp_path):
+    trainer = tiny_llm.trainer(tmp_path)
+    embed = trainer.embed_texts
+
+    def overflowing(texts):
+        embeds = embed(texts)
+        embeds[texts.index(tiny_llm.ROWS[3]["text"][1])] = float("inf")
+        return embeds
+
+    trainer.embed_texts = overflowing
+    with pytest.raises(
+        ValueError, match="evaluation after step 0: the loss is nan; embeddings .* in row 3 .'a red owl"
+    ):
+        trainer.evaluate(tiny_llm.ROWS[:6])
+
+
+def test_a_row_without_a_caption_is_named_before_its_text_is_kept():
+    collate = WithTexts(ContrastiveTuningCollator(TEXT_STORE), "text")
+    with pytest.raises(ValueError, match='row 0 of the batch has no column "text"'):
+        collate([{"pixel_values": torch.zeros(3, 8, 8)}])
 
 
 def on_rank(rank: int, world_size: int) -> dict:
