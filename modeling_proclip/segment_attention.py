@@ -18,6 +18,7 @@ SEGMENT_ATTENTION = "proclip_segments"  # its name among Transformers' attention
 _VARLEN_OPTIONS = () if varlen_attn is None else inspect.signature(varlen_attn).parameters
 # Torch 2.10 has the kernel without them, and Gemma needs a scale of its own, Mistral a window.
 HAS_VARLEN = {"scale", "window_size"} <= set(_VARLEN_OPTIONS)
+_KERNEL_DEVICES = ("cuda",)
 # What some families add to their attention and this one has not.
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 
@@ -55,7 +56,7 @@ def segment_attention(
         raise ValueError("segment attention is for packed texts: cu_seq_lens_q and max_length_q are missing.")
     if extra := [name for name in _UNSUPPORTED if kwargs.get(name) is not None]:
         raise ValueError(f"its attention has {extra[0]!r}")
-    if query.is_cuda and not dropout:
+    if query.device.type in _KERNEL_DEVICES and not dropout:
         return _varlen_attention(query, key, value, scaling, sliding_window, cu_seq_lens_q, max_length_q)[None], None
     bounds = cu_seq_lens_q.tolist()
     outputs = [

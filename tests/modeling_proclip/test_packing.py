@@ -108,6 +108,22 @@ def test_what_a_packed_row_costs():
     assert not names & {"aten::item", "aten::_local_scalar_dense", "aten::repeat", "aten::repeat_interleave"}
 
 
+@pytest.mark.skipif(not segment_attention.HAS_VARLEN, reason="this torch has no variable-length kernel")
+@pytest.mark.parametrize("pooling", POOLINGS)
+@torch.no_grad()
+def test_what_a_packed_row_costs_on_a_gpu(pooling, monkeypatch):
+    """One kernel a layer, and nothing that the host would have to wait for: on the meta device, whose tensors have no values to fetch."""
+    monkeypatch.setattr(segment_attention, "_KERNEL_DEVICES", ("cuda", "meta"))
+    model = model_of("mistral with a window", pooling).to("meta")
+    packed = {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in pack_rows(rows()).items()}
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        embeds = model.get_llm_embeds(**packed)
+    assert embeds.shape == (len(LENGTHS), tiny.TEXT["hidden_size"])
+    names = [event.name for event in profiler.events()]
+    assert names.count("torch_attn::_varlen_attn") == model.config.text_config.num_hidden_layers
+    assert not {"aten::repeat", "aten::masked_fill", "aten::scaled_dot_product_attention"} & set(names)
+
+
 @torch.no_grad()
 def test_all_that_the_features_and_the_model_give():
     """Packed texts are inputs like others: of the projected features, and of the whole model."""
