@@ -91,9 +91,9 @@ def explain(
     elif gradients and torch.isfinite(loss):
         facts.append("its norm is larger than float32 holds")
     remedy = (
-        "look at these rows" if bad_rows else "lower learning_rate, or look at the model that training started from"
+        "Look at these rows" if bad_rows else "Lower learning_rate, or look at the model that training started from"
     )
-    return f"{'; '.join(facts)}. Training stopped before the weights changed: {remedy}."
+    return f"{'; '.join(facts)}. {remedy}."
 
 
 def _norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:

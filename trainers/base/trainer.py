@@ -119,7 +119,8 @@ class StageTrainer(Trainer):
         # float16's gradients are scaled, and infinite now and then: the scaler skips such a step.
         gradients = [] if accumulated or self.accelerator.scaler is not None else gradients_of(model)
         if not all_finite(loss, gradients):
-            raise ValueError(self._why_not_finite(f"step {self.state.global_step + 1}", loss, model, inputs, texts))
+            why = self._why_not_finite(f"step {self.state.global_step + 1}", loss, model, inputs, texts)
+            raise ValueError(f"{why} The weights are still those before this step.")
         return loss
 
     def check_evaluated(self, loss: torch.Tensor, model: nn.Module, batch: Mapping[str, Any], texts: Any) -> None:

@@ -69,7 +69,7 @@ CASES = {
     ),
     "stage 2's learning rate": (
         lambda f: tuning_trainer(f, learning_rate=1e6, num_train_epochs=2, **SAVED),
-        r"step 2: the loss is nan; the batch of process 0 is row 0 \('.*the gradient is not finite in logit_scale, .*lower learning_rate",
+        r"step 2: the loss is nan; the batch of process 0 is row 0 \('.*the gradient is not finite in logit_scale, .*Lower learning_rate",
     ),
     "stage 2's, cached": (
         lambda f: tuning_trainer(f, learning_rate=1e6, gradient_caching_batch_size=2, **SAVED),
@@ -152,7 +152,8 @@ def test_stage_0s_evaluation_names_the_row(tmp_path):
 
     trainer.embed_texts = overflowing
     with pytest.raises(
-        ValueError, match="evaluation after step 0: the loss is nan; embeddings .* in row 3 .'a red owl"
+        ValueError,
+        match="evaluation after step 0: the loss is nan; embeddings .* in row 3 .'a red fox.. of process 0's batch. Look at these rows.$",
     ):
         trainer.evaluate(tiny_llm.ROWS[:6])
 
