@@ -7,6 +7,7 @@ error and exit code 1; `--traceback` shows where it came from. Control-C ends in
 """
 
 import os
+import warnings
 from typing import Annotated, Any
 
 import typer
@@ -23,12 +24,20 @@ from trainers.commands.train import train
 from trainers.storage.versions import installed_versions
 
 
-# Threads that wait for each other sleep instead of spinning, unless told otherwise: with another program on one of two cores, a training
-# step took a quarter to a tenth of the time. OpenMP reads this when torch is imported, which the commands do later.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-os.environ.setdefault(
-    "LANCEDB_LOG", "error"
-)  # of the database of `proclip index`, which warns of every table that it makes
+# Variables that libraries read when they are imported, which the commands do later. What the user has set is left as it is.
+ENVIRONMENT = {
+    # Threads that wait for each other sleep instead of spinning: with another program on one of two cores, a training step took a quarter to
+    # a tenth of the time.
+    "OMP_WAIT_POLICY": "passive",
+}
+# Progress is shown by `trainers.display` and mistakes are errors; bars, logs and warnings of the libraries would bury both.
+QUIET_ENVIRONMENT = {
+    "TQDM_DISABLE": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DATASETS_VERBOSITY": "error",
+    "HF_HUB_VERBOSITY": "error",
+    "LANCEDB_LOG": "error",
+}
 
 # What the library raises for input that it refuses: a wrong value, a missing file or model, an extra that is not installed.
 INPUT_ERRORS = (ValueError, OSError, ImportError)
@@ -92,6 +101,14 @@ app = typer.Typer(
 )
 
 
+def _set_environment(verbose: bool) -> None:
+    """The only place that changes variables of the process: where the command line starts."""
+    for name, value in {**ENVIRONMENT, **({} if verbose else QUIET_ENVIRONMENT)}.items():
+        os.environ.setdefault(name, value)
+    if not verbose:
+        warnings.simplefilter("ignore")
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         typer.echo(describe_versions())
@@ -103,6 +120,9 @@ def main(
     traceback: Annotated[
         bool, typer.Option("--traceback", envvar="PROCLIP_TRACEBACK", help="Show the full traceback of an error.")
     ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Show the bars, logs and warnings of the libraries that are used.")
+    ] = False,
     show_version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the versions and exit.")
     ] = False,
@@ -111,6 +131,7 @@ def main(
 
     `proclip COMMAND --help` says what a command reads, writes and costs.
     """
+    _set_environment(verbose)
 
 
 for command in (quickstart, index, search, embed, train, evaluate, convert, publish):

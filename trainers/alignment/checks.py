@@ -9,7 +9,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
-from tqdm.auto import tqdm
 
 from modeling_proclip import ProCLIPModel
 from trainers.data import TextEmbeddingStore
@@ -17,6 +16,7 @@ from trainers.data.captions import DrawnCaptions, captions_of
 from trainers.data.languages import BalancedLanguages
 from trainers.data.pair_rows import PairRows
 from trainers.data.pair_stream import PairStream
+from trainers.display.progress import Progress
 from trainers.text_store.keys import text_keys
 
 
@@ -102,13 +102,12 @@ def check_texts(name: str, store: Any, dataset: Any, reader: str = "text") -> No
     if captions is None or not isinstance(store, TextEmbeddingStore):
         return
     missing: dict[str, None] = {}
-    progress = tqdm(total=len(dataset), desc=f"captions in the {name}", unit=" rows", delay=5, leave=False)
-    for rows in iter(lambda: list(islice(captions, _ROWS_AT_A_TIME)), []):
-        texts = [caption for of_row in rows for caption in of_row]
-        found = store.find(text_keys(texts)) >= 0
-        missing |= dict.fromkeys(text for text, there in zip(texts, found, strict=True) if not there)
-        progress.update(len(rows))
-    progress.close()
+    with Progress(f"looking captions up in the {name}", len(dataset), "rows") as progress:
+        for rows in iter(lambda: list(islice(captions, _ROWS_AT_A_TIME)), []):
+            texts = [caption for of_row in rows for caption in of_row]
+            found = store.find(text_keys(texts)) >= 0
+            missing |= dict.fromkeys(text for text, there in zip(texts, found, strict=True) if not there)
+            progress.advance(len(rows))
     if missing:
         raise KeyError(f"{name}: {store.missing_message(list(missing))}")
 

@@ -5,8 +5,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
+from trainers.display.progress import track
 from trainers.text_store.token_batches import TokenRow
 
 from .batches import micro_batches
@@ -70,7 +70,7 @@ class FrozenLayerStates:
         positions = iter(order.tolist())
         was_training = self.text_model.training
         self.text_model.eval()
-        for batch in tqdm(batches, desc="Frozen layers", unit="batch", disable=len(batches) < 10):
+        for batch in track(batches, "computing the frozen layers", "batches"):
             states = self._lower(batch["input_ids"].to(device), batch["attention_mask"].to(device)).cpu()
             for row, mask in zip(states, batch["attention_mask"].bool(), strict=True):
                 key = keys[next(positions)]

@@ -74,11 +74,12 @@ def _print_plan(curriculum: "Curriculum") -> None:
         typer.echo(
             "* the batch goes through a device in parts of so many rows, by gradient caching, with the exact gradient"
         )
+    finished = all(plan.state == "finished" for plan in stages)
     for store in plan_stores(curriculum):
-        size = "?" if store.num_bytes is None else f"{store.num_bytes / 1e9:,.3g} GB"
+        size = "?" if store.num_bytes is None else _bytes(store.num_bytes)
+        texts = f"{store.stored:,}" if finished else f"{store.stored:,} of about {number(store.texts)}"
         typer.echo(
-            f"text store {store.name}: {store.stored:,} of about {number(store.texts)} texts, {number(store.dim)} x {store.dtype} each, "
-            f"{size}: {store.path}"
+            f"text store {store.name}: {texts} texts, {number(store.dim)} x {store.dtype} each, {size}: {store.path}"
         )
     typer.echo(
         f"computes in {curriculum.precision} on {curriculum.processes.device}; results go to {curriculum.output_dir}"
@@ -88,3 +89,7 @@ def _print_plan(curriculum: "Curriculum") -> None:
         if held_out:
             numbers = ", ".join(f"{key.removeprefix('eval_')} {value:.4f}" for key, value in held_out.items())
             typer.echo(f"{plan.name}, held out: {numbers}")
+
+
+def _bytes(number: int) -> str:
+    return f"{number / 1e9:,.3g} GB" if number >= 1e9 else f"{number / 1e6:,.3g} MB"

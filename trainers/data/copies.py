@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import datasets
 import pyarrow
 from filelock import FileLock
-from tqdm.auto import tqdm
 
+from trainers.display.progress import track
 from trainers.storage.digests import file_digest
 from trainers.storage.files import replacing
 
@@ -88,7 +88,7 @@ def _copy(shards: Sequence[Shard], columns: list[str], features: datasets.Featur
 
 def _write(path: Path, shards: Sequence[Shard], columns: list[str], features: datasets.Features) -> None:
     schema = features.arrow_schema
-    rows = tqdm(read_rows(shards, columns), desc=f"copying {shards[0].name}", unit=" rows", delay=5, leave=False)
+    rows = track(read_rows(shards, columns), f"copying {shards[0].name}", "rows")
     with replacing(path) as file, pyarrow.ipc.new_stream(file, schema) as writer:
         for batch in _batches(iter(rows)):
             arrays = [

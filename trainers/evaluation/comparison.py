@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
 
+from trainers.display.progress import track
 from trainers.evaluation.report.examples import Retrieved, retrieval_examples
 from trainers.evaluation.scoring.cka import cka_by_layer
 from trainers.evaluation.scoring.embedding import decode
@@ -28,7 +28,7 @@ def score_cka(task: Task, encoder: Encoder, baseline: Encoder, batch_size: int, 
     rows = range(len(task.data.rows))
 
     def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for start in tqdm(range(0, len(rows), batch_size), desc=f"{task.manifest.name}: CKA", disable=not progress):
+        for start in track(range(0, len(rows), batch_size), f"{task.manifest.name}: CKA", "batches", shown=progress):
             pictures = [decode(task, column, row) for row in rows[start : start + batch_size]]
             yield _pixels(encoder, pictures), _pixels(baseline, pictures)
 

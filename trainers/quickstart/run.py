@@ -3,7 +3,6 @@
 import copy
 import functools
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from filelock import FileLock, Timeout
 from rich.console import Console
-from transformers import AutoTokenizer, CLIPModel, CLIPProcessor, ProgressCallback, Trainer, set_seed
+from transformers import AutoTokenizer, CLIPModel, CLIPProcessor, Trainer, set_seed
 
 from hub_cards import quickstart_card
 from modeling_proclip import ProCLIPModel, ProCLIPProcessor
@@ -25,6 +23,7 @@ from trainers.alignment.input_statistics import fit_input_statistics, set_anchor
 from trainers.compute.dtypes import native_dtype
 from trainers.contrastive_tuning.config import ContrastiveTuningConfig
 from trainers.contrastive_tuning.trainer import ContrastiveTuningTrainer
+from trainers.display.training import training_table
 from trainers.inheritance.config import RepresentationInheritanceConfig
 from trainers.inheritance.trainer import RepresentationInheritanceTrainer
 from trainers.openmoji.images import LANGUAGES
@@ -79,14 +78,6 @@ def quickstart(output_dir: Path, size: str = "full", seed: int = 0, llm: str = "
         ) from error
 
 
-class _Bar(ProgressCallback):
-    """The Trainer's progress bar, with the loss beside it in place of a line for every log."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero and self.training_bar is not None and "loss" in (logs or {}):
-            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.4f}")
-
-
 class Quickstart:
     """
     One run; `run` reads top to bottom. Arguments as for [`quickstart`].
@@ -103,10 +94,6 @@ class Quickstart:
         self.console = Console(highlight=False)
         self.seconds: dict[str, float] = {}
         self.curves: dict[str, list[tuple[int, float]]] = {}
-        # The library's own lines would bury the few that a newcomer wants to read.
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
     @contextmanager
     def step(self, key: str, title: str) -> Iterator[None]:
@@ -214,6 +201,8 @@ class Quickstart:
             set_anchors(self.pair, self.text_store, self.task.inheritance_texts)
         elif self.pair.config.adapter_input_norm == "standardize":
             self.pair.text_adapter.set_input_statistics(*self.text_store.statistics())
+        # Trainers compare it with the store's.
+        self.pair.config.text_model_sha256 = self.text_store.fingerprint["weights_sha256"]
         # From here on the LLM is not needed: what trains and scores reads its embeddings from the store.
         self.llm, self.pair.text_model = self.pair.text_model, None
 
@@ -229,7 +218,6 @@ class Quickstart:
             "logging_steps": max(1, steps // 60),
             "save_strategy": "no",
             "report_to": "none",
-            "disable_tqdm": False,  # by default the library's verbosity decides, and without bars every log is printed
             "use_cpu": True,
             "bf16": native_dtype() == torch.bfloat16,
             "seed": self.seed,
@@ -253,9 +241,8 @@ class Quickstart:
         return self.train(trainer, title)
 
     def train(self, trainer: Trainer, title: str) -> ProCLIPModel:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(_Bar)
-        trainer.train()
+        with training_table(trainer):
+            trainer.train()
         self.curves[title] = [(log["step"], float(log["loss"])) for log in trainer.state.log_history if "loss" in log]
         return trainer.model
 

@@ -34,13 +34,14 @@ from modeling_proclip import ProCLIPConfig, ProCLIPModel, ProCLIPProcessor
 from trainers.caption_contrastive.trainer import CaptionContrastiveTrainer
 from trainers.contrastive_tuning.trainer import ContrastiveTuningTrainer
 from trainers.data.pairs import iter_texts, open_pairs
+from trainers.display.training import training_table
 from trainers.inheritance.trainer import RepresentationInheritanceTrainer
 from trainers.storage.files import write_file
 from trainers.storage.versions import installed_versions
 from trainers.text_store.store import TextEmbeddingStore
 
 from .files import RecipeError
-from .inputs import Json, describe_data, find_commits, with_commits
+from .inputs import Json, describe_data, find_commits, hash_together, with_commits
 from .progress import COMMITS, PREPARATION, STAGE_0, RecipeProgress
 
 
@@ -81,7 +82,7 @@ class Curriculum(RecipeProgress):
             self._on_main(self._find_commits)
             self.recipe = with_commits(self.as_written, self.commits())
             self.check_recipe()
-            self.hashes.read(self.files())
+            hash_together(self.files(), self.processes)
             for step in (PREPARATION, *self.recipe.stages):
                 self.state_of(step)
             if stage is not None:
@@ -120,6 +121,7 @@ class Curriculum(RecipeProgress):
         finished = self.state_of(PREPARATION) == "finished"
         if finished and self._record(PREPARATION, "complete.json").get("stores", stores) == stores:
             return
+        self._say("preparation: embedding the captions, pairing the encoders")
         settings = self.recipe.model
         if not finished:
             self._on_main(lambda: self._begin(PREPARATION))
@@ -157,7 +159,7 @@ class Curriculum(RecipeProgress):
         return {
             "llm": stores.llm.path,
             "teacher": stores.teacher.path,
-            "data.eval": None if held_out is None else describe_data(held_out, self.hashes, images=False),
+            "data.eval": None if held_out is None else describe_data(held_out, images=False),
         }
 
     def _llm(self) -> tuple[str, str]:
@@ -215,7 +217,7 @@ class Curriculum(RecipeProgress):
         self._on_main(lambda: self._begin(STAGE_0))
         started = time.perf_counter()
         trainer = self._stage_0_trainer()
-        trainer.train(resume_from_checkpoint=self.checkpoint_of(STAGE_0) is not None)
+        self._train(STAGE_0, trainer)
         adapter = _partial(folder / "adapter")
         self._on_main(lambda: shutil.rmtree(adapter, ignore_errors=True))
         trainer.save_model(str(adapter))
@@ -267,7 +269,7 @@ class Curriculum(RecipeProgress):
             trainer = self._trainer(stage, model, processor)
         except KeyError as error:  # a caption that a text store of the recipe's own does not hold
             raise RecipeError(f"stages.{stage}: {error.args[0]}") from error
-        trainer.train(resume_from_checkpoint=self.checkpoint_of(stage) is not None)
+        self._train(stage, trainer)
         partial = _partial(folder / "model")
         self._on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
         trainer.save_model(str(partial))  # of all processes: under FSDP each holds a part
@@ -354,6 +356,18 @@ class Curriculum(RecipeProgress):
         write_file(self.output_dir / name, (json.dumps(content, indent=1) + "\n").encode())
 
     # Processes
+
+    def _say(self, line: str) -> None:
+        """What is begun, for whoever watches."""
+        if self.processes.is_main_process:
+            print(line, flush=True)
+
+    def _train(self, stage: str, trainer: Trainer) -> None:
+        checkpoint, rows = self.checkpoint_of(stage), self.recipe.stages[stage].global_batch_size
+        going_on = "" if checkpoint is None else f", from {Path(checkpoint).name} on"
+        self._say(f"{stage}: training on batches of {rows:,} rows{going_on}")
+        with training_table(trainer):
+            trainer.train(resume_from_checkpoint=checkpoint)
 
     def _on_main(self, work: Any) -> None:
         """Do `work` on the main process, while the others wait."""

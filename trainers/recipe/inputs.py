@@ -24,6 +24,7 @@ from huggingface_hub import snapshot_download
 from trainers.data.pair_source import PairSource
 from trainers.data.pair_sources import open_rows
 from trainers.data.tables import kind_of
+from trainers.display.progress import Progress
 from trainers.storage import digests
 from trainers.storage.digests import file_digest
 
@@ -41,29 +42,18 @@ SOURCES = ("train", "texts", "captions", "plain_texts", "eval")
 MODELS = ("vision", "text", "teacher", "image_processor")
 
 
-class FileHashes:
-    """
-    SHA-256 of files, each read once as long as it stays the same, see [`file_digest`]. Nothing is kept from one run of the program to the next.
-
-    Args:
-        processes: that share the reading.
-    """
-
-    def __init__(self, processes: PartialState):
-        self.processes = processes
-
-    def read(self, paths: Iterable[Path]) -> None:
-        """Hash `paths`, which all processes name, each its share of them."""
-        count = self.processes.num_processes
-        mine = list(dict.fromkeys(paths))[self.processes.process_index :: count]
-        with ThreadPoolExecutor(min(_MOST_THREADS, max(1, (os.cpu_count() or 1) // count))) as threads:
-            list(threads.map(file_digest, mine))
-        for known in gather_object([digests.known]):
-            digests.known.update(known)
-
-    def of(self, path: Path) -> str:
-        """The SHA-256 of a file."""
-        return file_digest(path)
+def hash_together(paths: Iterable[Path], processes: PartialState) -> None:
+    """Hash the files `paths`, which all `processes` name, each its share of them: [`file_digest`] knows them afterwards."""
+    count = processes.num_processes
+    mine = list(dict.fromkeys(paths))[processes.process_index :: count]
+    megabytes = [path.stat().st_size / 1e6 for path in mine]
+    progress = Progress("checking data and models", sum(megabytes), "MB", shown=processes.is_main_process)
+    threads = ThreadPoolExecutor(min(_MOST_THREADS, max(1, (os.cpu_count() or 1) // count)))
+    with progress, threads:
+        for size, _ in zip(megabytes, threads.map(file_digest, mine)):
+            progress.advance(size)
+    for known in gather_object([digests.known]):
+        digests.known.update(known)
 
 
 def is_local(source: PairSource) -> bool:
@@ -102,7 +92,7 @@ def _named_images(source: PairSource) -> list[Path]:
     return list(named)
 
 
-def describe_data(source: PairSource, hashes: FileHashes, *, images: bool) -> Json:
+def describe_data(source: PairSource, *, images: bool) -> Json:
     """The contents of `source`: of files their number, bytes and joint hash; of a dataset on the Hub its commit."""
     if not is_local(source):
         return {"commit": source.revision}
@@ -110,7 +100,7 @@ def describe_data(source: PairSource, hashes: FileHashes, *, images: bool) -> Js
     files = data_files(source, images=images)
     for file in files:
         digest.update(
-            f"{os.path.relpath(file, source.source)}\0{hashes.of(file)}\n".encode("utf-8", "surrogateescape")
+            f"{os.path.relpath(file, source.source)}\0{file_digest(file)}\n".encode("utf-8", "surrogateescape")
         )
         num_bytes += file.stat().st_size
     return {"files": len(files), "bytes": num_bytes, "sha256": digest.hexdigest()}
@@ -123,12 +113,12 @@ def model_files(folder: Path) -> list[Path]:
     )
 
 
-def describe_model(name_or_path: str | Path, revision: str | None, hashes: FileHashes) -> Json:
+def describe_model(name_or_path: str | Path, revision: str | None) -> Json:
     """The hashes of a model's files by name; of a model on the Hub its commit."""
     folder = Path(name_or_path)
     if not folder.is_dir():
         return {"commit": revision}
-    return {file.name: hashes.of(file) for file in model_files(folder)}
+    return {file.name: file_digest(file) for file in model_files(folder)}
 
 
 # Names on the Hub

@@ -16,7 +16,6 @@ from trainers.text_store.store import TextEmbeddingStore
 
 from .files import RecipeError
 from .inputs import (
-    FileHashes,
     Json,
     changes_of,
     data_files,
@@ -84,7 +83,6 @@ class RecipeProgress:
         self.as_written = recipe
         self.recipe = with_commits(recipe, self.commits())
         self.processes = PartialState(cpu=not torch.accelerator.is_available())
-        self.hashes = FileHashes(self.processes)
         self.precision = _precision(recipe.precision)
         if recipe.data.eval is not None and recipe.data.eval.streaming:
             raise RecipeError("data.eval.streaming: held-out rows are read by number; leave it false")
@@ -155,9 +153,9 @@ class RecipeProgress:
         found: Json = {}
         for field in self._data_of(step):
             source = getattr(self.recipe.data, field)
-            found[f"data.{field}"] = describe_data(source, self.hashes, images=_reads_images(step))
+            found[f"data.{field}"] = describe_data(source, images=_reads_images(step))
         for part in self._models_of(step):
-            found[f"model.{part}"] = describe_model(*self.recipe.model.place_of(part), self.hashes)
+            found[f"model.{part}"] = describe_model(*self.recipe.model.place_of(part))
         before = self.step_before(step)
         if before is not None:
             found[f"{before}/model"] = self.result_of(before)
@@ -168,7 +166,7 @@ class RecipeProgress:
     def result_of(self, step: str) -> Json:
         """The hashes of the model that `step` wrote, by file; empty if there is none."""
         folder = self.output_dir / step / "model"
-        return describe_model(folder, None, self.hashes) if folder.is_dir() else {}
+        return describe_model(folder, None) if folder.is_dir() else {}
 
     def files(self) -> list[Path]:
         """All files of this machine that [`~RecipeProgress.inputs_of`] and [`~RecipeProgress.result_of`] hash."""

@@ -10,9 +10,9 @@ from typing import Any
 from lancedb.index import FTS, IvfSq
 from PIL import Image
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from modeling_proclip.images import BrokenImage, decode_image
+from trainers.display.progress import Progress
 from trainers.evaluation.scoring.encoders import Encoder
 
 from .folder import Folder, ImageFile
@@ -121,10 +121,10 @@ class _Update:
             elif unreadable.get(file.path) == file.signature:
                 continue
             waiting.append(file)
-        with tqdm(desc="images", total=len(waiting), unit=" images", disable=not progress or not waiting) as bar:
+        with Progress("embedding images", len(waiting), "images", shown=progress) as bar:
             for step in self._read(waiting):
                 self._write(step)
-                bar.update(len(step))
+                bar.advance(len(step))
         # After what has moved was copied from them.
         gone = [path for path in images if path not in present]
         self.index.remove(self.index.images, gone)

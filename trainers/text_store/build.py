@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
+
+from trainers.display.progress import Progress
 
 from .encoding import encode_texts, shorten
 from .fingerprint import check_same_encoder
@@ -122,9 +123,7 @@ def build_store(
     num_texts = operator.length_hint(texts, 0)
     texts = iter(texts)
     first = list(islice(texts, 1))
-    with tqdm(
-        desc="embedding texts", unit=" texts", disable=not progress, total=num_texts // share.count or None
-    ) as bar:
+    with Progress("embedding texts", num_texts // share.count or None, "texts", shown=progress) as bar:
         fresh = _fresh_texts(chain(first, texts), share, is_stored, summary, bar)
         while window := list(islice(fresh, shard_size)):
             window_texts, keys = zip(*window, strict=True)
@@ -140,7 +139,7 @@ def build_store(
                     embeds.dtype, batch.embeddings, [window_texts[i] for i in batch.indices]
                 )
                 summary.num_truncated += batch.num_truncated
-                bar.update(len(batch.indices))
+                bar.advance(len(batch.indices))
             if settings is None or settings["format"] != FORMAT_VERSION:
                 settings = writer.write_settings(embeds.shape[1], dtype, fingerprint)
                 check_same_encoder(writer.path, settings, dtype, fingerprint)
@@ -199,7 +198,7 @@ def _fresh_texts(
     share: Share,
     is_stored: Callable[[np.ndarray], np.ndarray],
     summary: BuildSummary,
-    bar: tqdm,
+    bar: Progress,
 ) -> Iterator[tuple[str, np.ndarray]]:
     """The texts of `share` that are neither stored nor repeated, each with its key `(2,)`, in input order. Counts what it reads in `summary`."""
     seen = KeySet()

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
+from trainers.display.progress import track
 from trainers.storage.embedding_shard import EmbeddingShard
 from trainers.storage.mapped_safetensors import DamagedFileError
 
@@ -74,7 +74,7 @@ def verify_store(
     if settings is None:
         raise FileNotFoundError(f"{path} is no text store: it has no store.json")
     sound: list[EmbeddingShard] = []
-    for file in tqdm(shard_paths(path), desc="verifying shards", disable=not progress):
+    for file in track(shard_paths(path), "verifying the store", "shards", shown=progress):
         try:
             shard = open_shard(file, settings["dim"], settings["dtype"])
             problem = _problem_of_shard(shard)

@@ -8,7 +8,6 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from accelerate import PartialState
 from huggingface_hub import HfApi
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -18,7 +17,7 @@ from tests.trainers.tiny_recipe import Interrupted, die_in_stage, interrupt, set
 from trainers.data import PairSource
 from trainers.recipe.curriculum import Curriculum
 from trainers.recipe.files import RecipeError
-from trainers.recipe.inputs import FileHashes, describe_data
+from trainers.recipe.inputs import describe_data
 from trainers.recipe.schema import load_recipe
 
 
@@ -159,24 +158,24 @@ def test_images_that_a_table_names_count_where_they_are_read(tmp_path):
     image.parent.mkdir()
     Image.new("RGB", (8, 8)).save(image)
     table.write_text('{"image": "images/0.png", "text": "black"}\n{"image": null, "text": "nothing"}\n')
-    source, hashes = PairSource(source=str(table)), FileHashes(PartialState())
-    both = describe_data(source, hashes, images=True)
-    captions = describe_data(source, hashes, images=False)
+    source = PairSource(source=str(table))
+    both = describe_data(source, images=True)
+    captions = describe_data(source, images=False)
     assert (both["files"], captions["files"]) == (2, 1)
     Image.new("RGB", (8, 8), "red").save(image)
-    assert describe_data(source, hashes, images=True) != both
-    assert describe_data(source, hashes, images=False) == captions
+    assert describe_data(source, images=True) != both
+    assert describe_data(source, images=False) == captions
 
 
 @pytest.mark.parametrize("source", ["", "*.tar", "a.tar"])
 def test_folders_patterns_and_files_count_by_content_and_name(tmp_path, source):
     for name in ("a", "b"):
         (tmp_path / f"{name}.tar").write_bytes(name.encode())
-    here, hashes = PairSource(source=str(tmp_path / source)), FileHashes(PartialState())
-    before = describe_data(here, hashes, images=True)
+    here = PairSource(source=str(tmp_path / source))
+    before = describe_data(here, images=True)
     assert before["files"] == before["bytes"] == (1 if source == "a.tar" else 2)
     (tmp_path / "a.tar").write_bytes(b"c")
-    assert describe_data(here, hashes, images=True)["sha256"] != before["sha256"]
+    assert describe_data(here, images=True)["sha256"] != before["sha256"]
 
 
 def test_held_out_captions_that_change_are_embedded(tmp_path):

@@ -211,7 +211,7 @@ def test_a_store_that_cannot_be_written_is_read(encoder, tmp_path, monkeypatch, 
 def test_size_and_time_are_foretold(encoder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(store_build, "_WORTH_FORETELLING", 100)
     encoder.build(make_texts(150), tmp_path / "a", progress=True, shard_size=100)
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert "150 texts to embed at most: 0.00 GB on the disk (6 float32; " in said and "texts/s" in said
     assert encoder.embedded[:64] == encoder.embedded[64:164][:64], "by a sample of the first texts"
     line = store_build.foretell(tmp_path, 10**6, ["fox"], lambda texts: [Batch()], "float16", 4)

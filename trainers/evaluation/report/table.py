@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -12,11 +13,11 @@ from hub_cards.measurements import precision
 def print_results(
     results: dict[str, Any], baseline: dict[str, Any] | None = None, console: Console | None = None
 ) -> None:
-    """Prints the numbers of a model in percent, and the difference to the baseline in points.
+    """Print the numbers of a model in percent, and the difference to the baseline in points.
 
     Args:
-        results, baseline: what `results.json` holds, of the same tasks.
-        console: where to; by default standard output.
+        results, baseline: contents of `results.json`, of the same tasks.
+        console: where to print; by default standard output.
     """
     console = console or Console(highlight=False)
     console.print(results_table(results, baseline))
@@ -37,9 +38,9 @@ def print_results(
 
 
 def results_table(results: dict[str, Any], baseline: dict[str, Any] | None = None) -> Table:
-    """The table by itself: a row for every task, the metrics that count, and the mean of every group of several."""
+    """The table by itself: a row for each task and main metric, and the mean of each group of several tasks."""
     model = results["model"]["name"]
-    table = Table("benchmark", "metric", model)
+    table = Table("benchmark", "metric", model, box=box.SIMPLE_HEAD)
     table.columns[2].justify = "right"
     if baseline is not None:
         for title in (baseline["model"]["name"], "difference"):

@@ -11,9 +11,9 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from PIL import Image
-from tqdm.auto import tqdm
 
 from modeling_proclip.images import BrokenImage, decode_image
+from trainers.display.progress import Progress
 from trainers.text_store.encoding import shorten
 from trainers.text_store.keys import text_keys
 
@@ -38,13 +38,11 @@ def image_keys(task: Task, state: PartialState, progress: bool) -> np.ndarray:
     places = list(_picture_places(task))
     mine = range(len(places))[state.process_index :: state.num_processes]
     keys = np.empty((len(mine), 2), np.int64)
-    with tqdm(
-        desc=f"{task.manifest.name}: reading pictures", total=len(mine), unit=" pictures", disable=not progress
-    ) as bar:
+    with Progress(f"{task.manifest.name}: reading images", len(mine), "images", shown=progress) as bar:
         for start in range(0, len(mine), _HASHED):
             some = mine[start : start + _HASHED]
             keys[start : start + len(some)] = content_keys([picture_bytes(task, *places[i]) for i in some])
-            bar.update(len(some))
+            bar.advance(len(some))
     parts = gather_object([keys.tobytes()]) if state.num_processes > 1 else [keys.tobytes()]
     whole = np.empty((len(places), 2), np.int64)
     for rank, part in enumerate(parts):
@@ -64,9 +62,7 @@ def embed_images(
     """Puts into `cache` the pictures of `task` that it lacks. `keys` are those of [`image_keys`]."""
     places = list(_picture_places(task))
     mine = cache.missing(keys)[state.process_index :: state.num_processes].tolist()
-    bar = tqdm(
-        desc=f"{task.manifest.name}: pictures", total=len(mine), unit=" pictures", disable=not progress or not mine
-    )
+    bar = Progress(f"{task.manifest.name}: embedding images", len(mine), "images", shown=progress)
     writing = ShardWriter(cache, keys, lambda i: _picture_name(task, *places[i]))
     with bar, writing as writer, ThreadPoolExecutor(_LOOKAHEAD) as pool:
 
@@ -82,7 +78,7 @@ def embed_images(
             if following is not None:
                 waiting.append(pool.submit(prepare, following))
             writer.add(batch, encoder.encode_images(inputs))
-            bar.update(len(batch))
+            bar.advance(len(batch))
 
 
 def embed_texts(
@@ -91,13 +87,13 @@ def embed_texts(
     """Puts into `cache` the texts of `task` that it lacks, equal ones once. Returns the keys of all texts, `(num_texts, 2)`."""
     keys = text_keys(task.texts)
     mine = cache.missing(keys)[state.process_index :: state.num_processes].tolist()
-    bar = tqdm(desc=f"{task.manifest.name}: texts", total=len(mine), unit=" texts", disable=not progress or not mine)
+    bar = Progress(f"{task.manifest.name}: embedding texts", len(mine), "texts", shown=progress)
     with bar, ShardWriter(cache, keys, lambda i: f"the text {shorten(task.texts[i])}") as writer:
         for start in range(0, len(mine), _TEXT_WINDOW):
             window = mine[start : start + _TEXT_WINDOW]
             for batch in encoder.encode_texts([task.texts[i] for i in window], token_budget):
                 writer.add([window[i] for i in batch.indices], batch.embeddings)
-                bar.update(len(batch.indices))
+                bar.advance(len(batch.indices))
     return keys
 
 
