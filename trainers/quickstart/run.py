@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, CLIPModel, CLIPProcessor, Trainer, set_s
 
 from hub_cards import quickstart_card
 from modeling_proclip import ProCLIPModel, ProCLIPProcessor
+from modeling_proclip.identity import module_sha256
 from trainers.alignment.input_statistics import fit_input_statistics, set_anchors
 from trainers.compute.dtypes import native_dtype
 from trainers.contrastive_tuning.config import ContrastiveTuningConfig
@@ -182,6 +183,8 @@ class Quickstart:
         self.pair = ProCLIPModel.from_vision_text_pretrained(
             copy.deepcopy(self.clip), self.llm_folder, attn_implementation="eager", **adapter
         )
+        # The trainers, which have no LLM, compare it with the text store's.
+        self.pair.config.text_model_sha256 = module_sha256(self.pair.text_model)
         tokenizer = AutoTokenizer.from_pretrained(self.llm_folder)
         self.processor = ProCLIPProcessor(
             self.clip_processor.image_processor, tokenizer, instruction=self.language_model.instruction, max_length=128
@@ -201,8 +204,6 @@ class Quickstart:
             set_anchors(self.pair, self.text_store, self.task.inheritance_texts)
         elif self.pair.config.adapter_input_norm == "standardize":
             self.pair.text_adapter.set_input_statistics(*self.text_store.statistics())
-        # Trainers compare it with the store's.
-        self.pair.config.text_model_sha256 = self.text_store.fingerprint["weights_sha256"]
         # From here on the LLM is not needed: what trains and scores reads its embeddings from the store.
         self.llm, self.pair.text_model = self.pair.text_model, None
 

@@ -367,7 +367,7 @@ class Curriculum(RecipeProgress):
         going_on = "" if checkpoint is None else f", from {Path(checkpoint).name} on"
         self._say(f"{stage}: training on batches of {rows:,} rows{going_on}")
         with training_table(trainer):
-            trainer.train(resume_from_checkpoint=checkpoint)
+            trainer.train(resume_from_checkpoint=checkpoint is not None)
 
     def _on_main(self, work: Any) -> None:
         """Do `work` on the main process, while the others wait."""

@@ -142,6 +142,8 @@ def test_interrupted_anywhere_and_run_again_it_ends_with_the_same_bits(whole, co
             assert Curriculum(recipe).checkpoint_of(step) is None
             run(lambda curriculum, step=step: die_in_stage(curriculum, step, 3, interrupt))
             assert Curriculum(recipe).checkpoint_of(step).endswith("checkpoint-2")
+            checkpoints = tmp_path / "out" / step / "checkpoints"
+            shutil.copytree(checkpoints / "checkpoint-2", checkpoints / "checkpoint-2.bak")  # is no checkpoint
         with monkeypatch.context() as patched:  # all is there but the last file
             patched.setattr(Curriculum, "_finish", unfinished(step))
             run()
