@@ -39,7 +39,7 @@ def adapter_card(
         repo_id: Name on the Hub that the card's snippets load them by; by default they name a folder.
         base_model: Name on the Hub of the checkpoint that they are for, where `adapter_config.json` names a folder.
         results: Results of an evaluation of the base with these adapters, as `proclip evaluate` wrote them.
-        license, languages, datasets, limits: As [`model_card`]; data sets by name.
+        license, languages, datasets, limits: As for [`model_card`]; data sets by name.
 
     Raises:
         ValueError: If the folder holds no adapters, or the Hub would refuse the metadata.

@@ -59,11 +59,11 @@ class CheckpointFacts:
     The state of a ProCLIP checkpoint on the disk.
 
     Attributes:
-        folder: Where it lies.
-        config: What `config.json` holds.
-        processor: What `processor_config.json` holds; empty if there is no processor.
-        num_parameters: Of "image encoder", "LLM" and "adapter", as far as their tensors are there.
-        num_bytes: Of all its safetensors files.
+        folder: Path of the checkpoint.
+        config: Content of `config.json`.
+        processor: Content of `processor_config.json`; empty if there is no processor.
+        num_parameters: Number of parameters of "image encoder", "LLM" and "adapter", for those whose tensors are in the files.
+        num_bytes: Size of all its safetensors files.
         dtypes: dtypes of its tensors, as safetensors names them ("F32", "BF16").
         training: A record of each stage of its training; empty where nothing is recorded.
     """
@@ -176,7 +176,7 @@ def is_repo_id(name: str) -> bool:
 
 
 def shown_name(name: str) -> str:
-    """A Hub name as it is; of a folder the last part, as the rest is of no use to others."""
+    """A name on the Hub as it is; a local folder by the last part of its path."""
     return name if is_hub_name(name) else Path(scrub(name)).name
 
 

@@ -13,8 +13,8 @@ def converted_card(source: str, facts: Mapping[str, str], notes: Sequence[str]) 
 
     Args:
         source: Name of the file or folder that was converted.
-        facts: What was found in it.
-        notes: What the person should know.
+        facts: What was found in it, by name.
+        notes: Remarks for the user.
     """
     metadata = ModelCardData(library_name="transformers", tags=["proclip", "llm2clip", "clip"])
     return render(

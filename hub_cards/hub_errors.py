@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from huggingface_hub import constants, get_token
 from huggingface_hub.errors import (
     HfHubHTTPError,
-    HTTPError,  # of what the client connects with: httpx in release 1, httpx2 in release 2
+    HTTPError,  # of the library that the client connects with: httpx in release 1, httpx2 in release 2
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
 )
@@ -32,7 +32,7 @@ def readable_hub_errors(repo_id: str, token: str | None = None) -> Iterator[None
     try:
         yield
     except (HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, RuntimeError) as error:
-        # Of a large file that is not taken the client raises a RuntimeError, whose cause says why.
+        # For a large file that is refused the client raises a RuntimeError, whose cause says why.
         cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ is not None else error
         if isinstance(cause, HfHubHTTPError):
             message = _describe_status(cause, repo_id)
@@ -51,18 +51,18 @@ def readable_hub_errors(repo_id: str, token: str | None = None) -> Iterator[None
 
 def _describe_status(error: HfHubHTTPError, repo_id: str) -> str:
     status = error.response.status_code
-    said = error.server_message or str(error).strip().split("\n")[0]
+    answer = error.server_message or str(error).strip().split("\n")[0]
     if status == 401:
         return LOG_IN
     if status == 403:
         return (
-            f"Your token may not write to {repo_id} (403: {said}). Take a token that may write, of https://huggingface.co/settings/tokens, or a "
+            f"Your token may not write to {repo_id} (403: {answer}). Take a token that may write, of https://huggingface.co/settings/tokens, or a "
             "name of your own: a name without an owner is yours."
         )
     if status in (409, 412):
-        return f"Somebody else changed {repo_id} meanwhile ({status}: {said}). Look at it, then give the same command again."
+        return f"Somebody else changed {repo_id} meanwhile ({status}: {answer}). Look at it, then give the same command again."
     if status == 429:
-        return f"The Hub asks for fewer requests (429: {said}). Wait a few minutes. {AGAIN}"
+        return f"The Hub asks for fewer requests (429: {answer}). Wait a few minutes. {AGAIN}"
     if status >= 500:
-        return f"The Hub failed ({status}: {said}). {AGAIN}"
-    return f"The Hub refuses {repo_id} ({status}: {said})."
+        return f"The Hub failed ({status}: {answer}). {AGAIN}"
+    return f"The Hub refuses {repo_id} ({status}: {answer})."

@@ -48,7 +48,7 @@ class Measurement:
 
     Attributes:
         task: Name of the task.
-        kind, group: What was done and what for, as `proclip evaluate` names them.
+        kind, group: Kind of the task and of the benchmark, in the words of `proclip evaluate`.
         dataset: Name of the data set.
         split, revision, num_items: Those of the data set, where they are recorded.
         metric: Name of the metric.
@@ -143,7 +143,7 @@ def not_measured(results: Iterable[Measurement]) -> list[str]:
 
 def shown_source(data: Mapping[str, Any]) -> str:
     """
-    What others are told of where data came from: its name on the Hub, an address without a password, or the last part of a path.
+    Where data came from, as a card shows it: its name on the Hub, an address without a password, or the last part of a path.
 
     Args:
         data: "source" of a record of training or evaluation, with the "revision" or "on_hub" that data of the Hub have, and "read_from" where

@@ -85,7 +85,7 @@ def model_card(
     for name, given in (("base_models", base_models), ("base_licenses", base_licenses)):
         if unknown := set(given or {}) - set(_TOWERS):
             raise ValueError(f"{name} has no key {sorted(unknown)[0]!r}; the keys are {', '.join(_TOWERS)}")
-    weights_in, given_results, said_languages = weights_in or folder, results, languages
+    weights_in, given_results, given_languages = weights_in or folder, results, languages
     results = results_in(weights_in) if results is None else _checked(results, weights_in)
     measured = [result for file in results for result in read_measurements(file)]
     named = {**checkpoint.base_models, **(base_models or {})}
@@ -144,18 +144,18 @@ def model_card(
         limits=[Markdown(" ".join(limit.split())) for limit in limits],
         citations=Markdown("\n\n".join(citations(methods, checkpoint.config["vision_config"]["model_type"]))),
     )
-    told = (
+    added = (
         license,
         license_name,
         license_link,
         base_models,
         base_licenses,
-        said_languages,
+        given_languages,
         datasets,
         given_results,
         limits,
     )
-    return card if any(told) else ModelCard(signed(card.content))
+    return card if any(added) else ModelCard(signed(card.content))
 
 
 def results_in(folder: str | Path) -> list[Path]:

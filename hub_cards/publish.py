@@ -42,15 +42,15 @@ class PublishReport:
     What was sent or, in a dry run, would be.
 
     Attributes:
-        repo_id: Name of the repository, its owner included once it was sent.
-        url: Where it is; `None` in a dry run.
-        commit: The commit that holds it; `None` in a dry run.
-        files: Names in the repository and their bytes.
-        removed: Names of files of an earlier state that the commit removed: weights and code that would be mistaken for this one's.
-        left_out: Names in the folder that are not sent.
-        notes: What the person should know.
-        lean: Whether the LLM stays out.
-        text_model_bytes: Size of the LLM that a lean checkpoint names in place of holding it, in the dtype that it runs in.
+        repo_id: Name of the repository, with its owner once something was sent.
+        url: Address of the repository; `None` in a dry run.
+        commit: Hash of the commit; `None` in a dry run.
+        files: Size of each file in bytes, by its name in the repository.
+        removed: Names of the files that the commit removed: weights and code of an earlier state, which would be mistaken for these.
+        left_out: Names of the files in the folder that are not sent.
+        notes: Remarks for the user.
+        lean: Whether the LLM is left out.
+        text_model_bytes: Size in bytes of the LLM that a lean checkpoint names instead of holding it, in the dtype that it runs in.
     """
 
     repo_id: str
@@ -90,9 +90,10 @@ def publish(
     """
     Send a checkpoint to the Hub: weights, configuration, processor, the code that loads it where this package is not installed, and the card.
 
-    The folder is checked first, and only files of a checkpoint are sent. Everything arrives in one commit, so whoever looks finds the
-    repository as it was before or complete. Large files go ahead of the commit, and those that the Hub has are not sent again: a run that was
-    interrupted or killed finishes when it is repeated.
+    The folder is checked first, which costs one pass over the weights. Only files with the names of a checkpoint's are sent, without local
+    paths, passwords, tokens and references to code of others. Everything arrives in one commit, so a reader finds the repository as it was
+    before, or complete. Large files are sent before the commit, and those that the Hub has are not sent again: a run that was interrupted or
+    killed finishes when it is repeated.
 
     Args:
         folder: What `model.save_pretrained` and `processor.save_pretrained` wrote, or the PEFT adapters that `ProCLIPPeftModel` wrote. Its

@@ -43,7 +43,7 @@ def quickstart_card(results: Mapping[str, Any]) -> ModelCard:
     The card of the quickstart's checkpoint.
 
     Args:
-        results: What `results.json` holds; the numbers of the card are those of its row "proclip" and of the teacher's.
+        results: Content of `results.json`; the numbers of the card are those of its rows.
 
     Returns:
         `ModelCard` whose metadata the Hub accepts, with the results as `model-index`.

@@ -1,4 +1,4 @@
-"""Which files of a folder are sent, by their exact names, and how each is made fit for others' eyes."""
+"""Which files of a folder are sent, by their exact names, and what is removed from each."""
 
 import json
 import re
@@ -55,12 +55,12 @@ class Staged:
     A folder whose every file is to be sent.
 
     Attributes:
-        folder: Where it lies.
-        lean: Whether the LLM stays out.
-        files: Names in the repository and their bytes.
-        left_out: Names in the source that are not sent.
-        notes: What the person should know.
-        text_model_bytes: Size of the LLM that a lean checkpoint names in place of holding it, in the dtype that it runs in.
+        folder: Path of the folder.
+        lean: Whether the LLM is left out.
+        files: Size of each file in bytes, by its name in the repository.
+        left_out: Names of the files in the source that are not sent.
+        notes: Remarks for the user.
+        text_model_bytes: Size in bytes of the LLM that a lean checkpoint names instead of holding it, in the dtype that it runs in.
     """
 
     folder: Path
@@ -78,8 +78,8 @@ class OutgoingFiles:
 
     Attributes:
         source: The folder that is published.
-        folder: Where what is sent is laid out; empty at first.
-        notes: What was taken out or left out, and of which file.
+        folder: The folder that is filled with what is sent; empty at first.
+        notes: Remarks for the user: what was removed from which file, and what is not sent.
     """
 
     source: Path
@@ -110,7 +110,7 @@ class OutgoingFiles:
             places.append(root.parent.parent / "blobs")
         if not any(file.resolve().is_relative_to(place) for place in places):
             raise PublishError(
-                f"{file} is a link out of the folder, and what it leads to is not sent: put the file itself there if all may see it."
+                f"{file} is a link out of the folder, and links are not followed: put the file itself there if everybody may see it."
             )
         return file
 
@@ -123,7 +123,7 @@ class OutgoingFiles:
         """
         ours = {*AUTO_MAP.values(), *PROCESSOR_AUTO_MAP.values()}
         if others := sorted({code for code in code_names(settings) if code not in ours}):
-            self.notes.append(f"{name} names code that is not this package's: {', '.join(others)}. That is taken out.")
+            self.notes.append(f"{name}: references to code of others were removed ({', '.join(others)}).")
         plain = without_code(settings)
         shown = scrub(plain, keep=_READ_BY_THE_MODEL)
         self._note_if_other(plain, shown, name)
@@ -217,11 +217,13 @@ class OutgoingFiles:
 
     def _note_if_other(self, found: Any, shown: Any, name: str) -> None:
         if shown != found:
-            self.notes.append(f"Of {name} paths of this machine, passwords or tokens are taken out.")
+            self.notes.append(f"{name}: local paths, passwords or tokens were removed.")
 
     def _refuse_secrets(self, name: str, text: str) -> None:
         if holds_secret(text):
-            raise PublishError(f"{self.source / name} holds what reads as a token or a private key: remove it first.")
+            raise PublishError(
+                f"{self.source / name} holds what looks like a token or a private key: remove it first."
+            )
 
 
 def read_text(file: Path) -> str:

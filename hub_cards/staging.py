@@ -1,4 +1,4 @@
-"""A folder as it is to lie on the Hub: checked, complete, and without what is nobody else's business."""
+"""A checkpoint as it is sent to the Hub: checked, complete, and without anything private."""
 
 import re
 import shutil
@@ -62,8 +62,8 @@ def stage(
         with_code: Add the code that loads the checkpoint without this package.
         needs_processor: Refuse a checkpoint without tokenizer and image processor.
         text_model, text_model_revision: Name on the Hub of the LLM of a lean checkpoint that names a folder. Its weights are compared.
-        card: What [`model_card`] is to say beside what the checkpoint holds: the card is rendered with it, whatever card there is.
-        sketch: Where weights would be written anew, lay them out in name and size only.
+        card: Arguments of [`model_card`]. With them the card is rendered even where the folder has one.
+        sketch: Where weights would be rewritten, only make files of their names and sizes.
 
     Raises:
         PublishError: Naming file, field or tensor and the remedy.
@@ -103,7 +103,7 @@ def stage(
         (sketch_tensors if sketch else write_tensors)(folder, planned, max_shard_bytes or MAX_SHARD_BYTES)
     _write_card(outgoing, repo_id, card)
     if lean != was_lean and card is None and (source / "README.md").is_file():
-        outgoing.notes.append("README.md is sent as it is: see that it says nothing of the LLM that is no longer so.")
+        outgoing.notes.append("README.md is sent as it is: check what it says about the LLM.")
 
     staged = outgoing.staged(lean, used={tensor.file.name for tensor in tensors.values()} | {WEIGHTS_INDEX})
     if lean and config.text_model_name_or_path is not None:
@@ -157,9 +157,7 @@ def read_weights(outgoing: OutgoingFiles, place: Path) -> dict[str, StoredTensor
         with safe_open(file, framework="pt") as stored:
             metadata = stored.metadata() or {}
         if scrub(metadata) != metadata:
-            raise PublishError(
-                f"{file}: its header holds paths of this machine or tokens: save it again with save_pretrained."
-            )
+            raise PublishError(f"{file}: its header holds local paths or tokens: save it again with save_pretrained.")
     for tensor in tensors.values():
         tensor.read()
     return tensors

@@ -28,7 +28,7 @@ class Adapter:
         projection_dim (`int`): Size p of the shared space.
         num_layers (`int`): Number of residual blocks.
         expansion (`float`): Hidden size of a block over d.
-        input_norm (`"l2"` or `"none"`): What is done to the LLM's embedding first.
+        input_norm (`"l2"` or `"none"`): Whether the LLM's embedding is divided by its length first.
         output_bias (`bool`): Whether the last linear layer has a bias.
         rules (`Rules`): Rules for its tensors.
     """

@@ -8,20 +8,7 @@ from ..configuration_eva_clip import EvaCLIPVisionConfig
 from ..modeling_eva_clip import rotary_tables
 from .errors import ConversionError
 from .positions import positions_rule, resize_patches
-from .rules import (
-    Options,
-    Rule,
-    Rules,
-    Tower,
-    affine,
-    build_config,
-    chunk,
-    count_heads,
-    count_layers,
-    new_grid,
-    shape_of,
-    square_side,
-)
+from .rules import Options, Rule, Rules, Tower, affine, build_config, chunk, shape_of, vit_sizes
 from .stored_tensors import StoredTensor
 
 
@@ -34,47 +21,46 @@ def convert_eva(tensors: Mapping[str, StoredTensor], options: Options) -> Tower:
     """The tower of ProCLIP's and LLM2CLIP's `.pt` files with EVA-CLIP."""
     if options.quick_gelu:
         raise ConversionError("EVA's towers have no QuickGELU: leave quick_gelu out.")
-    width, channels, patch_size, _ = shape_of(tensors, "visual.patch_embed.proj.weight", 4)
-    stored_grid = square_side(shape_of(tensors, "visual.pos_embed", 3)[1] - 1, "visual.pos_embed")
-    stored_image_size = stored_grid * patch_size
-    patch_size = options.patch_size or patch_size
-    image_size, grid = new_grid(stored_grid, patch_size, options.image_size or stored_image_size)
     gated = f"{BLOCKS}0.mlp.w1.weight" in tensors
     # Files without the tables are EVA02's too: its code can drop them, and no published EVA with SwiGLU goes without rotary positions.
     rotary = gated or TABLE in tensors
     if options.rope_pretrained_grid != Options.rope_pretrained_grid and not rotary:
         raise ConversionError("rope_pretrained_grid is for the rotary positions of EVA02, and this EVA01 has none.")
     fused = f"{BLOCKS}0.attn.qkv.weight" in tensors
-    num_layers = count_layers(tensors, BLOCKS)
     scaled, sub_norms = f"{BLOCKS}0.gamma_1" in tensors, f"{BLOCKS}0.attn.inner_attn_ln.weight" in tensors
+    sizes = vit_sizes(
+        tensors,
+        options,
+        patches="visual.patch_embed.proj.weight",
+        positions="visual.pos_embed",
+        positions_dims=3,
+        leading=1,
+        layers=BLOCKS,
+        mlp="mlp.w1.weight" if gated else "mlp.fc1.weight",
+        head_width=options.head_width,
+    )
     config = build_config(
         EvaCLIPVisionConfig,
-        hidden_size=width,
-        intermediate_size=shape_of(tensors, f"{BLOCKS}0.mlp.{'w1' if gated else 'fc1'}.weight", 2)[0],
-        num_hidden_layers=num_layers,
-        num_attention_heads=count_heads(width, options.head_width),
-        num_channels=channels,
-        image_size=image_size,
-        patch_size=patch_size,
+        **sizes.config_values,
         qkv_bias=any(f"{BLOCKS}0.attn.{name}" in tensors for name in ("q_bias", "q_proj.bias")),
         gated_mlp=gated,
         sub_layer_norm=sub_norms,
         layer_scale_init_value=0.1 if scaled else None,
         rope_pretrained_grid=options.rope_pretrained_grid if rotary else None,
     )
-    notes = [] if not rotary else _check_tables(tensors, config, stored_grid)
+    notes = [] if not rotary else _check_tables(tensors, config, sizes.stored_grid)
     ours = "vision_model."
     rules: Rules = {
         f"{ours}embeddings.class_embedding": Rule(("visual.cls_token",), lambda tensor: tensor.flatten()),
-        f"{ours}embeddings.position_embedding": Rule(("visual.pos_embed",), positions_rule(grid, leading=1)),
+        f"{ours}embeddings.position_embedding": Rule(("visual.pos_embed",), positions_rule(sizes.grid, leading=1)),
         f"{ours}embeddings.patch_embedding.weight": Rule(
-            ("visual.patch_embed.proj.weight",), lambda tensor: resize_patches(tensor, patch_size)
+            ("visual.patch_embed.proj.weight",), lambda tensor: resize_patches(tensor, config.patch_size)
         ),
         f"{ours}embeddings.patch_embedding.bias": Rule(("visual.patch_embed.proj.bias",)),
         **affine(f"{ours}layer_norm", "visual.norm"),
         **affine("visual_projection", "visual.head"),
     }
-    for i in range(num_layers):
+    for i in range(config.num_hidden_layers):
         rules |= _block(f"{ours}layers.{i}.", f"{BLOCKS}{i}.", config, fused)
     return Tower(
         title="EVA02 ViT (rotary positions, SwiGLU)" if gated else "EVA01 ViT",

@@ -5,20 +5,7 @@ from collections.abc import Mapping
 from transformers import CLIPVisionConfig
 
 from .positions import positions_rule
-from .rules import (
-    Options,
-    Rule,
-    Rules,
-    Tower,
-    affine,
-    build_config,
-    chunk,
-    count_heads,
-    count_layers,
-    new_grid,
-    shape_of,
-    square_side,
-)
+from .rules import Options, Rule, Rules, Tower, ViTSizes, affine, build_config, chunk, shape_of, vit_sizes
 from .stored_tensors import StoredTensor
 
 
@@ -27,24 +14,31 @@ LAYERS = "visual.transformer.resblocks."
 
 def convert_openai_vit(tensors: Mapping[str, StoredTensor], options: Options) -> Tower:
     """The tower of ProCLIP's and LLM2CLIP's `.pt` files with OpenAI's CLIP."""
-    num_layers = count_layers(tensors, LAYERS)
-    mlp_width = shape_of(tensors, f"{LAYERS}0.mlp.c_fc.weight", 2)[0]
     projection_dim = shape_of(tensors, "visual.proj", 2)[1]
-    config, grid = _config(
-        tensors, options, "visual.conv1.weight", "visual.positional_embedding", num_layers, mlp_width, projection_dim
+    sizes = vit_sizes(
+        tensors,
+        options,
+        patches="visual.conv1.weight",
+        positions="visual.positional_embedding",
+        positions_dims=2,
+        leading=1,
+        layers=LAYERS,
+        mlp="mlp.c_fc.weight",
+        head_width=options.head_width,
     )
+    config = _config(sizes, projection_dim, options, None)
     ours = "vision_model."
     rules: Rules = {
         f"{ours}embeddings.class_embedding": Rule(("visual.class_embedding",)),
         f"{ours}embeddings.patch_embedding.weight": Rule(("visual.conv1.weight",)),
         f"{ours}embeddings.position_embedding.weight": Rule(
-            ("visual.positional_embedding",), positions_rule(grid, leading=1, align_corners=True)
+            ("visual.positional_embedding",), positions_rule(sizes.grid, leading=1, align_corners=True)
         ),
         "visual_projection.weight": Rule(("visual.proj",), lambda tensor: tensor.T),
         **affine(f"{ours}pre_layrnorm", "visual.ln_pre"),
         **affine(f"{ours}post_layernorm", "visual.ln_post"),
     }
-    for i in range(num_layers):
+    for i in range(config.num_hidden_layers):
         layer, published = f"{ours}encoder.layers.{i}.", f"{LAYERS}{i}."
         for kind in ("weight", "bias"):
             for part, name in enumerate("qkv"):
@@ -64,7 +58,7 @@ def convert_hub_vit(tensors: Mapping[str, StoredTensor], options: Options, hidde
     The tower of LLM2CLIP's Hub folders, which is Transformers' CLIP already.
 
     Args:
-        tensors, options: As everywhere.
+        tensors, options: As for [`convert_openai_vit`].
         hidden_act: The activation that the folder's config.json names, if it has one.
     """
     # Transformers 4 has one `vision_model.` more where the tower was a model of its own.
@@ -73,40 +67,33 @@ def convert_hub_vit(tensors: Mapping[str, StoredTensor], options: Options, hidde
         if any(n.startswith("vision_model.vision_model.") for n in tensors)
         else "vision_model."
     )
-    layers, positions = f"{theirs}encoder.layers.", f"{theirs}embeddings.position_embedding.weight"
-    num_layers = count_layers(tensors, layers)
-    mlp_width = shape_of(tensors, f"{layers}0.mlp.fc1.weight", 2)[0]
+    positions = f"{theirs}embeddings.position_embedding.weight"
     projection_dim = shape_of(tensors, "visual_projection.weight", 2)[0]
-    patches = f"{theirs}embeddings.patch_embedding.weight"
-    config, grid = _config(tensors, options, patches, positions, num_layers, mlp_width, projection_dim, hidden_act)
+    sizes = vit_sizes(
+        tensors,
+        options,
+        patches=f"{theirs}embeddings.patch_embedding.weight",
+        positions=positions,
+        positions_dims=2,
+        leading=1,
+        layers=f"{theirs}encoder.layers.",
+        mlp="mlp.fc1.weight",
+        head_width=options.head_width,
+    )
+    config = _config(sizes, projection_dim, options, hidden_act)
     names = [name for name in tensors if name.startswith(theirs)]
     rules = {f"vision_model.{name.removeprefix(theirs)}": Rule((name,)) for name in names}
     rules["vision_model.embeddings.position_embedding.weight"] = Rule(
-        (positions,), positions_rule(grid, leading=1, align_corners=True)
+        (positions,), positions_rule(sizes.grid, leading=1, align_corners=True)
     )
     rules["visual_projection.weight"] = Rule(("visual_projection.weight",))
     return Tower(_title(config), config, rules, projection_dim)
 
 
-def _config(tensors, options, patches, positions, num_layers, mlp_width, projection_dim, hidden_act=None):
-    width, channels, patch_size, _ = shape_of(tensors, patches, 4)
-    grid = square_side(shape_of(tensors, positions, 2)[0] - 1, positions)
-    image_size, grid = new_grid(grid, patch_size, options.image_size)
+def _config(sizes: ViTSizes, projection_dim: int, options: Options, hidden_act: str | None) -> CLIPVisionConfig:
     if options.quick_gelu is not None or hidden_act is None:
         hidden_act = "gelu" if options.quick_gelu is False else "quick_gelu"
-    config = build_config(
-        CLIPVisionConfig,
-        hidden_size=width,
-        intermediate_size=mlp_width,
-        projection_dim=projection_dim,
-        num_hidden_layers=num_layers,
-        num_attention_heads=count_heads(width, options.head_width),
-        num_channels=channels,
-        image_size=image_size,
-        patch_size=patch_size,
-        hidden_act=hidden_act,
-    )
-    return config, grid
+    return build_config(CLIPVisionConfig, **sizes.config_values, projection_dim=projection_dim, hidden_act=hidden_act)
 
 
 def _title(config: CLIPVisionConfig) -> str:

@@ -7,20 +7,7 @@ from transformers import SiglipVisionConfig
 
 from .errors import ConversionError
 from .positions import positions_rule
-from .rules import (
-    Options,
-    Rule,
-    Rules,
-    Tower,
-    affine,
-    build_config,
-    chunk,
-    count_heads,
-    count_layers,
-    new_grid,
-    shape_of,
-    square_side,
-)
+from .rules import Options, Rule, Rules, Tower, affine, build_config, chunk, shape_of, vit_sizes
 from .stored_tensors import StoredTensor
 
 
@@ -32,30 +19,27 @@ def convert_siglip(tensors: Mapping[str, StoredTensor], options: Options) -> Tow
     """The tower of the `.pt` files with SigLIP2. Its pooled image is the embedding: it has no projection."""
     if options.quick_gelu:
         raise ConversionError("SigLIP's towers have no QuickGELU: leave quick_gelu out.")
-    width, channels, patch_size, _ = shape_of(tensors, f"{TRUNK}patch_embed.proj.weight", 4)
-    grid = square_side(shape_of(tensors, f"{TRUNK}pos_embed", 3)[1], f"{TRUNK}pos_embed")
-    image_size, grid = new_grid(grid, patch_size, options.image_size)
-    num_layers = count_layers(tensors, f"{TRUNK}blocks.")
     # 64 divides the width of So400m too, and would give a model that runs and is wrong.
+    width = shape_of(tensors, f"{TRUNK}patch_embed.proj.weight", 4)[0]
     so400m = width == SO400M_WIDTH and options.head_width == 64
-    config = build_config(
-        SiglipVisionConfig,
-        hidden_size=width,
-        intermediate_size=shape_of(tensors, f"{TRUNK}blocks.0.mlp.fc1.weight", 2)[0],
-        num_hidden_layers=num_layers,
-        num_attention_heads=count_heads(width, SO400M_HEAD_WIDTH if so400m else options.head_width),
-        num_channels=channels,
-        image_size=image_size,
-        patch_size=patch_size,
-        # SigLIP was trained with the tanh form of GELU, but timm's So400m of 224 pixels, which the published checkpoints were trained and
-        # run in, has the exact one, and so have the recorded outputs.
-        hidden_act="gelu",
-        layer_norm_eps=1e-6,
+    sizes = vit_sizes(
+        tensors,
+        options,
+        patches=f"{TRUNK}patch_embed.proj.weight",
+        positions=f"{TRUNK}pos_embed",
+        positions_dims=3,
+        leading=0,
+        layers=f"{TRUNK}blocks.",
+        mlp="mlp.fc1.weight",
+        head_width=SO400M_HEAD_WIDTH if so400m else options.head_width,
     )
+    # SigLIP was trained with the tanh form of GELU, but timm's So400m of 224 pixels, which the published checkpoints were trained and run in,
+    # has the exact one, and so have the recorded outputs.
+    config = build_config(SiglipVisionConfig, **sizes.config_values, hidden_act="gelu", layer_norm_eps=1e-6)
     ours, pool = "vision_model.", f"{TRUNK}attn_pool."
     rules: Rules = {
         f"{ours}embeddings.position_embedding.weight": Rule(
-            (f"{TRUNK}pos_embed",), positions_rule(grid, leading=0, antialias=True)
+            (f"{TRUNK}pos_embed",), positions_rule(sizes.grid, leading=0, antialias=True)
         ),
         **affine(f"{ours}embeddings.patch_embedding", f"{TRUNK}patch_embed.proj"),
         **affine(f"{ours}post_layernorm", f"{TRUNK}norm"),
@@ -67,7 +51,7 @@ def convert_siglip(tensors: Mapping[str, StoredTensor], options: Options) -> Tow
     }
     for kind in ("weight", "bias"):
         rules[f"{ours}head.attention.in_proj_{kind}"] = Rule((f"{pool}q.{kind}", f"{pool}kv.{kind}"), _join)
-    for i in range(num_layers):
+    for i in range(config.num_hidden_layers):
         layer, published = f"{ours}encoder.layers.{i}.", f"{TRUNK}blocks.{i}."
         for kind in ("weight", "bias"):
             for part, name in enumerate("qkv"):

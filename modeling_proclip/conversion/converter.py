@@ -41,13 +41,13 @@ class ConversionReport:
     What was found, and what was or, in a dry run, would be written.
 
     Attributes:
-        source, output (`Path`): Where from, and where to.
+        source, output (`Path`): File or folder that was read, and folder of the result.
         written (`bool`): Whether `output` was written.
-        facts (`dict[str, str]`): What was found, for people: tower, sizes, adapter, parameters, dtype.
+        facts (`dict[str, str]`): What was found, in words: tower, sizes, adapter, parameters, dtype.
         config (`PreTrainedConfig`): The configuration of the result.
         files (`dict[str, int]`): Weight files and their bytes, header aside.
         ignored (`list[str]`): Tensors of the checkpoint that were expected and are not needed.
-        notes (`list[str]`): What the person should know.
+        notes (`list[str]`): Remarks for the user.
     """
 
     source: Path
@@ -87,12 +87,12 @@ def convert(
     `load_text_model=False`, or with `text_model=...`. An LLM (LLM2CLIP's caption-contrastive ones, LLM2Vec's) becomes a folder of its own,
     as a plain bidirectional model.
 
-    Nothing in the checkpoint is run. Tensors are written one at a time, so memory holds at most the file and one tensor. `output` appears
-    when it is complete.
+    Nothing in the checkpoint is run, and the result names no code. Tensors are written one at a time, so memory holds at most the file and one
+    tensor. A new `output` appears when it is complete; an empty one that is there is filled, config.json last.
 
     Args:
         source: A `.pt`, `.bin` or `.safetensors` file, a folder, or one of these on the Hub: `owner/name` or `owner/name/path/in/it`.
-        output: The folder to write; it must not exist, or be empty.
+        output: Folder of the result: a new one, or an empty one.
         head_width: Width of an attention head: 64 in OpenAI's and EVA02's towers. 64 means 72 for SigLIP2-So400m, whose width tells it.
         quick_gelu: Whether OpenAI's tower has QuickGELU. By default it has, as OpenAI's weights need, unless a config.json beside them says
             otherwise.
@@ -115,7 +115,7 @@ def convert(
 
     Raises:
         ConversionError: Naming file and tensor, if the checkpoint is damaged, needs code to load, or does not fit the layout; if an option is
-            wrong; or if `output` is taken.
+            wrong or would be ignored; or if `output` holds files.
     """
     path, output = find_source(source, revision), Path(output)
     options = Options(head_width, quick_gelu, image_size, patch_size, rope_pretrained_grid)

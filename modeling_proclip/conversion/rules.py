@@ -44,7 +44,7 @@ class Tower:
         projection_dim (`int`, *optional*): Size of the projection, `None` for a tower without one.
         projection_bias (`bool`): Whether the projection has a bias.
         ignored (`tuple[str, ...]`): Regular expressions of published names that are expected and not needed.
-        notes (`list[str]`): What the person should know.
+        notes (`list[str]`): Remarks for the user.
     """
 
     title: str
@@ -87,30 +87,70 @@ def count_layers(names: Iterable[str], prefix: str) -> int:
     return len(found)
 
 
-def square_side(count: int, what: str) -> int:
-    """The side of a square grid of `count` patches."""
-    side = round(count**0.5)
-    if side < 1 or side * side != count:
-        raise ConversionError(f"{what} has {count} patches, which is no square grid.")
-    return side
+@dataclass(frozen=True)
+class ViTSizes:
+    """
+    Sizes of a ViT, as its tensors' shapes and the options tell.
+
+    Attributes:
+        config_values (`dict[str, int]`): Those that a configuration of Transformers has, by their keys there.
+        grid, stored_grid (`int`): Patches a side of the result, and of the checkpoint.
+    """
+
+    config_values: dict[str, int]
+    grid: int
+    stored_grid: int
 
 
-def count_heads(width: int, head_width: int) -> int:
-    """The number of attention heads of `head_width` channels."""
+def vit_sizes(
+    tensors: Mapping[str, StoredTensor],
+    options: Options,
+    *,
+    patches: str,
+    positions: str,
+    positions_dims: int,
+    leading: int,
+    layers: str,
+    mlp: str,
+    head_width: int,
+) -> ViTSizes:
+    """
+    The sizes of the ViT that a checkpoint holds.
+
+    Args:
+        patches, positions: Names of the patch embedding's kernel and of the position embeddings.
+        positions_dims: Dimensions of the position embeddings: 2, or 3 where the first is 1.
+        leading: Positions in front that belong to no patch, such as the class token's.
+        layers: What the names of the layers begin with, before their number.
+        mlp: Name within a layer of the first weight of its MLP.
+        head_width: Channels of an attention head.
+
+    Raises:
+        ConversionError: If the shapes fit no ViT with square images.
+    """
+    width, channels, stored_patch_size, _ = shape_of(tensors, patches, 4)
+    count = shape_of(tensors, positions, positions_dims)[-2] - leading
+    stored_grid = round(max(count, 0) ** 0.5)
+    if stored_grid < 1 or stored_grid**2 != count:
+        raise ConversionError(f"{tensors[positions].file}: {positions} has {count} patches, which is no square grid.")
+    patch_size = options.patch_size or stored_patch_size
+    image_size = options.image_size or stored_grid * stored_patch_size
+    if image_size < patch_size:
+        raise ConversionError(f"image_size={image_size} is smaller than a patch of {patch_size} pixels.")
     if head_width < 1 or width % head_width:
         raise ConversionError(
             f"A tower of width {width} cannot have heads of width {head_width}: pass another head_width."
         )
-    return width // head_width
-
-
-def new_grid(grid: int, patch_size: int, image_size: int | None) -> tuple[int, int]:
-    """The size of the images and the number of patches a side, as stored or, with `image_size`, as asked for."""
-    if image_size is None:
-        return grid * patch_size, grid
-    if image_size < patch_size:
-        raise ConversionError(f"image_size={image_size} is smaller than a patch of {patch_size} pixels.")
-    return image_size, image_size // patch_size
+    values = {
+        "hidden_size": width,
+        "intermediate_size": shape_of(tensors, f"{layers}0.{mlp}", 2)[0],
+        "num_hidden_layers": count_layers(tensors, layers),
+        "num_attention_heads": width // head_width,
+        "num_channels": channels,
+        "image_size": image_size,
+        "patch_size": patch_size,
+    }
+    return ViTSizes(values, image_size // patch_size, stored_grid)
 
 
 def build_config(config_class: Callable[..., Any], **values: Any) -> Any:

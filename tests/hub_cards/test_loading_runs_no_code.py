@@ -38,7 +38,9 @@ def evil(copy, monkeypatch) -> Path:
 def test_nothing_runs_without_trust(evil, settings):
     for loader in LOADERS:
         loader.from_pretrained(evil, **settings)
-    with pytest.raises(ValueError, match="trust_remote_code"):  # which has no other pipeline than that of the repository
+    with pytest.raises(
+        ValueError, match="trust_remote_code"
+    ):  # which has no other pipeline than that of the repository
         pipeline("zero-shot-image-classification", model=str(evil), **settings)
     assert not (evil / "ran").exists()
 

@@ -1,4 +1,4 @@
-"""`publish`, against a stand-in Hub by the real client: what is sent, and what is foretold."""
+"""`publish`, against a stand-in Hub by the real client: what is sent, and what is estimate."""
 
 import json
 
@@ -18,14 +18,14 @@ from tests.modeling_proclip import tiny
 from trainers.evaluation.scoring.encoders import Encoder
 
 
-def test_dry_run_foretells_every_byte_and_asks_the_hub_nothing(checkpoint, hub):
-    foretold = publish(checkpoint, "alice/my-proclip", dry_run=True)
-    assert not hub.requests and foretold.commit is None
+def test_dry_run_estimates_every_byte_and_asks_the_hub_nothing(checkpoint, hub):
+    estimate = publish(checkpoint, "alice/my-proclip", dry_run=True)
+    assert not hub.requests and estimate.commit is None
     sent = publish(checkpoint, "alice/my-proclip")
-    assert sent.files == foretold.files and sent.left_out == foretold.left_out
+    assert sent.files == estimate.files and sent.left_out == estimate.left_out
     arrived = {name: blob.size for name, blob in hub.files("alice/my-proclip").items() if name != ".gitattributes"}
-    assert arrived == foretold.files
-    assert hub.bytes_received("^/lfs/") == foretold.files["model.safetensors"]
+    assert arrived == estimate.files
+    assert hub.bytes_received("^/lfs/") == estimate.files["model.safetensors"]
     assert hub.repositories["model", "alice/my-proclip"].branches["main"] == sent.commit
 
 
@@ -103,27 +103,27 @@ def test_card_of_the_folder_is_sent_with_its_pictures_and_the_repository_s_name(
     assert not [name for name in hub.files("alice/x") if "secret" in name or "env" in name]
 
 
-def test_card_says_what_it_is_told_and_what_was_measured(copy, hub, tmp_path):
+def test_card_says_what_its_file_says_and_what_was_measured(copy, hub, tmp_path):
     identity = Encoder.load(copy, "cpu", "stored").identity()
     for name, weights in (("mine", identity), ("other", {**identity, "own_weights_sha256": "0" * 64})):
         (copy / name).mkdir()
         (copy / name / "results.json").write_text(json.dumps({**RESULTS, "model": weights}))
     (copy / "README.md").write_text("an older card")
-    told = tmp_path / "card.yaml"
-    told.write_text("license: mit\nlanguages: [en]\ndatasets: {owner/pictures: cc-by-4.0}\nlimits: [It is tiny.]\n")
+    details = tmp_path / "card.yaml"
+    details.write_text("license: mit\nlanguages: [en]\ndatasets: {owner/pictures: cc-by-4.0}\nlimits: [It is tiny.]\n")
     for lean in ((), ("--dry-run",)):
-        result = run(copy, "alice/x", "--card", told, *lean)
+        result = run(copy, "alice/x", "--card", details, *lean)
         assert result.exit_code == 0, result.output
     card = ModelCard(hub.read("alice/x", "README.md").decode())
     assert (card.data.license, card.data.language, card.data.datasets) == ("mit", ["en"], ["owner/pictures"])
     assert "- It is tiny." in card.text and "trust_remote_code=True" in card.text
     assert [result.metric_value for result in card.data.eval_results] == [0.71234567, 0.8123, 0.5, 0.75]
-    told.write_text("licence: mit\n")
-    assert "licence" in run(copy, "alice/x", "--card", told).output
-    told.write_text(f"results: [{copy / 'other'}]\n")
-    assert "other weights" in run(copy, "alice/x", "--card", told).output
-    told.write_text("just words\n")
-    assert "no keys and values" in run(copy, "alice/x", "--card", told).output
+    details.write_text("licence: mit\n")
+    assert "licence" in run(copy, "alice/x", "--card", details).output
+    details.write_text(f"results: [{copy / 'other'}]\n")
+    assert "other weights" in run(copy, "alice/x", "--card", details).output
+    details.write_text("just words\n")
+    assert "no keys and values" in run(copy, "alice/x", "--card", details).output
 
 
 @pytest.mark.parametrize(
@@ -205,9 +205,9 @@ def test_a_model_without_its_processor_says_so(hub, caplog):
 
 
 def test_command(checkpoint, hub):
-    foretold = run(checkpoint, "alice/x", "--public", "--dry-run")
-    assert foretold.exit_code == 0, foretold.output
-    assert "would send model.safetensors" in foretold.output and "optimizer.pt" in foretold.output
+    estimate = run(checkpoint, "alice/x", "--public", "--dry-run")
+    assert estimate.exit_code == 0, estimate.output
+    assert "would send model.safetensors" in estimate.output and "optimizer.pt" in estimate.output
     assert hub.repositories == {}
     options = ("--public", "--revision", "dev", "--message", "hello", "--max-shard-size", "100KB", "--no-code")
     result = run(checkpoint, "x", *options)

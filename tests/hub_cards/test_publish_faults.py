@@ -14,6 +14,7 @@ from transformers import AutoModel
 
 from hub_cards.publish import publish
 from hub_cards.staging import PublishError
+from modeling_proclip.conversion.output import scratch_folder
 from tests.environments import REPOSITORY
 from tests.hub_cards.publishing import run
 from tests.hub_server import READ_TOKEN, TOKEN
@@ -147,6 +148,14 @@ def test_full_disk(checkpoint, hub, monkeypatch):
     with pytest.raises(PublishError, match="has no space left for the weights"):
         publish(checkpoint, "alice/x", max_shard_size="60KB")
     assert not list(checkpoint.parent.glob(".*publish*")) and hub.repositories == {}
+
+
+def test_two_runs_at_once_do_not_disturb_each_other(checkpoint, hub):
+    with scratch_folder(checkpoint.parent, f".{checkpoint.name}.publish-") as theirs:
+        (theirs / "model.safetensors").write_text("being sent")
+        publish(checkpoint, "alice/x", max_shard_size="60KB")
+        assert (theirs / "model.safetensors").read_text() == "being sent"
+    assert not list(checkpoint.parent.glob(".*publish*"))
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGKILL, -9), (signal.SIGINT, 130)])

@@ -42,13 +42,13 @@ def save(model: ProCLIPModel, folder: Path, **kwargs) -> Path:
 
 def test_lean_of_a_full_checkpoint_sends_the_vision_side_only(pair, llm, hub, tmp_path):
     full = save(pair, tmp_path / "full")
-    foretold = publish(full, "alice/x", lean=True, text_model=llm, dry_run=True)
+    estimate = publish(full, "alice/x", lean=True, text_model=llm, dry_run=True)
     before = hub.bytes_received("^/lfs/")
     report = publish(full, "alice/x", lean=True, text_model=llm)
     own = {name: tensor for name, tensor in pair.state_dict().items() if not name.startswith("text_model.")}
     size = sum(tensor.numel() * tensor.element_size() for tensor in own.values())
     sent = hub.bytes_received("^/lfs/") - before
-    assert size < sent == foretold.files["model.safetensors"] == report.files["model.safetensors"] < size + 6_000
+    assert size < sent == estimate.files["model.safetensors"] == report.files["model.safetensors"] < size + 6_000
     assert report.lean and report.text_model_bytes == sum(t.nbytes for t in pair.text_model.state_dict().values())
     settings = json.loads(hub.read("alice/x", "config.json"))
     assert settings["lean"] and settings["text_model_name_or_path"] == llm
@@ -61,10 +61,10 @@ def test_lean_of_a_full_checkpoint_sends_the_vision_side_only(pair, llm, hub, tm
 def test_full_of_a_lean_checkpoint_holds_the_llm(pair, hub, tmp_path):
     lean = save(pair, tmp_path / "lean", lean=True)
     (lean / "README.md").write_text("---\nlicense: mit\n---\nlean")
-    foretold = publish(lean, "alice/x", lean=False, dry_run=True)
+    estimate = publish(lean, "alice/x", lean=False, dry_run=True)
     report = publish(lean, "alice/x", lean=False)
-    assert report.notes == ["README.md is sent as it is: see that it says nothing of the LLM that is no longer so."]
-    assert report.files == foretold.files and not report.lean and report.text_model_bytes == 0
+    assert report.notes == ["README.md is sent as it is: check what it says about the LLM."]
+    assert report.files == estimate.files and not report.lean and report.text_model_bytes == 0
     state = load_file(hub.blob_path(hub.files("alice/x")["model.safetensors"].sha256))
     ours = pair.state_dict()
     assert state.keys() == ours.keys() and all(torch.equal(state[name], ours[name]) for name in ours)

@@ -134,10 +134,8 @@ def test_paths_in_settings_and_texts_are_taken_out_and_it_is_said(copy, tmp_path
     write(copy / "results.json", json.dumps({**RESULTS, "command": "/mnt/secret-project/x --token " + HF_TOKEN}))
     write(copy / "evaluation/results.json", json.dumps(RESULTS))
     report = publish(copy, "alice/x", dry_run=True)
-    said = "paths of this machine, passwords or tokens are taken out."
-    assert {f"Of {name} {said}" for name in ("tokenizer_config.json", "README.md", "results.json")} <= set(
-        report.notes
-    )
+    said = "local paths, passwords or tokens were removed."
+    assert {f"{name}: {said}" for name in ("tokenizer_config.json", "README.md", "results.json")} <= set(report.notes)
     sent = staged(copy, tmp_path)
     assert not [name for name, content in sent.items() if SECRET in content or HF_TOKEN.encode() in content]
     assert json.loads(sent["tokenizer_config.json"])["name_or_path"] == "llm"
@@ -156,14 +154,14 @@ def test_a_token_where_nothing_can_be_taken_out_is_refused(copy, tmp_path, name)
         edit(copy / name, instruction=HF_TOKEN)
     else:
         write(copy / name, HF_TOKEN)
-    with pytest.raises(PublishError, match=f"{name} holds what reads as a token"):
+    with pytest.raises(PublishError, match=f"{name} holds what looks like a token"):
         staged(copy, tmp_path)
 
 
 def test_headers_of_weights_say_nothing_else(copy, tmp_path):
     state = load_file(copy / "model.safetensors")
     save_file(state, copy / "model.safetensors", {"format": "pt", "data": "/home/alice/secret-project"})
-    with pytest.raises(PublishError, match="its header holds paths of this machine"):
+    with pytest.raises(PublishError, match="its header holds local paths"):
         staged(copy, tmp_path)
 
 
@@ -227,7 +225,9 @@ def test_no_code_of_others_is_named(copy, tmp_path, where, with_code):
 def test_it_is_said_whose_code_was_named(copy):
     _nested("tokenizer_config.json")(copy)
     result = run(copy, "alice/x", "--dry-run")
-    assert result.exit_code == 0 and "tokenizer_config.json names code that is not this package's" in result.output
+    assert (
+        result.exit_code == 0 and "tokenizer_config.json: references to code of others were removed" in result.output
+    )
     assert EVIL in result.output
 
 

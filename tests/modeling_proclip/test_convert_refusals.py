@@ -209,7 +209,7 @@ def test_no_tensor_can_be_left_out_or_misshapen(case, tmp_path):
     """Every tensor of every layout, in turn, but those that may be missing: rotary tables and the bias of the adapter's last layer."""
     params = golden.load(case).params
     optional = max(name for name in params if "text_adaptor" in name and name.endswith(".bias"))
-    options = {"rope_pretrained_grid": 3, "dry_run": True}
+    options = {"dry_run": True} | ({"rope_pretrained_grid": 3} if case == "g2_eva02" else {})
     for name in params:
         if "rope" in name or name == optional:
             continue
