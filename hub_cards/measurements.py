@@ -105,6 +105,17 @@ def precision(protocol: Mapping[str, Any]) -> str | None:
     return scrub(f"images in {dtype.get('image')} and texts in {dtype.get('text')}, on {protocol.get('device')}")
 
 
+def results_for_others(content: dict[str, Any]) -> dict[str, Any]:
+    """The content of a `results.json` in which tasks on a person's own images name no folder; earlier releases wrote it as their title."""
+    tasks = [
+        {**task, "title": task["name"], "dataset": {**task["dataset"], "source": Path(task["dataset"]["source"]).name}}
+        if task["group"] == "own"
+        else task
+        for task in content.get("tasks", [])
+    ]
+    return {**content, "tasks": tasks} if tasks else content
+
+
 def evaluated_weights(path: str | Path) -> str | None:
     """Hash of the weights that were evaluated, the LLM's aside (`own_weights_sha256`), where the results name it."""
     model = read_json(_results_file(path)).get("model")

@@ -39,6 +39,9 @@ def stage_adapters(source: Path, folder: Path, repo_id: str, *, card: Mapping[st
     base = settings.get("base_model_name_or_path")
     if isinstance(base, str) and not is_hub_name(base):
         settings["base_model_name_or_path"] = Path(base).name or None
+    library = (settings.get("auto_mapping") or {}).get("parent_library")
+    if not str(library).startswith(("modeling_proclip.", "transformers.")):
+        settings["auto_mapping"] = None  # PEFT imports the module that is named there
     outgoing.write_settings(ADAPTER_CONFIG, settings)
     (folder / ADAPTER_WEIGHTS).symlink_to(weights.resolve())
     if record := outgoing.find(TRAINING_FILE):

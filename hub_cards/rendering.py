@@ -15,6 +15,7 @@ from huggingface_hub import CardData, RepoCard
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError
 
 from .measurements import shown_source
+from .scrubbing import scrub_text
 from .validity import check_metadata
 
 
@@ -32,8 +33,8 @@ class Markdown(str):
 
 def render(card_class: type[_Card], template: str, data: CardData, **values: Any) -> _Card:
     """
-    A card with the metadata `data`. Unlike `RepoCard.from_template`, values are escaped, templates can include others, and a value that is
-    missing is an error.
+    A card with the metadata `data`. Unlike `RepoCard.from_template`, values are escaped, templates can include others, a value that is
+    missing is an error, and passwords, tokens and local paths are removed.
 
     Raises:
         ValueError: If the Hub would refuse the metadata; see [`check_metadata`].
@@ -50,8 +51,8 @@ def render(card_class: type[_Card], template: str, data: CardData, **values: Any
         filled = environment.get_template(template).render(card_data=Markdown(data.to_yaml()), **values)
     except (TemplateError, TypeError) as error:
         raise ValueError(f"the card cannot be filled in: {error}") from error
-    card = card_class(filled)
-    if card.data.to_dict() != data.to_dict():
+    card = card_class(scrub_text(filled))
+    if set(card.data.to_dict()) != set(data.to_dict()):
         raise ValueError("the card's metadata would be read as something else: is there a line of dashes in a name?")
     return card
 

@@ -30,6 +30,7 @@ _SECRET_NAME = re.compile(
     r"passw(?:or)?d|secret|api_?key|access_?key|private_?key|signature|credential|(?:hub|hf|access|auth|refresh|write|bearer)_?token",
     re.IGNORECASE,
 )
+_PATH_KEY = re.compile(r"\w{0,60}(?:path|dir|directory|folder|file|source|checkpoint)s?", re.IGNORECASE)
 # `name: value`, `name=value` or `"name": "value"`; a value has a digit, as a word of prose rarely has.
 _ASSIGNED = re.compile(
     r"(?<![\w-])([A-Za-z_-]{2,80})(['\"]?\s{0,3}[:=]\s{0,3}['\"]?)(?=[^\s'\"]{0,100}\d)([\w+/=.!@#%^-]{8,300})"
@@ -62,7 +63,8 @@ def scrub_text(text: str) -> str:
 
 def scrub(value: Any, keep: Container[str] = ()) -> Any:
     """
-    [`scrub_text`] of every string in a JSON value. A string that is a path as a whole, relative ones too, becomes its last part.
+    [`scrub_text`] of every string in a JSON value. A string that is a path as a whole becomes its last part: an absolute one, one that begins
+    with `./`, `../` or `~`, and under a key such as "name_or_path" any with more than one slash.
 
     Args:
         keep: keys of objects whose values stay as they are.
@@ -91,7 +93,13 @@ def is_local_path(value: str) -> bool:
 
 
 def _scrub_entry(key: str, value: Any, keep: Container[str]) -> Any:
-    return HIDDEN if value and isinstance(value, str) and _is_secret(key) else scrub(value, keep)
+    if not value or not isinstance(value, str):
+        return scrub(value, keep)
+    if _is_secret(key):
+        return HIDDEN
+    # A relative path has nothing that tells it from other text but its key; a name on the Hub has one slash.
+    relative = _PATH_KEY.fullmatch(key) is not None and value.count("/") > 1 and "://" not in value
+    return scrub_text(_last_part(value)) if relative else scrub(value, keep)
 
 
 def _is_secret(name: str) -> bool:

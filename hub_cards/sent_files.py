@@ -15,7 +15,7 @@ from modeling_proclip.conversion.json_files import read_json
 from modeling_proclip.conversion.stored_tensors import read_tensors
 
 from .errors import PublishError
-from .measurements import RESULTS_FILE, read_measurements
+from .measurements import RESULTS_FILE, read_measurements, results_for_others
 from .remote_code import AUTO_MAP, PROCESSOR_AUTO_MAP
 from .scrubbing import holds_secret, scrub, scrub_text
 
@@ -164,7 +164,7 @@ class OutgoingFiles:
             except ValueError as error:
                 self.notes.append(f"{RESULTS_FILE} is not sent: {error}")
             else:
-                self.copy_settings(RESULTS_FILE)
+                self.write_settings(RESULTS_FILE, results_for_others(read_json(file)))
 
     def copy_modules(self) -> None:
         """

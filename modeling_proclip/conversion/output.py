@@ -63,7 +63,16 @@ def new_folder(output: Path) -> Iterator[Path]:
             for file in sorted(files.iterdir(), key=lambda file: file.name == "config.json"):
                 file.rename(output / file.name)
         else:
-            files.rename(output)
+            _put_in_place(files, output)
+
+
+def _put_in_place(files: Path, output: Path) -> None:
+    try:
+        files.rename(output)
+    except OSError as error:
+        if not output.exists():
+            raise
+        raise ConversionError(f"{output} was written by somebody else meanwhile: name another output.") from error
 
 
 @contextmanager

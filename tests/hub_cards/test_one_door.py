@@ -11,7 +11,7 @@ from transformers import AutoModel
 from hub_cards.publish import publish
 from hub_cards.staging import PublishError
 from modeling_proclip import ProCLIPModel
-from tests.hub_cards.publishing import run
+from tests.hub_cards.publishing import edit, run
 from tests.modeling_proclip import tiny
 from trainers.alignment.peft_model import ProCLIPPeftModel
 
@@ -95,6 +95,13 @@ def test_adapters_by_the_command(hub, tmp_path):
         (("--text-model", "a/b"), "for whole checkpoints"),
     ):
         assert message in " ".join(run(tmp_path / "adapters", "x", *options).output.split())
+
+
+def test_adapters_name_no_module_of_others(hub, tmp_path):
+    peft_model(tmp_path).save_pretrained(tmp_path / "adapters")
+    edit(tmp_path / "adapters/adapter_config.json", auto_mapping={"base_model_class": "X", "parent_library": "evil"})
+    publish(tmp_path / "adapters", "alice/x")
+    assert b"evil" not in hub.read("alice/x", "adapter_config.json")
 
 
 def test_adapters_that_are_not_finite_or_another_model_s_are_refused(hub, tmp_path):

@@ -54,6 +54,15 @@ def test_a_value_that_is_a_path_becomes_its_last_part(path):
     assert scrub({"source": path}) == {"source": PATHS[path]}
 
 
+def test_a_relative_path_is_known_by_its_key():
+    paths = {"name_or_path": "models/secret-project/llm", "source": "secret/rows/x.csv", "caption_files": "owner/name"}
+    assert scrub(paths) == {"name_or_path": "llm", "source": "x.csv", "caption_files": "owner/name"}
+    assert scrub({"source": "https://example.org/a/b", "title": "a/b/c"}) == {
+        "source": "https://example.org/a/b",
+        "title": "a/b/c",
+    }
+
+
 @pytest.mark.parametrize("text", KEPT)
 def test_everything_else_stays(text):
     assert scrub_text(text) == text and scrub([text, 1, None, {"n": 0.5}]) == [text, 1, None, {"n": 0.5}]

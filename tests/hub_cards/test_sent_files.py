@@ -141,6 +141,15 @@ def test_paths_in_settings_and_texts_are_taken_out_and_it_is_said(copy, tmp_path
     assert json.loads(sent["tokenizer_config.json"])["name_or_path"] == "llm"
 
 
+def test_results_on_own_images_of_an_earlier_release(copy, tmp_path):
+    own = {"group": "own", "title": "secret-project/images", "name": "images"}
+    own["dataset"] = {"source": "secret-project/images", "num_items": 3, "read_from": "local copy"}
+    write(copy / "results.json", json.dumps({**RESULTS, "tasks": [{**RESULTS["tasks"][0], **own}]}))
+    sent = staged(copy, tmp_path)
+    assert not [name for name, content in sent.items() if SECRET in content]
+    assert b"| images | images |" in sent["README.md"]
+
+
 def test_what_the_model_reads_is_never_changed(copy, tmp_path):
     edit(copy / "processor_config.json", instruction="What is in /home/alice/x.png?")
     assert (

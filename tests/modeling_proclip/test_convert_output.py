@@ -112,6 +112,17 @@ def test_two_runs_into_one_empty_folder(tmp_path):
             convert(SOURCE, tmp_path, head_width=8)
 
 
+def test_an_output_that_somebody_else_fills_meanwhile(tmp_path, monkeypatch):
+    def fill(folder):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out/theirs").write_text("x")
+
+    monkeypatch.setattr(converter, "remove_code", fill)
+    with pytest.raises(ConversionError, match="was written by somebody else meanwhile"):
+        convert(SOURCE, tmp_path / "out", head_width=8)
+    assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["theirs"]
+
+
 # Weights that are not finite
 
 
