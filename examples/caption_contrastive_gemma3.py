@@ -234,7 +234,7 @@ What the quickstart reaches on it, language by language: `docs/how_to/multilingu
 ## Licence
 
 A model derivative of Gemma: provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms. Names: Unicode CLDR (Unicode
-License v3). Captions of stamps: Tux Paint (package `tuxpaint-stamps-default`, GPL-2 and public domain), of which none is in the weights as such.
+License v3). Captions of stamps: Tux Paint (package `tuxpaint-stamps-default`, GPL-2), of which none is in the weights as such.
 """
 
 

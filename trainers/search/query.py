@@ -101,6 +101,7 @@ def search(
             f"the embedding has the shape {tuple(embedding.shape)}, those of {index.path} ({index.settings['dim']},)"
         )
     vector = embedding.numpy()
+    query: Any  # the database's builders share no type
     if words:
         query = index.images.search(query_type="hybrid", vector_column_name="embedding").vector(vector).text(words)
         query = query.rerank(RRFReranker())

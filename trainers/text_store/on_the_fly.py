@@ -90,7 +90,8 @@ class OnTheFlyStore:
             )
         if not self.num_embedded:
             logger.warning("texts that are not in %s are embedded while they are looked up", self.store.path)
-        keys, values, found = list(texts), list(texts.values()), {}
+        keys, values = list(texts), list(texts.values())
+        found: dict[Any, torch.Tensor] = {}
         for batch in encode_texts(values, self.model, self.processor):
             embeds = stored_as(self.store.dtype, batch.embeddings, [values[i] for i in batch.indices])
             found.update(zip([keys[i] for i in batch.indices], embeds, strict=True))
