@@ -182,7 +182,8 @@ def test_two_processes_train_as_one(whole, content, tmp_path):
         text=True,
     )
     assert finished.returncode == 0, finished.stderr
-    (row,) = (line.split() for line in finished.stdout.splitlines() if line.strip().startswith("inheritance"))
+    lines = [line.strip() for line in finished.stdout.splitlines()]
+    (row,) = (line.split() for line in lines if line.startswith("inheritance") and "finished," in line)
     assert row[1:9] == ["40", "1", "5", "8", "2", "×", "4", "finished,"]
     one, two = weights(whole, "inheritance"), weights(tmp_path / "out", "inheritance")
     assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
