@@ -38,3 +38,7 @@ def decode_stored_image(value: Any, files: NamedFiles | None = None) -> Image.Im
     except (OSError, ValueError) as error:
         raise BrokenImage(str(error)) from error
     return decode_image(found)
+
+
+# The names that these had before; scripts outside of this package use them.
+BrokenPicture, decode_picture = BrokenImage, decode_stored_image
