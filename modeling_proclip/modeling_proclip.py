@@ -32,8 +32,8 @@ class ProCLIPOutput(ModelOutput):
         logits_per_text (`torch.FloatTensor` of shape `(num_texts, num_images)`, *optional*): Its transpose.
         text_embeds (`torch.FloatTensor` of shape `(num_texts, projection_dim)`, *optional*): Text embeddings of unit length, in float32.
         image_embeds (`torch.FloatTensor` of shape `(num_images, projection_dim)`, *optional*): Image embeddings of unit length, in float32.
-        text_model_output (`BaseModelOutputWithPooling`, *optional*): Of [`ProCLIPModel.get_text_features`].
-        vision_model_output (`BaseModelOutputWithPooling`, *optional*): Of [`ProCLIPModel.get_image_features`].
+        text_model_output (`BaseModelOutputWithPooling`, *optional*): What [`ProCLIPModel.get_text_features`] gives.
+        vision_model_output (`BaseModelOutputWithPooling`, *optional*): What [`ProCLIPModel.get_image_features`] gives.
 
     What belongs to a modality that was not given is `None`.
     """
@@ -310,7 +310,7 @@ class ProCLIPModel(ProCLIPPreTrainedModel):
 
         Args:
             return_loss (`bool`, *optional*): Return the symmetric InfoNCE loss; the i-th image and the i-th text are a pair.
-            output_attentions, output_hidden_states (`bool`, *optional*): Of both towers, in their outputs.
+            output_attentions, output_hidden_states (`bool`, *optional*): Return those of both towers, in their outputs.
             kwargs: Arguments of the image encoder, such as `interpolate_pos_encoding`.
 
         Raises:
@@ -324,7 +324,7 @@ class ProCLIPModel(ProCLIPPreTrainedModel):
 
         >>> model = AutoModel.from_pretrained("quickstart-output/proclip")
         >>> processor = AutoProcessor.from_pretrained("quickstart-output/proclip")
-        >>> inputs = processor(text=["a red apple", "a ghost"], images=picture, return_tensors="pt")
+        >>> inputs = processor(text=["a red apple", "a ghost"], images=image, return_tensors="pt")
         >>> probs = model(**inputs).logits_per_image.softmax(dim=1)
         ```"""
         has_text, has_image = input_ids is not None or llm_embeds is not None, pixel_values is not None

@@ -1,4 +1,4 @@
-"""ProCLIP processor: pictures for the image encoder, templated texts for the LLM."""
+"""ProCLIP processor: images for the image encoder, templated texts for the LLM."""
 
 import difflib
 import os

@@ -1,4 +1,4 @@
-"""The small files by which sentence-transformers knows how to load a checkpoint: what embeds texts and pictures, and to unit length."""
+"""The small files by which sentence-transformers knows how to load a checkpoint: what embeds texts and images, and to unit length."""
 
 import json
 import os
