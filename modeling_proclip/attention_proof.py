@@ -25,8 +25,8 @@ def check_bidirectional(text_model: nn.Module) -> None:
     two forward passes over four texts of eight tokens, in eval mode.
 
     Raises:
-        ValueError: Naming the family, the layer and the remedy, if a layer stays causal or attends to padding, or if a text's states are
-            others beside padding.
+        ValueError: Naming the family, the layer and the remedy, if a layer stays causal or attends to padding, if a text's states are others
+            beside padding, or if the model does not run.
     """
     unknown = set(getattr(text_model.config, "layer_types", None) or ()) - ATTENTION_LAYERS
     if unknown:
@@ -38,6 +38,11 @@ def check_bidirectional(text_model: nn.Module) -> None:
     text_model.eval()
     try:
         alone, padded = (_check_layers(text_model, num_padding) for num_padding in (0, _NUM_PADDING))
+    except (AttributeError, TypeError, LookupError) as error:
+        raise ValueError(
+            f"The text model {_describe(text_model)} does not run as an LLM of ProCLIP does, with and without a mask and without a cache "
+            f"({type(error).__name__}: {error}). Take an LLM of another family (Llama, Qwen2, Qwen3, Mistral, Gemma and Phi-3 are tested)."
+        ) from error
     finally:
         for module, training in was_training.items():
             module.training = training
@@ -63,7 +68,7 @@ def _check_layers(text_model: nn.Module, num_padding: int) -> torch.Tensor:
     # Offloaded weights, which are on "meta", come in as they are needed.
     device = "cpu" if embeddings.device.type == "meta" else embeddings.device
     config = text_model.config
-    pad = max(config.pad_token_id or 0, 0)
+    pad = max(getattr(config, "pad_token_id", None) or 0, 0)  # some families have none
     # No longer than the first token reaches, in the narrowest sliding window.
     num_tokens = 1 + min(_NUM_TOKENS - 1, getattr(config, "sliding_window", None) or _NUM_TOKENS)
     *tokens, other = [token for token in range(num_tokens + 2) if token != pad][: num_tokens + 1]

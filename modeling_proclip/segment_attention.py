@@ -63,7 +63,7 @@ def segment_attention(
         _attend(query[:, :, start:end], key[:, :, start:end], value[:, :, start:end], scaling, dropout, sliding_window)
         for start, end in zip(bounds, bounds[1:])
     ]
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+    return torch.cat([output.transpose(1, 2) for output in outputs], dim=1), None
 
 
 def _varlen_attention(

@@ -88,6 +88,15 @@ def test_accepts_rounding_that_many_layers_multiply():
     check_bidirectional(text_model("llama", num_hidden_layers=12, initializer_range=0.4).bfloat16())
 
 
+def test_accepts_a_family_without_a_padding_token():
+    check_bidirectional(text_model("codegen", "eager", n_embd=32, n_head=4, n_layer=2, rotary_dim=4))
+
+
+def test_refuses_a_family_that_needs_a_mask():
+    with pytest.raises(ValueError, match="MptModel with 'eager' attention does not run as an LLM of ProCLIP does"):
+        check_bidirectional(text_model("mpt", "eager", d_model=32, n_heads=4, n_layers=2))
+
+
 def test_accepts_learned_positions_of_tokens_only():
     """RoBERTa counts its positions over what is no padding."""
     check_bidirectional(text_model("roberta"))
