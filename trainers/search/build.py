@@ -10,10 +10,11 @@ from typing import Any
 from lancedb.index import FTS, IvfSq
 from PIL import Image
 from torch.nn import functional as F
+from transformers import BatchFeature
 
 from modeling_proclip.images import BrokenImage, decode_image
 from trainers.display.progress import Progress
-from trainers.evaluation.scoring.encoders import Encoder
+from trainers.evaluation.scoring.encoders import Encoder, join_images
 
 from .folder import Folder, ImageFile
 from .image_facts import caption_of, checksum, date_taken, thumbnail
@@ -45,11 +46,14 @@ class UpdateSummary:
 
 @dataclass(frozen=True)
 class _Read:
-    """A file that was read: its content hash, and where that is new the image and what is kept of it, or why there is none."""
+    """
+    A file that was read: its content hash, and where that is new the image as the model takes it and what is kept of it, or why there is none.
+    Decoded, the photographs of a step would take gigabytes.
+    """
 
     file: ImageFile
     checksum: str = ""
-    image: Image.Image | None = None
+    image: BatchFeature | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     reason: str | None = None
 
@@ -163,8 +167,9 @@ class _Update:
             return _Read(file, reason=error.strerror or str(error))
         except BrokenImage as error:
             return _Read(file, reason=str(error))
-        facts = {"checksum": content, "width": image.width, "height": image.height}
-        return _Read(file, content, image, {**facts, "taken": date_taken(data), "thumbnail": thumbnail(image)})
+        facts: dict[str, Any] = {"checksum": content, "width": image.width, "height": image.height}
+        facts |= {"taken": date_taken(data), "thumbnail": thumbnail(image)}
+        return _Read(file, content, self.encoder.prepare_images([image]), facts)
 
     def _write(self, step: Sequence[_Read]) -> None:
         """Puts a step into the index: its images at once, then its unreadable files."""
@@ -202,7 +207,7 @@ class _Update:
         content: dict[str, dict[str, Any]] = {}
         for start in range(0, len(reads), self.batch_size):
             batch = reads[start : start + self.batch_size]
-            inputs = self.encoder.prepare_images([read.image for read in batch if read.image is not None])
+            inputs = join_images([read.image for read in batch if read.image is not None])
             embeddings = F.normalize(self.encoder.encode_images(inputs), dim=-1)
             content |= {
                 read.checksum: {**read.facts, "embedding": row.tolist()} for read, row in zip(batch, embeddings)

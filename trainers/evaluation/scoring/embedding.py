@@ -67,7 +67,7 @@ def embed_images(
     with bar, writing as writer, ThreadPoolExecutor(_LOOKAHEAD) as pool:
 
         def prepare(batch: list[int]) -> tuple[list[int], Any]:
-            return batch, encoder.prepare_images([decode(task, *places[i]) for i in batch])
+            return batch, encoder.prepare_images(decode(task, *places[i]) for i in batch)
 
         # The next batches are decoded while the model works on one.
         batches = (mine[start : start + batch_size] for start in range(0, len(mine), batch_size))

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
@@ -28,6 +28,10 @@ from trainers.text_store.encoding import (
 
 # Raised when our own code decodes images or prepares them for the model in another way than the release before.
 DECODING_VERSION = 1
+
+
+# Pixels of decoded images that are in memory together, in each of the threads that prepare them: 100 MB.
+_MOST_PIXELS = 1 << 25
 
 
 class Encoder:
@@ -144,9 +148,10 @@ class Encoder:
             fingerprint["weights_sha256"] = self.weights_sha256
         return {**fingerprint, **self._place()}
 
-    def prepare_images(self, images: Sequence[Image.Image]) -> BatchFeature:
-        """Decoded images (mode "RGB") as the model takes them."""
-        return self.processor.image_processor(images=images, return_tensors="pt")
+    def prepare_images(self, images: Iterable[Image.Image]) -> BatchFeature:
+        """Decoded images (mode "RGB") as the model takes them. Images that an iterator decodes are in memory a few at a time, if they are large."""
+        prepare = self.processor.image_processor
+        return join_images([prepare(images=some, return_tensors="pt") for some in _few_pixels(images)])
 
     @torch.inference_mode()
     def encode_images(self, inputs: BatchFeature) -> torch.Tensor:
@@ -216,3 +221,21 @@ class Encoder:
 
     def _dtypes(self) -> dict[str, torch.dtype]:
         return {"image": self.dtype, "text": text_dtype(self.model)}
+
+
+def join_images(parts: Sequence[BatchFeature]) -> BatchFeature:
+    """What [`Encoder.prepare_images`] returned for several groups of images, as one batch."""
+    return BatchFeature({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+
+
+def _few_pixels(images: Iterable[Image.Image]) -> Iterator[list[Image.Image]]:
+    """The images in groups, each ended by the image that fills it."""
+    group, num_pixels = [], 0
+    for image in images:
+        group.append(image)
+        num_pixels += image.width * image.height
+        if num_pixels > _MOST_PIXELS:
+            yield group
+            group, num_pixels = [], 0
+    if group:
+        yield group
