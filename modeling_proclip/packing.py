@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 from .segment_attention import HAS_VARLEN, SEGMENT_ATTENTION
@@ -56,16 +57,33 @@ def pack_rows(rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Any]:
 
 @contextmanager
 def attending_by_segments(text_model: nn.Module) -> Iterator[None]:
-    """The context in which `text_model` takes packed rows: by its own FlashAttention if it has that, else by [`segment_attention`]."""
+    """
+    The context in which `text_model` takes packed rows: by its own FlashAttention if it has that, else by [`segment_attention`].
+
+    Raises:
+        ValueError: If activations are to be computed again in the backward pass, which is outside of this context.
+    """
     before = text_model.config._attn_implementation
     if before in _FLASH:
         yield
         return
+    if text_model.training and torch.is_grad_enabled() and recomputes_activations(text_model):
+        raise ValueError(
+            "packed texts are not trained with gradient checkpointing: without it, or by attn_implementation='flash_attention_2', they are."
+        )
     text_model.config._attn_implementation = SEGMENT_ATTENTION
     try:
         yield
     finally:
         text_model.config._attn_implementation = before
+
+
+def recomputes_activations(text_model: nn.Module) -> bool:
+    """Whether gradient checkpointing is on."""
+    return any(
+        isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing
+        for layer in text_model.modules()
+    )
 
 
 def why_padded(text_model: nn.Module) -> str | None:

@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import IterableDataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
+from modeling_proclip.packing import pack_rows
 from modeling_proclip.prompt_template import templated_tokenizer
 from trainers.data.epochs import EpochDataset
 from trainers.text_store.token_batches import TokenRow, length_sorted_batches, pad_rows
@@ -135,23 +136,30 @@ class CaptionPairCollator:
     Args:
         tokenizer: A [`TextTokenizer`], which applies the prompt template.
         max_texts, token_budget: Most texts and most padded tokens of a micro-batch; by default the batch is one micro-batch.
+        packed: Whether a micro-batch is one row without padding, see [`pack_rows`].
 
     Returns:
         A dict, with B pairs and N texts: queries, documents, then hard negatives.
         "query_keys" `(B, 3)`, "document_keys" `(B, 2)`, "negative_keys" `(N - 2 B, 2)` int64, see `caption_contrastive_loss`;
-        "micro_batches": list of `{"input_ids", "attention_mask", "token_type_ids"}`, each `(texts, length)` int64;
+        "micro_batches": list of `{"input_ids", "attention_mask", "token_type_ids"}`, each `(texts, length)` int64, or of packed rows;
         "order" `(N,)` int64: for each row of the joined micro-batches the number of its text.
     """
 
-    def __init__(self, tokenizer: "TextTokenizer", max_texts: int | None = None, token_budget: int | None = None):
-        self.tokenizer, self.max_texts, self.token_budget = tokenizer, max_texts, token_budget
+    def __init__(
+        self,
+        tokenizer: "TextTokenizer",
+        max_texts: int | None = None,
+        token_budget: int | None = None,
+        packed: bool = False,
+    ):
+        self.tokenizer, self.max_texts, self.token_budget, self.packed = tokenizer, max_texts, token_budget, packed
 
     def __call__(self, pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         negatives = [negative for pair in pairs for negative in pair["negatives"]]
         texts = [(pair["query"], pair["instruction"]) for pair in pairs]
         texts += [(text, None) for text in [pair["document"] for pair in pairs] + negatives]
         batches, order = micro_batches(
-            self.tokenizer(texts), self.tokenizer.pad_token_id, self.max_texts, self.token_budget
+            self.tokenizer(texts), self.tokenizer.pad_token_id, self.max_texts, self.token_budget, self.packed
         )
         return {**pair_keys(pairs), "micro_batches": batches, "order": order}
 
@@ -198,19 +206,27 @@ class TextTokenizer:
 
 
 def micro_batches(
-    rows: Sequence[TokenRow], pad_token_id: int, max_texts: int | None = None, token_budget: int | None = None
-) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor]:
+    rows: Sequence[TokenRow],
+    pad_token_id: int,
+    max_texts: int | None = None,
+    token_budget: int | None = None,
+    packed: bool = False,
+) -> tuple[list[dict[str, Any]], torch.Tensor]:
     """
-    Token rows in micro-batches of similar length, the longest first, each padded on the left to its own longest text only.
+    Token rows in micro-batches of similar length, the longest first, each padded on the left to its own longest text only, or packed.
 
     Args:
         max_texts, token_budget: Most texts and most padded tokens of a micro-batch; a single text may have more tokens.
+        packed: Whether a micro-batch is one row without padding, see [`pack_rows`].
 
     Returns:
         The micro-batches, and `(len(rows),)` int64: for each row of the joined micro-batches its number in `rows`.
     """
     order = list(length_sorted_batches(rows, token_budget, max_texts))
-    batches = [pad_rows([rows[i] for i in chosen], pad_token_id, "left") for chosen in order]
+    batches: list[dict[str, Any]] = []
+    for chosen in order:
+        some = [rows[i] for i in chosen]
+        batches.append(pack_rows(some) if packed else pad_rows(some, pad_token_id, "left"))
     return batches, torch.tensor([i for chosen in order for i in chosen], dtype=torch.int64)
 
 

@@ -14,7 +14,8 @@ from transformers.trainer_utils import speed_metrics
 from modeling_proclip import ProCLIPModel, ProCLIPProcessor
 from modeling_proclip.attention_proof import check_bidirectional
 from modeling_proclip.finite_weights import check_finite
-from modeling_proclip.pooling import pool_tokens
+from modeling_proclip.packing import attending_by_segments, recomputes_activations, why_padded
+from modeling_proclip.pooling import pool_segments, pool_tokens
 from modeling_proclip.prompt_template import choose_template
 from trainers.base.gradient_caching import cached_backward
 from trainers.base.trainer import StageTrainer
@@ -68,6 +69,7 @@ class CaptionContrastiveTrainer(StageTrainer):
 
     text_column = "query"
     control: TrainerControl
+    data_collator: CaptionPairCollator
 
     def __init__(
         self,
@@ -105,6 +107,10 @@ class CaptionContrastiveTrainer(StageTrainer):
             raise ValueError(
                 "micro_batch_tokens gives the processes different numbers of forward passes, which FSDP runs together: leave it out."
             )
+        # Packing saves what it saves on a GPU; the frozen layers' states are kept by padded rows.
+        self.text_model = text_model
+        if self.args.device.type == "cuda" and self.frozen is None and not recomputes_activations(text_model):
+            self.data_collator.packed = why_padded(text_model) is None
         self.loss_is_scaled_for_ga = True  # each step has one batch: there is nothing to divide by
         self.add_callback(SetEpoch(self.pairs))
 
@@ -169,8 +175,13 @@ class CaptionContrastiveTrainer(StageTrainer):
             negative_keys=keys[2],
         )
 
-    def embed(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def embed(self, model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
         """Pooled embeddings `(texts, hidden_size)`, at least float32, of a micro-batch of tokens."""
+        if "cu_seq_lens_q" in batch:
+            tokens = {name: value for name, value in batch.items() if name != "token_type_ids"}
+            with attending_by_segments(self.text_model):
+                states = at_least_float32(model(**tokens, use_cache=False).last_hidden_state[0])
+            return pool_segments(states, batch["cu_seq_lens_q"], batch["token_type_ids"][0], self.pooling)
         mask = batch["attention_mask"]
         if self.frozen is None:
             outputs = model(input_ids=batch["input_ids"], attention_mask=mask, use_cache=False)
@@ -190,7 +201,9 @@ class CaptionContrastiveTrainer(StageTrainer):
         was_training = model.training
         model.eval()
         rows = self.tokenizer([(text, None) for text in texts])
-        batches, order = micro_batches(rows, self.tokenizer.pad_token_id, token_budget=self._token_budget())
+        batches, order = micro_batches(
+            rows, self.tokenizer.pad_token_id, token_budget=self._token_budget(), packed=self.data_collator.packed
+        )
         with self.compute_loss_context_manager():
             embeds = [self.embed(model, send_to_device(batch, self.accelerator.device)).cpu() for batch in batches]
         model.train(was_training)

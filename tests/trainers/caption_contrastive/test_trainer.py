@@ -56,6 +56,42 @@ def test_all_of_the_lora_moves_and_nothing_else(trained):
     assert losses(trainer)[-1] < losses(trainer)[0]
 
 
+@pytest.mark.parametrize("settings", [{}, {"gradient_caching_batch_size": 4}, {"micro_batch_tokens": 60}])
+def test_packed_batches_train_the_same(tmp_path, settings):
+    """As on a GPU: the same losses, the same LoRA and the same evaluation as of padded batches."""
+    # Adam's first step takes the gradient's signs, where rounding may decide.
+    settings = {**settings, "optim": "sgd", "lora_dropout": 0.0}
+    runs = []
+    for packed in (False, True):
+        rows = tiny_llm.ROWS
+        trainer = tiny_llm.trainer(tmp_path / str(packed), rows=rows, eval_dataset=rows[:8], max_steps=3, **settings)
+        trainer.data_collator.packed = packed
+        trainer.train()
+        runs.append(
+            (
+                losses(trainer),
+                lora(trainer),
+                trainer.evaluate()["eval_loss"],
+                trainer.text_model.config._attn_implementation,
+            )
+        )
+    (padded_losses, padded_lora, padded_eval, attention), (packed_losses, packed_lora, packed_eval, _) = runs
+    assert packed_losses == pytest.approx(padded_losses, abs=1e-5) and attention == "eager"
+    assert packed_eval == pytest.approx(padded_eval, abs=1e-5)
+    for name, value in padded_lora.items():
+        torch.testing.assert_close(packed_lora[name], value, atol=1e-6, rtol=0)
+
+
+def test_batches_are_padded_where_activations_are_computed_again(tmp_path):
+    """In the backward pass, where the texts' bounds are not known."""
+    trainer = tiny_llm.trainer(tmp_path, max_steps=1, gradient_checkpointing=True)
+    trainer.train()
+    assert not trainer.data_collator.packed
+    trainer.data_collator.packed = True
+    with pytest.raises(ValueError, match="packed texts are not trained with gradient checkpointing"):
+        trainer.train()
+
+
 def test_the_adapter_loads_by_peft_and_by_convert_and_as_merged(trained, tmp_path):
     folder, trainer, model, _, _ = trained
     texts = [caption for row in tiny_llm.ROWS[:4] for caption in row["text"]]
