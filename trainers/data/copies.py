@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -73,6 +73,14 @@ def copied_rows(shards: Sequence[Shard], columns: list[str]) -> datasets.Dataset
     )
 
 
+def rows_in_memory(columns: Mapping[str, list[Any]]) -> datasets.Dataset:
+    """Rows of values of any type that JSON has, also of several in one column, held in memory."""
+    features = datasets.Features({name: datasets.Json() for name in columns})
+    schema = features.arrow_schema
+    arrays = [_array(values, schema.field(name), features[name], []) for name, values in columns.items()]
+    return datasets.Dataset(pyarrow.Table.from_arrays(arrays, schema=schema))
+
+
 def _copy(shards: Sequence[Shard], columns: list[str], features: datasets.Features) -> Path:
     """The copy of some shards, made if it is not there."""
     identity = [_VERSION, columns, features.to_dict(), [[repr(shard), file_digest(shard.path)] for shard in shards]]
@@ -114,12 +122,12 @@ def _batches(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
 
 def _array(values: list[Any], field: pyarrow.Field, feature: Any, rows: list[dict[str, Any]]) -> pyarrow.Array:
     """`values` in Arrow. ValueError that names the row if one is of another type than those of the first file."""
-    if isinstance(feature, datasets.Json):
-        texts = [None if value is None else json.dumps(value) for value in values]
-        return pyarrow.ExtensionArray.from_storage(field.type, pyarrow.array(texts, field.type.storage_type))
     try:
+        if isinstance(feature, datasets.Json):
+            texts = [None if value is None else json.dumps(value) for value in values]
+            return pyarrow.ExtensionArray.from_storage(field.type, pyarrow.array(texts, field.type.storage_type))
         return pyarrow.array(values, field.type)
-    except (pyarrow.ArrowException, TypeError, ValueError) as error:
+    except (pyarrow.ArrowException, TypeError, ValueError, RecursionError) as error:
         raise ValueError(
             f"{rows[0][PLACE]} and the next {len(rows)} rows: column {field.name!r} is not of the type {field.type}: {error}"
         ) from error

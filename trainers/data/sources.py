@@ -357,4 +357,6 @@ def _on_the_hub(source: PairSource, streaming: bool) -> FoundRows:
         raise FileNotFoundError(
             f"{source.source} is neither a file or folder nor a dataset that can be read: {error}"
         ) from error
+    except datasets.exceptions.DatasetGenerationError as error:  # a damaged file, say
+        raise ValueError(f"{source.source} cannot be read: {error.__cause__ or error}") from error
     return FoundRows(source.source, table=table, files=HubFiles(source.source))

@@ -76,8 +76,8 @@ class TableFile:
     def features(self, columns: list[str]) -> datasets.Features:
         """The types of `columns`: text in CSV, whatever JSON holds in JSON, and in Parquet and Arrow those of the file."""
         if self.kind in ("parquet", "arrow"):
-            features = datasets.Features.from_arrow_schema(_arrow_schema(self.path, self.kind))
-            return datasets.Features({name: features[name] for name in columns})
+            schema = _arrow_schema(self.path, self.kind)
+            return datasets.Features({name: _feature(schema, name) for name in columns})
         plain = self.kind in ("csv", "text")
         return datasets.Features({name: datasets.Value("string") if plain else datasets.Json() for name in columns})
 
@@ -273,6 +273,15 @@ def _arrow_schema(path: str, kind: str) -> pyarrow.Schema:
         if pyarrow.types.is_dictionary(field.type):
             schema = schema.set(number, field.with_type(field.type.value_type))
     return schema
+
+
+def _feature(schema: pyarrow.Schema, name: str) -> Any:
+    """The type of a column; of those that `datasets` does not have (views, maps), that of whatever JSON holds."""
+    column = pyarrow.schema([schema.field(name)], schema.metadata)
+    try:
+        return datasets.Features.from_arrow_schema(column)[name]
+    except (ValueError, NotImplementedError):
+        return datasets.Json()
 
 
 def _arrow_rows(path: str, kind: str, columns: list[str] | None) -> Iterator[Placed]:

@@ -29,7 +29,8 @@ def read_lines(path: str | Path) -> Iterator[str]:
         with open(path, encoding="utf-8-sig", newline="") as lines:
             for number, line in enumerate(lines, 1):
                 if "\0" in line:
-                    raise _other_encoding(path, f"line {number} holds a zero byte", "UTF-16LE")
+                    encoding = "UTF-16BE" if line.startswith("\0") else "UTF-16LE"
+                    raise _other_encoding(path, f"line {number} holds a zero byte", encoding)
                 yield line
     except UnicodeDecodeError as error:
         raise _not_utf8(path) from error

@@ -128,17 +128,24 @@ def test_captions_are_text_to_the_letter(tmp_path, kind, captions):
         assert read(file, "test" if kind == "karpathy" else "train") == expected, reader
 
 
-@pytest.mark.parametrize("kind", ["string", "large_string", "dictionary", "list"])
+@pytest.mark.parametrize(
+    "kind", ["string", "large_string", "string_view", "dictionary", "list", "list of dictionary", "list_view"]
+)
 @pytest.mark.parametrize("ending", ["parquet", "arrow", "arrow file"])
 def test_texts_in_arrow_however_they_are_stored(tmp_path, kind, ending):
     texts = pyarrow.array(TEXTS)
     if kind == "dictionary":
         texts = texts.dictionary_encode()
-    elif kind == "list":
-        texts = pyarrow.array([[text] for text in TEXTS])
+    elif kind.startswith("list"):
+        words = pyarrow.dictionary(pyarrow.int32(), pyarrow.string()) if "dictionary" in kind else pyarrow.string()
+        many = pyarrow.list_view if kind == "list_view" else pyarrow.list_
+        texts = pyarrow.array([[text] for text in TEXTS], many(words))
     else:
         texts = texts.cast(kind)
-    rows = pyarrow.table({"image": [f"{i}.png" for i in range(4)], "caption": texts, "unused": [1, 2, 3, 4]})
+    unused = pyarrow.array(
+        [[("a", 1)]] * 4, pyarrow.map_(pyarrow.string(), pyarrow.int32())
+    )  # of a type that `datasets` lacks
+    rows = pyarrow.table({"image": [f"{i}.png" for i in range(4)], "caption": texts, "unused": unused})
     file = with_images(tmp_path) / f"A.{ending.split()[0].upper()}"
     if ending == "parquet":
         pyarrow.parquet.write_table(rows, file)
@@ -210,6 +217,11 @@ REFUSED = {
         "a.csv",
         table(["a"]).encode("utf-16-le"),
         "a.csv is not encoded as UTF-8: line 1 holds a zero byte",
+    ),
+    "UTF-16 the other way": (
+        "a.tsv",
+        table(["a"], "\t").encode("utf-16-be"),
+        "a.tsv is not encoded as UTF-8: line 1 holds a zero byte. Convert it: iconv -f UTF-16BE",
     ),
     "Windows-1252": (
         "a.csv",

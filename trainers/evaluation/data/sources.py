@@ -14,7 +14,7 @@ import datasets
 import regex
 
 from trainers.data.archives import BROKEN
-from trainers.data.copies import PLACE
+from trainers.data.copies import PLACE, rows_in_memory
 from trainers.data.data_folder import DataFolder, NamedFiles
 from trainers.data.folders import IMAGES
 from trainers.data.pair_source import PairSource
@@ -250,7 +250,7 @@ def _table(
             if column not in there:
                 raise missing_column(source, column, there)
         rows = found.by_number(columns)
-    except (OSError, datasets.exceptions.DatasetGenerationError, ValueError) as error:
+    except (OSError, ValueError) as error:
         remedy = (
             f"; a local copy is given with --source {manifest.name}=PATH or --data-dir DIR" if folder is None else ""
         )
@@ -325,8 +325,10 @@ def _caption_file(folder: Path, manifest: Manifest) -> datasets.Dataset:
             first = grouped.setdefault(values["image"], {**values, "captions": []})
             first["captions"].extend(some if isinstance(some, list) else [some])
         picked = list(grouped.values())
+    if not picked:
+        raise ValueError(f"{where}: {file} has no rows")
     columns = {column: [values[key] for values in picked] for key, column in manifest.columns.items()}
-    return datasets.Dataset.from_dict({**columns, PLACE: [values[PLACE] for values in picked]})
+    return rows_in_memory({**columns, PLACE: [values[PLACE] for values in picked]})
 
 
 def _chosen_rows(table: TableFile, data: Data, where: str) -> Iterator[Placed]:

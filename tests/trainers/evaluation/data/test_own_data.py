@@ -1,6 +1,7 @@
 """Data of somebody else: it is found where people keep it, and reaches nothing outside of its folder."""
 
 import dataclasses
+import json
 import os
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from PIL import Image
 
 from trainers.evaluation.data.manifest import Classes, Data, Manifest, own_images
 from trainers.evaluation.data.sources import OpenedData, class_names, open_data
+from trainers.evaluation.scoring.tasks import prepare_task
 
 
 def images_in(folder: Path, count: int = 3) -> Path:
@@ -26,7 +28,7 @@ def captions_at(file: Path, names: list[str]) -> Path:
 
 def found(images: str | Path, captions: str | Path) -> list[Path]:
     rows = open_data(own_images(Path(images), Path(captions), "image", "caption")).rows
-    assert rows["caption"] == [[f"caption {i}"] for i in range(len(rows))]
+    assert list(rows["caption"]) == [[f"caption {i}"] for i in range(len(rows))]
     return [Path(path) for path in rows["image"]]
 
 
@@ -73,6 +75,18 @@ def test_a_row_reaches_no_file_outside(tmp_path, name):
     captions = captions_at(tmp_path / "captions.csv", ["0.png", name.format(outside=outside)])
     with pytest.raises((ValueError, OSError), match=r"captions.csv, line 3 names the image"):
         found(images, captions)
+
+
+def test_captions_of_several_types_and_files_without_rows_are_named(tmp_path):
+    images = images_in(tmp_path / "photos")
+    rows = [{"image": f"{i}.png", "caption": caption} for i, caption in enumerate(["a fox", 7])]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    own = own_images(images, tmp_path / "a.json", "image", "caption")
+    with pytest.raises(ValueError, match=r"benchmark photos, a.json, row 2: a caption is no text, but 7"):
+        prepare_task(own, open_data(own))
+    captions_at(tmp_path / "b.csv", [])
+    with pytest.raises(ValueError, match=r"benchmark photos: .*b.csv has no rows"):
+        found(images, tmp_path / "b.csv")
 
 
 def manifest(**data) -> Manifest:
