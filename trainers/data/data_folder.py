@@ -19,6 +19,11 @@ from .remote_images import fetch_image
 _ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
 
 
+def is_address(name: str) -> bool:
+    """Whether a row names something by an address such as `http://...`, not by a path."""
+    return _ADDRESS.match(name) is not None
+
+
 class NamedFiles(Protocol):
     """What rows may name: a [`DataFolder`] or [`HubFiles`]."""
 
@@ -68,7 +73,7 @@ class DataFolder:
 
     def find(self, name: str) -> Path | bytes:
         """As of [`NamedFiles`]."""
-        if _ADDRESS.match(name):
+        if is_address(name):
             if not self.remote or not name.lower().startswith(("http://", "https://")):
                 raise ValueError(
                     f"{name!r:.200} is an address: only files are read, and with remote_images=True images at http and https addresses"
@@ -91,7 +96,7 @@ class LocalFiles:
 
     def find(self, name: str) -> Path:
         """As of [`NamedFiles`]."""
-        if _ADDRESS.match(name):
+        if is_address(name):
             raise ValueError(f"{name!r:.200} is an address, and images are read from files only")
         if not Path(name).is_file():
             raise FileNotFoundError(f"there is no file {name}")
@@ -111,7 +116,7 @@ class HubFiles:
 
     def find(self, name: str) -> Path | bytes:
         """As of [`NamedFiles`]."""
-        if _ADDRESS.match(name):
+        if is_address(name):
             if not re.match(rf"(zip://[^:]*::)?hf://datasets/{re.escape(self.repository)}@", name):
                 raise ValueError(f"{name!r:.200} lies outside of the dataset {self.repository}")
             with fsspec.open(name, "rb") as file:

@@ -31,7 +31,7 @@ SPLITS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-_NO_DATA = ("thumbs.db", "desktop.ini")
+_NO_DATA = ("thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "system volume information", "lost+found")
 
 
 def list_files(folder: str | Path) -> list[str]:
@@ -45,7 +45,7 @@ def list_files(folder: str | Path) -> list[str]:
     found, root = list[str](), os.path.realpath(folder)
     for parent, folders, names in os.walk(folder):
         for name in list(folders):
-            if name.startswith((".", "__")):
+            if name.startswith((".", "__")) or name.lower() in _NO_DATA:
                 folders.remove(name)
             elif os.path.islink(os.path.join(parent, name)):
                 target = os.path.realpath(os.path.join(parent, name))
@@ -66,6 +66,11 @@ def list_files(folder: str | Path) -> list[str]:
             else:
                 logger.warning("%s is not a file (a pipe, a device or a broken link) and is not read", path)
     return sorted(found)
+
+
+def is_image(file: str) -> bool:
+    """Whether the ending of `file` is one of `IMAGES`."""
+    return file.lower().endswith(IMAGES)
 
 
 def split_name(split: str) -> str:
@@ -195,7 +200,8 @@ def _without_folders(places: set[int], pattern: Sequence[str]) -> set[int]:
 
 def captions_beside(images: Sequence[str], files: Sequence[str], where: str) -> dict[str, list[str | None]]:
     """
-    What lies beside `images`, of the same name: columns "image", "text" (the file with captions, `.txt` or else `.caption`) and "json".
+    What lies beside `images`, `a.txt` or `a.jpg.txt` beside `a.jpg`: columns "image", "text" (the file with captions, `.txt` or else `.caption`) and
+    "json".
 
     A column that would be empty is left out. Captions beside which there is no image of a kind that is read are counted in a warning.
     """
@@ -203,13 +209,18 @@ def captions_beside(images: Sequence[str], files: Sequence[str], where: str) -> 
     for file in files:
         stem, ending = os.path.splitext(file)
         by_stem[stem].setdefault(ending.lower(), file)
-    beside = [by_stem[os.path.splitext(image)[0]] for image in images]
+    beside = [by_stem[os.path.splitext(image)[0]] | by_stem.get(image, {}) for image in images]
     columns: dict[str, list[str | None]] = {
         "image": list(images),
         "text": [next((some[ending] for ending in CAPTIONS if ending in some), None) for some in beside],
         "json": [some.get(".json") for some in beside],
     }
-    alone = [some for some in by_stem.values() if some.keys() & set(CAPTIONS) and not some.keys() & set(IMAGES)]
+    all_images = {file for file in files if is_image(file)}
+    alone = [
+        some
+        for name, some in by_stem.items()
+        if some.keys() & set(CAPTIONS) and not some.keys() & set(IMAGES) and name not in all_images
+    ]
     if alone and any(columns["text"]):
         endings = Counter(ending for some in alone for ending in some if ending not in (*CAPTIONS, ".json"))
         kinds = ", ".join(f"{count:,} {ending or 'without an ending'}" for ending, count in endings.most_common(5))

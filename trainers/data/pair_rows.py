@@ -19,6 +19,7 @@ from .folders import read_beside
 from .images import decode_stored_image
 from .pair_source import PairSource
 from .pair_sources import NAMES, RawRows
+from .tables import value_at
 
 
 logger = logging.getLogger(__name__)
@@ -107,15 +108,14 @@ def texts_of(row: Mapping[str, Any], rows: RawRows, reader: str = "text") -> lis
         raise BrokenRow(row[BROKEN])
     texts: list[str] = []
     for column in rows.text_columns if reader == "text" else rows.teacher_text_columns:
-        head, *rest = [column] if column in row else column.split(".")
-        value = row.get(head)
-        if head in rows.text_files and value is not None:
+        head = column.partition(".")[0]
+        if head in rows.text_files and row.get(head) is not None:
             try:
-                value = read_beside(str(rows.files.find(value)))
+                value = value_at({head: read_beside(str(rows.files.find(row[head])))}, column)
             except (OSError, ValueError) as error:
                 raise BrokenRow(str(error)) from error
-        for part in rest:
-            value = value.get(part) if isinstance(value, Mapping) else None
+        else:
+            value = value_at(row, column)
         for text in value if isinstance(value, list) else [value]:
             if text is not None and not isinstance(text, str):
                 raise ValueError(

@@ -14,6 +14,7 @@ from .data_folder import NamedFiles, settle
 from .folders import read_beside
 from .pair_source import PairSource
 from .sources import FoundRows, find_rows
+from .tables import value_at
 
 
 NAMES = ("__key__", "__url__")  # what webdataset calls a row and its shard, where `datasets` reads it
@@ -149,8 +150,7 @@ def _check_nested(found: FoundRows, heads: list[str], columns: list[str], texts:
             if parts[0] in found.text_files and found.files is not None and row[parts[0]] is not None:
                 with suppress(OSError, ValueError):  # a broken row, which is counted when it is read
                     value = {parts[0]: read_beside(str(found.files.find(row[parts[0]])))}
-            for part in parts:
-                value = value.get(part) if isinstance(value, Mapping) else None
+            value = value_at(value, ".".join(parts))
             if isinstance(value, Mapping):
                 there[column] |= dict.fromkeys(map(str, value))
     for column, names in there.items():

@@ -1,6 +1,7 @@
 """Finds the rows of a source, whatever its layout: files that are read here, or a dataset that `datasets` reads from the Hub or saved to disk."""
 
 import glob
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,13 +13,13 @@ import pyarrow
 
 from .archives import ENDINGS, TarShard, is_shard
 from .copies import Shard, copied_rows, read_rows
-from .data_folder import DataFolder, HubFiles, NamedFiles
+from .data_folder import DataFolder, HubFiles, NamedFiles, is_address
 from .folders import (
-    IMAGES,
     METADATA,
     captions_beside,
     declared_files,
     files_of_split,
+    is_image,
     labels_of,
     list_files,
     matching_files,
@@ -28,6 +29,8 @@ from .folders import (
 from .pair_source import PairSource
 from .tables import KINDS, Placed, Row, TableFile, check_arrow_end, kind_of
 
+
+logger = logging.getLogger(__name__)
 
 # Shards that a table without files of its own is cut into to be streamed.
 _MOST_SHARDS = 1024
@@ -46,6 +49,7 @@ class FoundRows:
         table: what `datasets` has opened, or a list of the images of a folder.
         files: what rows may name.
         text_files: columns of `table` that hold paths of files with captions.
+        num_images: how many images lie in the folder, where a metadata file says which are read.
     """
 
     name: str
@@ -53,6 +57,7 @@ class FoundRows:
     table: Any = None
     files: NamedFiles | None = None
     text_files: tuple[str, ...] = ()
+    num_images: int = 0
 
     def columns(self, wanted: Sequence[str] = ()) -> list[str]:
         """
@@ -84,7 +89,12 @@ class FoundRows:
 
     def by_number(self, columns: list[str]) -> datasets.Dataset:
         """The rows by number; those of files are copied once, see [`copied_rows`]."""
-        return _undecoded(copied_rows(self.shards, columns)) if self.shards else self._selected(columns)
+        table = _undecoded(copied_rows(self.shards, columns)) if self.shards else self._selected(columns)
+        if len(table) < self.num_images:
+            logger.warning(
+                "%s: at least %s of %s images have no row", self.name, self.num_images - len(table), self.num_images
+            )
+        return table
 
     def stream(self, columns: list[str]) -> datasets.IterableDataset:
         """The rows as a stream of `datasets`, which has shards."""
@@ -159,7 +169,7 @@ class ImageTable:
         for place, row in self.table.rows(list(names.values())):
             values: Row = {name: row.get(own) for name, own in names.items()}
             for name in self.images:
-                if isinstance(values.get(name), str):
+                if isinstance(values.get(name), str) and not is_address(values[name]):
                     values[name] = os.path.normpath(os.path.join(self.folder, values[name]))
             first = values.get(self.images[0])
             if self.split is None or not isinstance(first, str) or split_of(first, names=False) in (None, self.split):
@@ -173,7 +183,7 @@ def find_rows(source: PairSource, *, streaming: bool, any_split: bool = False) -
     Args:
         source: what to read. Of its columns, only the name of the image's and those of texts are looked at.
         streaming: whether a dataset on the Hub is opened as a stream.
-        any_split: whether a file or folder without splits is taken for whatever split is asked for: a local copy of a split.
+        any_split: whether a file, or what was saved without the name of a split, is taken for whatever split is asked for: a copy of that split.
 
     Raises:
         FileNotFoundError: If there is nothing at that place, or no dataset of that name.
@@ -190,8 +200,8 @@ def find_rows(source: PairSource, *, streaming: bool, any_split: bool = False) -
         return _files(source, [place], any_split)
     if path.is_dir():
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-            return _saved(source, path)
-        return _folder(source, path, any_split)
+            return _saved(source, path, any_split)
+        return _folder(source, path)
     if path.exists():
         raise ValueError(f"{place} is neither a file nor a folder, but a pipe or a device")
     if path.is_absolute() or kind_of(place) or is_shard(place):
@@ -242,13 +252,13 @@ def _shards(source: PairSource, root: Path, files: Sequence[str], names: Sequenc
 def _named_files(source: PairSource, root: Path, file: Path) -> DataFolder:
     if source.image_folder is None:
         return DataFolder(root, (root,), source.remote_images)
-    folder = Path(source.image_folder)
+    folder = Path(source.image_folder).absolute()
     if not folder.is_dir():
         raise FileNotFoundError(f"image_folder: there is no folder {folder}")
     return DataFolder(folder, DataFolder.beside(folder, file).origins, source.remote_images)
 
 
-def _folder(source: PairSource, path: Path, any_split: bool) -> FoundRows:
+def _folder(source: PairSource, path: Path) -> FoundRows:
     """A folder of shards, of tables or of images."""
     name, split = source.source, source.split
     files = list_files(path)
@@ -258,12 +268,17 @@ def _folder(source: PairSource, path: Path, any_split: bool) -> FoundRows:
     patterns = patterns or declared_files(path, source.name, split)
     chosen = files if patterns is None else matching_files(files, patterns, name)
     shards = [file for file in chosen if is_shard(file)]
-    images = [file for file in chosen if file.lower().endswith(IMAGES)]
+    images = [file for file in chosen if is_image(file)]
+    if shards and images:
+        logger.warning(
+            "%s: shards are read, and %s images such as %s beside them are not", name, f"{len(images):,}", images[0]
+        )
+        images = []
     tables = [] if shards or images else _tables(chosen, name)
     if not shards and not images and not tables:
         raise ValueError(f"{name} holds no data that is read here: no {', '.join(ENDINGS)}, no table, no images")
     data = shards or images or tables
-    if patterns is None and not (any_split and {split_of(file, names=not images) for file in data} == {None}):
+    if patterns is None:
         data = files_of_split(data, split, name, names=not images)
     if images:
         return _images(source, path, data, files)
@@ -281,7 +296,12 @@ def _tables(files: Sequence[str], where: str) -> list[str]:
         by_kind.pop("text", None)
     for kind in ("parquet", "arrow"):
         if kind in by_kind:
-            return by_kind[kind]
+            files = by_kind.pop(kind)
+            for some in by_kind.values():
+                logger.warning(
+                    "%s: .%s files are read, and %s such as %s are not", where, kind, f"{len(some):,} files", some[0]
+                )
+            return files
     if len(by_kind) > 1:
         found = ", ".join(some[0] for some in by_kind.values())
         raise ValueError(f"{where} holds tables of several kinds ({found}): name one of them, or a pattern")
@@ -297,12 +317,11 @@ def _images(source: PairSource, path: Path, images: list[str], files: Sequence[s
     metadata = [file for file in metadata if split_of(file, names=False) in (None, split)]
     if metadata:
         several = any(split_of(file, names=False) for file in images)
-        return FoundRows(
-            source.source, [_metadata(path, file, split if several else None) for file in metadata], files=named
-        )
+        shards = [_metadata(path, file, split if several else None) for file in metadata]
+        return FoundRows(source.source, shards, files=named, num_images=len(images))
     columns: dict[str, Any] = captions_beside(images, files, source.source)
     features: dict[str, Any] = {name: datasets.Value("string") for name in columns}
-    labels = labels_of(images, [file for file in files if file.lower().endswith(IMAGES)])
+    labels = labels_of(images, [file for file in files if is_image(file)])
     if labels is not None and len(columns) == 1:
         columns["label"], features["label"] = labels[0], datasets.ClassLabel(names=labels[1])
     table = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
@@ -325,7 +344,7 @@ def _metadata(path: Path, file: str, split: str | None) -> ImageTable:
     return ImageTable(table, os.path.dirname(file), names, images, split)
 
 
-def _saved(source: PairSource, path: Path) -> FoundRows:
+def _saved(source: PairSource, path: Path, any_split: bool) -> FoundRows:
     """What `save_to_disk` of `datasets` wrote."""
     try:
         for file in path.rglob("*.arrow"):
@@ -339,16 +358,31 @@ def _saved(source: PairSource, path: Path) -> FoundRows:
         if source.split not in table:
             raise ValueError(f"{source.source} has no split {source.split!r}; it has {', '.join(table)}")
         table = table[source.split]
+    else:
+        split = None if table.split is None else str(table.split).partition("[")[0]  # "train[:100]" is of "train"
+        if source.split != (split or "train") and not (any_split and split is None):
+            raise ValueError(f"{source.source} has no split {source.split!r}; it has {split or 'train'}")
     return FoundRows(source.source, table=table, files=_named_files(source, path.absolute(), path / "state.json"))
 
 
 def _on_the_hub(source: PairSource, streaming: bool) -> FoundRows:
-    files = source.data_files
+    files = [source.data_files] if isinstance(source.data_files, str) else source.data_files
+    for file in files or ():  # as of a file on this computer, or elsewhere
+        if (
+            "://" in file
+            or "::" in file
+            or os.path.isabs(file)
+            or ".." in Path(file).parts
+            or "/" not in source.source
+        ):
+            raise ValueError(
+                f"{file!r:.200} is not the name of a file within a dataset owner/name on the Hub, here {source.source}"
+            )
     try:
         table = datasets.load_dataset(
             source.source,
             source.name,
-            data_files=None if files is None else {source.split: files if isinstance(files, str) else list(files)},
+            data_files=None if files is None else {source.split: list(files)},
             revision=source.revision,
             split=source.split,
             streaming=streaming,

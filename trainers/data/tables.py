@@ -5,7 +5,7 @@ A caption is text and stays it: nothing in a CSV becomes a number, a date or a m
 """
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -24,6 +24,7 @@ Row = dict[str, Any]
 Placed = tuple[str, Row]
 
 _DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
+_FLICKR_HEADERS = (["image", "caption"], ["image_name", "comment_number", "comment"])
 _ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"
 _HEAD = 100  # rows that tell which columns a file without a header has
 
@@ -48,7 +49,7 @@ class TableFile:
         """One of `KINDS`."""
         kind = kind_of(self.path)
         assert kind is not None
-        return kind
+        return "csv" if kind == "text" and _has_header(self.path) else kind
 
     def columns(self) -> list[str]:
         """Names of the columns; of a file without a header, those of the first rows."""
@@ -106,6 +107,24 @@ def kind_of(path: str | Path) -> str | None:
     """One of `KINDS`, or None of a file that is no table."""
     name = Path(path).name.lower()
     return next((kind for kind, endings in KINDS.items() if name.endswith(endings)), None)
+
+
+def _has_header(path: str) -> bool:
+    """Whether a text file is Flickr's `captions.txt`, a table of images and captions under the ending of a text."""
+    first = next(read_lines(path), "")
+    return [name.strip() for name in first.split(_delimiter(first, path))] in _FLICKR_HEADERS
+
+
+def value_at(row: Any, column: str) -> Any:
+    """What lies at `column` in a row: under that name, or at "json.captions.0" in the objects and lists of it. None if there is nothing."""
+    if isinstance(row, Mapping) and column in row:
+        return row[column]
+    for step in column.split("."):
+        if isinstance(row, list):
+            row = row[int(step)] if step.isdecimal() and int(step) < len(row) else None
+        else:
+            row = row.get(step) if isinstance(row, Mapping) else None
+    return row
 
 
 def _csv_rows(path: str) -> Iterator[Placed]:
@@ -238,9 +257,17 @@ def _text_rows(path: str) -> Iterator[Placed]:
 
 def _parquet_file(path: str) -> pyarrow.parquet.ParquetFile:
     try:
-        return pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
+        file = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
     except pyarrow.ArrowException as error:
         raise ValueError(f"{path} is no Parquet file, or was cut short: {error}") from error
+    _check_names(file.schema_arrow, path)
+    return file
+
+
+def _check_names(schema: pyarrow.Schema, path: str) -> None:
+    twice = [name for name in schema.names if schema.names.count(name) > 1]
+    if twice:
+        raise ValueError(f"{path} has two columns {twice[0]!r}")
 
 
 def _arrow_file(path: str) -> tuple[pyarrow.Schema, Iterator[pyarrow.RecordBatch]]:
@@ -249,10 +276,12 @@ def _arrow_file(path: str) -> tuple[pyarrow.Schema, Iterator[pyarrow.RecordBatch
         file = pyarrow.memory_map(path)
         if file.read(6) == b"ARROW1":
             indexed = pyarrow.ipc.open_file(file)
+            _check_names(indexed.schema, path)
             return indexed.schema, (indexed.get_batch(number) for number in range(indexed.num_record_batches))
         check_arrow_end(path)
         file.seek(0)
         stream = pyarrow.ipc.open_stream(file)
+        _check_names(stream.schema, path)
         return stream.schema, iter(stream)
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path} is no Arrow file, or was cut short: {error}") from error

@@ -9,7 +9,7 @@ from .pair_rows import good_texts
 from .pair_source import PairSource
 from .pair_sources import read_found
 from .sources import FoundRows, find_rows
-from .tables import kind_of
+from .tables import TableFile
 
 
 class TextSource:
@@ -55,11 +55,13 @@ def read_texts(source: str | Path, column: str | None = None, split: str = "trai
         ValueError: If the column is missing (names those that are there), or the file is of another kind or damaged. While the texts are
             read: if a row holds something else than text (names the row), more than 1 % of the rows hold none, or there are none at all.
     """
-    if column is not None and column != "text" and kind_of(source) == "text":
-        raise ValueError(f"{source} has no columns: leave --column out")
     place = PairSource(source=str(source), split=split)
     saved = any((Path(source) / file).exists() for file in ("dataset_dict.json", "state.json"))  # by `save_to_disk`
     found = find_rows(place, streaming=not saved)
+    if column not in (None, "text") and any(
+        isinstance(some, TableFile) and some.kind == "text" for some in found.shards
+    ):
+        raise ValueError(f"{source} has no columns: leave --column out")
     place = PairSource(source=str(source), split=split, text_columns=column or _default_column(found))
     rows = read_found(found, place, images=False, streaming=not saved)
     return TextSource(str(source), lambda: good_texts(rows, place), _num_rows(found))

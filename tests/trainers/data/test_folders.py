@@ -151,7 +151,17 @@ def test_a_folder_from_a_mac_and_a_camera(tmp_path, caplog):
     (tmp_path / "A.TXT").write_text("\ufeffa cat", encoding="utf-8")
     picture(1).save(tmp_path / "b.avif", "AVIF")
     (tmp_path / "b.caption").write_text("a dog\na second dog")
-    for name in ("._A.JPG", "._A.TXT", ".DS_Store", "Thumbs.db", "__MACOSX/c.jpg", "__MACOSX/c.txt", ".hidden/d.jpg"):
+    hidden = [
+        "._A.JPG",
+        "._A.TXT",
+        ".DS_Store",
+        "Thumbs.db",
+        "@eaDir/A.JPG",
+        "__MACOSX/c.jpg",
+        "__MACOSX/c.txt",
+        ".hidden/d.jpg",
+    ]
+    for name in hidden:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"\0\5\x16\7\xb0")
     for name in ("e.heic", "e.txt", "f.txt"):
@@ -173,6 +183,50 @@ def test_captions_beside_images_in_json(tmp_path):
         texts_of(tmp_path)
     with pytest.raises(ValueError, match=r"no column 'json.captoin' .*; did you mean 'json.caption'\?"):
         texts_of(tmp_path, text_columns="json.captoin")
+
+
+def test_captions_with_the_whole_name_of_the_image(tmp_path, caplog):
+    for name, text in (("a.jpg", "a fox"), ("a.png", "a cat"), ("b.png", "a dog")):
+        picture(1).save(tmp_path / name)
+        (tmp_path / f"{name}.txt").write_text(text)
+    (tmp_path / "b.txt").write_text("another dog")
+    assert texts_of(tmp_path) == ["a cat", "a dog", "a fox"] and "are not read" not in caplog.text
+
+
+def test_what_lies_beside_the_data_is_told(tmp_path, caplog):
+    write(tmp_path, "shards", {"train": 2})
+    picture(1).save(tmp_path / "preview.png")
+    assert texts_of(tmp_path, **LAYOUTS["shards"]) == ["train 0", "train 1"]
+    assert "shards are read, and 1 images such as preview.png beside them are not" in caplog.text
+    write(tmp_path / "few", "metadata", {"train": 2})
+    picture(1).save(tmp_path / "few" / "train" / "more.png")
+    assert texts_of(tmp_path / "few") == ["train 0", "train 1"]
+    assert "at least 1 of 3 images have no row" in caplog.text
+
+
+def test_a_saved_split_is_no_other(tmp_path):
+    rows = datasets.Dataset.from_dict({"text": ["a"]})
+    rows.save_to_disk(tmp_path / "plain")
+    datasets.Dataset.from_dict({"text": ["a"]}, split="validation").save_to_disk(tmp_path / "named")
+    assert list(read_texts(tmp_path / "plain")) == list(read_texts(tmp_path / "named", split="validation")) == ["a"]
+    with pytest.raises(ValueError, match="plain has no split 'validation'; it has train"):
+        read_texts(tmp_path / "plain", split="validation")
+    with pytest.raises(ValueError, match="named has no split 'train'; it has validation"):
+        read_texts(tmp_path / "named")
+
+
+def test_files_of_the_hub_are_files_of_the_dataset(monkeypatch):
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: 1 / 0)
+    for name, file in (
+        ("owner/name", "https://example.org/a.csv"),
+        ("owner/name", "zip://a.csv::https://example.org/a.zip"),
+        ("owner/name", "/etc/passwd"),
+        ("owner/name", "../../a.csv"),
+        ("json", "secret.json"),
+    ):
+        for files in (file, [file]):
+            with pytest.raises(ValueError, match="is not the name of a file within a dataset owner/name on the Hub"):
+                open_pairs(PairSource(source=name, data_files=files))
 
 
 def test_captions_that_cannot_be_read_are_broken_rows(tmp_path):

@@ -20,7 +20,7 @@ from trainers.data.folders import IMAGES
 from trainers.data.pair_source import PairSource
 from trainers.data.pair_sources import missing_column
 from trainers.data.sources import find_rows
-from trainers.data.tables import KINDS, Placed, TableFile, kind_of
+from trainers.data.tables import KINDS, Placed, Row, TableFile, kind_of, value_at
 from trainers.data.text_lines import read_lines
 from trainers.storage.paths import path_inside
 
@@ -342,15 +342,11 @@ def _chosen_rows(table: TableFile, data: Data, where: str) -> Iterator[Placed]:
         raise ValueError(f"{where}: {error}") from error
 
 
-def _pick(row: Any, path: str, where: str) -> Any:
-    """What lies at `path` ("a.1.b": key, place, key) in a row."""
-    value = row
-    for step in path.split("."):
-        try:
-            value = value[int(step)] if isinstance(value, list) else value[step]
-        except (KeyError, IndexError, ValueError, TypeError) as error:
-            there = ", ".join(map(str, row)) if isinstance(row, dict) else repr(row)
-            raise ValueError(f"{where} has no column {path!r}; it has {there}") from error
+def _pick(row: Row, column: str, where: str) -> Any:
+    """What lies at `column` ("a.1.b": key, place, key) in a row. ValueError if there is nothing."""
+    value = value_at(row, column)
+    if value is None and column not in row:
+        raise missing_column(where, column, list(row))
     return value
 
 
