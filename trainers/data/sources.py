@@ -23,7 +23,6 @@ from .folders import (
     labels_of,
     list_files,
     matching_files,
-    split_name,
     split_of,
 )
 from .pair_source import PairSource
@@ -128,17 +127,19 @@ class ImageTable:
 
     Attributes:
         table: the file.
-        folder: that it lies in, as seen from the folder above.
+        root: the folder above.
         names: column -> what the file calls it.
         images: columns that name image files.
-        split: take only the rows whose image lies in no other split than this one.
+        below: take only the rows whose image lies below this folder of `root`, and
+        splits: only those whose image is of one of these splits, see [`split_of`]; empty: of any.
     """
 
     table: TableFile
-    folder: str
+    root: str
     names: Mapping[str, str]
     images: tuple[str, ...]
-    split: str | None = None
+    below: str = ""
+    splits: tuple[str | None, ...] = ()
 
     @property
     def path(self) -> str:
@@ -163,17 +164,21 @@ class ImageTable:
 
     def rows(self, columns: list[str] | None = None) -> Iterator[Placed]:
         """As of [`TableFile`]."""
-        names = {name: self.names[name] for name in columns or self.names}
-        if self.split is not None:
-            names |= {name: self.names[name] for name in self.images}
+        names = {name: self.names[name] for name in [*(columns or self.names), *self.images] if name in self.names}
+        folder = os.path.dirname(os.path.abspath(self.path))
         for place, row in self.table.rows(list(names.values())):
             values: Row = {name: row.get(own) for name, own in names.items()}
             for name in self.images:
-                if isinstance(values.get(name), str) and not is_address(values[name]):
-                    values[name] = os.path.normpath(os.path.join(self.folder, values[name]))
-            first = values.get(self.images[0])
-            if self.split is None or not isinstance(first, str) or split_of(first, names=False) in (None, self.split):
+                value = values.get(name)
+                if isinstance(value, str) and not is_address(value):
+                    values[name] = os.path.relpath(os.path.join(folder, value), self.root)
+            if self._is_taken(values.get(self.images[0])):
                 yield place, values
+
+    def _is_taken(self, image: Any) -> bool:
+        if not isinstance(image, str) or not self.splits:
+            return True
+        return image.startswith(self.below) and split_of(image, names=False) in self.splits
 
 
 def find_rows(source: PairSource, *, streaming: bool, any_split: bool = False) -> FoundRows:
@@ -236,16 +241,14 @@ def _shards(source: PairSource, root: Path, files: Sequence[str], names: Sequenc
         raise ValueError(
             f"{source.source} is of an unknown kind: rows are read from {', '.join(known)} files, not from {endings[0]}"
         )
-    split = source.split if _declares_splits(files[0]) else None
-    tables = [TableFile(file, split, name) for file, name in zip(files, names, strict=True)]
-    images = tuple(source.columns("image_column"))
     shards: list[Shard] = []
-    for table in tables:
-        folder = os.path.relpath(os.path.dirname(os.path.abspath(table.path)), root)
-        if folder == ".":
+    for file, name in zip(files, names, strict=True):
+        table = TableFile(file, source.split, name)
+        if os.path.dirname(os.path.abspath(file)) == str(root) or source.image_folder is not None:
             shards.append(table)
         else:
-            shards.append(ImageTable(table, folder, {name: name for name in table.columns()}, images))
+            columns = {column: column for column in table.columns()}
+            shards.append(ImageTable(table, str(root), columns, tuple(source.columns("image_column"))))
     return FoundRows(source.source, shards, files=_named_files(source, root, Path(files[0])))
 
 
@@ -312,12 +315,15 @@ def _images(source: PairSource, path: Path, images: list[str], files: Sequence[s
     """Images with a metadata file, with captions beside them, or in folders that are classes."""
     root = path if source.image_folder is None else Path(source.image_folder)
     named = DataFolder(root.absolute(), (path.absolute(),), source.remote_images)
-    split = split_name(source.split)
     metadata = [file for file in files if os.path.basename(file).lower() in METADATA]
-    metadata = [file for file in metadata if split_of(file, names=False) in (None, split)]
     if metadata:
-        several = any(split_of(file, names=False) for file in images)
-        shards = [_metadata(path, file, split if several else None) for file in metadata]
+        below = source.split + os.sep if all(file.startswith(source.split + os.sep) for file in images) else ""
+        splits = tuple(dict.fromkeys(split_of(file, names=False) for file in images))
+        shards = [
+            _metadata(path.absolute(), file, below, splits)
+            for file in metadata
+            if (file.startswith(below) or os.sep not in file) and split_of(file, names=False) in (None, *splits)
+        ]
         return FoundRows(source.source, shards, files=named, num_images=len(images))
     columns: dict[str, Any] = captions_beside(images, files, source.source)
     features: dict[str, Any] = {name: datasets.Value("string") for name in columns}
@@ -328,7 +334,7 @@ def _images(source: PairSource, path: Path, images: list[str], files: Sequence[s
     return FoundRows(source.source, table=table, files=named, text_files=("text", "json"))
 
 
-def _metadata(path: Path, file: str, split: str | None) -> ImageTable:
+def _metadata(path: Path, file: str, below: str, splits: tuple[str | None, ...]) -> ImageTable:
     table = TableFile(str(path / file), name=file)
     names: dict[str, str] = {}
     for own in table.columns():
@@ -341,7 +347,7 @@ def _metadata(path: Path, file: str, split: str | None) -> ImageTable:
     images = tuple(name for name, own in names.items() if name != own)
     if not images:
         raise ValueError(f"{path / file} has no column 'file_name' for the images; its columns are {', '.join(names)}")
-    return ImageTable(table, os.path.dirname(file), names, images, split)
+    return ImageTable(table, str(path), names, images, below, splits)
 
 
 def _saved(source: PairSource, path: Path, any_split: bool) -> FoundRows:

@@ -96,6 +96,24 @@ def test_images_beside_a_table_that_is_no_metadata(tmp_path):
     assert texts_of(tmp_path / "captions.csv") == ["a cat", "a fox"]
 
 
+@pytest.mark.parametrize("layout", ["metadata", "one metadata", "beside"])
+def test_a_folder_at_the_top_is_a_split_too(tmp_path, layout):
+    write(tmp_path, layout, {"seen": 3, "unseen": 2})
+    assert texts_of(tmp_path, "unseen") == ["unseen 0", "unseen 1"] and len(texts_of(tmp_path)) == 5
+    write(tmp_path / "more", layout, {"train": 1, "unseen": 2})
+    assert texts_of(tmp_path / "more", "unseen") == ["unseen 0", "unseen 1"]
+
+
+def test_loose_images_of_one_metadata_are_in_no_split(tmp_path):
+    write(tmp_path, "one metadata", {"train": 2, "val": 2})
+    picture(1).save(tmp_path / "loose.png")
+    file = tmp_path / "metadata.jsonl"
+    file.write_text(file.read_text() + "\n" + json.dumps({"file_name": "loose.png", "text": "loose"}))
+    file.write_text(file.read_text() + "\n" + json.dumps({"file_name": f"{tmp_path}/train/0.png", "text": "again"}))
+    assert texts_of(tmp_path) == ["again", "train 0", "train 1"]
+    assert texts_of(tmp_path, "val") == ["val 0", "val 1"]
+
+
 def test_without_splits_all_is_train(tmp_path):
     write(tmp_path, "beside", {"birds": 2, "foxes": 2})
     assert len(texts_of(tmp_path)) == 4 and texts_of(tmp_path, "foxes") == ["foxes 0", "foxes 1"]
