@@ -44,7 +44,8 @@ class DrawnCaptions(EpochDataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.rows[index]
-        return {**row, **draw_captions(row, f"row {index}", self.seed, self.epoch, index)}
+        drawn = draw_captions(row, f"row {index}", self.seed, self.epoch, index)
+        return {**row, **drawn}
 
 
 def draw_captions(row: Mapping[str, Any], name: str, seed: int, epoch: int, key: int | str) -> dict[str, str]:
@@ -81,6 +82,10 @@ def captions_of(row: Mapping[str, Any], name: str, reader: str = "text") -> list
     Raises:
         ValueError: If the row has no column "text", no caption there, or something that is not text; calls the row `name`.
     """
+    if not isinstance(row, Mapping):
+        raise ValueError(
+            f"{name} is a {type(row).__name__}, not columns with their values: of a dataset of `datasets`, take one split, and dataset.with_format(None)"
+        )
     if "text" not in row:
         raise ValueError(f'{name} has no column "text", only {sorted(row)}: rename the column that holds the captions')
     column = "text" if row.get(reader) is None else reader

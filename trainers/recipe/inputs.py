@@ -69,7 +69,8 @@ def data_files(source: PairSource, *, images: bool) -> list[Path]:
     """
     path = Path(source.source)
     if path.is_dir():
-        return sorted(file for file in path.rglob("*") if file.is_file())
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        return [*files, *_named_images(source)] if images and source.image_folder is not None else files
     files = [path] if path.is_file() else [Path(file) for file in sorted(glob(source.source, recursive=True))]
     return [*files, *_named_images(source)] if images and files and kind_of(files[0]) else files
 

@@ -376,6 +376,8 @@ def _precision(wanted: str) -> str:
 def _changes(before: Any, now: Any, path: str = "") -> Iterator[str]:
     if isinstance(before, dict) and isinstance(now, dict):
         for key in dict.fromkeys([*before, *now]):
+            if key not in before and not now[key]:
+                continue  # a setting that an earlier release did not have, and that is off
             yield from _changes(before.get(key), now.get(key), f"{path}.{key}" if path else key)
     elif before != now:
         yield f"{path} was {before!r} and is {now!r}"

@@ -80,6 +80,16 @@ def test_a_dataset_with_a_transform_is_trained_on(tmp_path, model_and_store):
     assert len(shown) >= 6
 
 
+@pytest.mark.parametrize("format", ["arrow", "pandas"])
+def test_a_dataset_whose_rows_are_no_columns_is_refused_in_words(tmp_path, model_and_store, format):
+    model, store = model_and_store
+    rows = datasets.Dataset.from_dict({"pixel_values": [[0.0]] * 6, "text": ["a"] * 6}).with_format(format)
+    with pytest.raises(
+        ValueError, match=r"row 0 is a .*, not columns with their values: .* dataset.with_format\(None\)"
+    ):
+        tuning_trainer(tmp_path, model, rows=rows, text_store=store)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

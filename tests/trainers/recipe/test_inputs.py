@@ -18,6 +18,7 @@ from trainers.data import PairSource
 from trainers.recipe.curriculum import Curriculum
 from trainers.recipe.files import RecipeError
 from trainers.recipe.inputs import describe_data
+from trainers.recipe.progress import _changes
 from trainers.recipe.schema import load_recipe
 
 
@@ -245,3 +246,11 @@ def test_finite_weights_of_a_finished_run(begun):
     tensors = load_file(begun / "out" / "contrastive_tuning" / "model" / "model.safetensors")
     assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
     assert states(begun) == ["finished"] * 3
+
+
+def test_a_setting_that_an_earlier_release_did_not_have_is_no_change_while_it_is_off():
+    before = {"data": {"train": {"source": "a", "split": "train"}}}
+    now = {"data": {"train": {"source": "a", "split": "train", "remote_images": False, "image_folder": None}}}
+    assert list(_changes(before, now)) == []
+    now["data"]["train"]["remote_images"] = True
+    assert list(_changes(before, now)) == ["data.train.remote_images was None and is True"]
