@@ -67,7 +67,13 @@ def test_a_damaged_file_is_named_by_every_command(tmp_path, kind):
     assert message in last_line("embed", source, "--column", column, *store)
     assert not (tmp_path / "store" / "store.json").exists()
     if kind == "shard":
-        manifest = {"name": "m", "title": "m", "kind": "retrieval", "group": "own", "data": {"source": str(source)}}
+        manifest = {
+            "name": "m",
+            "title": "m",
+            "kind": "retrieval",
+            "group": "own",
+            "data": {"source": str(source), "split": "train"},
+        }
         (tmp_path / "m.yaml").write_text(json.dumps({**manifest, "columns": {"image": image, "captions": column}}))
         data = ["--suite", tmp_path / "m.yaml"]
     else:
