@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-from huggingface_hub import DatasetCard
+from trainers.storage.yaml_files import parse_yaml
 
 from .text_lines import parse_json, read_lines
 
@@ -31,6 +30,7 @@ SPLITS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
+_HEADER = re.compile(r"---\r?\n(.*?\r?\n)---\r?\n", re.DOTALL)  # of a README.md on the Hub
 _NO_DATA = ("thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "system volume information", "lost+found")
 
 
@@ -135,35 +135,41 @@ def declared_files(folder: Path, config: str | None, split: str) -> list[str] | 
     The patterns of files that the folder's README.md states for `split`, as data sets on the Hub do; None if it states nothing.
 
     Raises:
-        ValueError: If it has no such configuration or split.
+        ValueError: If what it states cannot be read, or it has no such configuration or split; names it.
     """
     readme = folder / "README.md"
-    if not readme.is_file():
+    header = _HEADER.match("".join(read_lines(readme))) if readme.is_file() else None
+    if header is None or "configs" not in header[1]:
         return None
-    try:
-        configs = (
-            DatasetCard(readme.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict().get("configs")
-        )
-    except (ValueError, yaml.YAMLError, RecursionError):
+    stated = parse_yaml(header[1], str(readme))
+    entries = stated.get("configs") if isinstance(stated, dict) else None
+    by_config = {}
+    for entry in entries if isinstance(entries, list) else ():
+        if isinstance(entry, dict) and isinstance(entry.get("config_name"), str) and entry.get("data_files"):
+            by_config[entry["config_name"]] = _by_split(entry["data_files"], readme)
+    if not by_config:
         return None
-    by_name: dict[str, Any] = {
-        str(entry.get("config_name")): entry["data_files"]
-        for entry in configs or ()
-        if isinstance(entry, dict) and entry.get("data_files")
-    }
-    if not by_name:
-        return None
-    config = config or ("default" if "default" in by_name else next(iter(by_name)))
-    if config not in by_name:
-        raise ValueError(f"{folder} has no configuration {config!r}; it has {', '.join(by_name)}")
-    files = by_name[config]
+    config = config or ("default" if "default" in by_config else next(iter(by_config)))
+    if config not in by_config:
+        raise ValueError(f"{folder} has no configuration {config!r}; it has {', '.join(map(repr, by_config))}")
+    if split not in by_config[config]:
+        raise ValueError(f"{folder} has no split {split!r}; its README.md states {', '.join(by_config[config])}")
+    return by_config[config][split]
+
+
+def _by_split(files: Any, readme: Path) -> dict[str, list[str]]:
+    """Split -> patterns, from any of the ways in which a README.md states them."""
     if isinstance(files, list) and all(isinstance(entry, dict) for entry in files):
-        files = {entry.get("split"): entry.get("path") for entry in files}
-    elif not isinstance(files, dict):
-        files = {"train": files}
-    if split not in files:
-        raise ValueError(f"{folder} has no split {split!r}; its README.md states {', '.join(map(str, files))}")
-    return [files[split]] if isinstance(files[split], str) else list(files[split])
+        pairs = [(entry.get("split"), entry.get("path")) for entry in files]
+    else:
+        pairs = list(files.items()) if isinstance(files, dict) else [("train", files)]
+    patterns = {}
+    for split, some in pairs:
+        some = [some] if isinstance(some, str) else some
+        if not isinstance(split, str) or not isinstance(some, list) or not all(isinstance(file, str) for file in some):
+            raise ValueError(f"{readme}: data_files must name files by split, and these do not")
+        patterns[split] = some
+    return patterns
 
 
 def matching_files(files: Sequence[str], patterns: Sequence[str], where: str) -> list[str]:

@@ -345,6 +345,29 @@ def test_files_that_a_readme_states(tmp_path):
             read_texts(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "header",
+    [
+        "configs: [",
+        "configs:\n- config_name: a\n  data_files: 7",
+        "configs:\n- config_name: a\n  data_files: [{split: [a], path: b}]",
+        "a: &a [x, x, x, x, x, x, x, x, x]\n"
+        + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi"))
+        + "configs:\n- config_name: *i\n  data_files: *i",
+    ],
+    ids=["no YAML", "a number", "a list as a split", "a bomb"],
+)
+def test_a_readme_that_states_nonsense_is_named(tmp_path, header):
+    for nothing in ("- configs", "configs: 7", "configs: [7]", "configs: [{config_name: [a], data_files: b}]"):
+        (tmp_path / "README.md").write_text(f"---\n{nothing}\n---\n")
+        (tmp_path / "one.csv").write_text("text\none\n")
+        assert list(read_texts(tmp_path)) == ["one"]
+    (tmp_path / "one.csv").write_text("text\none\n")
+    (tmp_path / "README.md").write_text(f"---\n{header}\n---\n")
+    with pytest.raises(ValueError, match=r"README\.md"):
+        read_texts(tmp_path)
+
+
 def test_patterns_of_files(tmp_path):
     files = ["a.tar", "test/0.tar", "test/1.tar", "test/deep/2.tar", "train/0.tar", "test/notes.txt"]
     for pattern, expected in {
