@@ -39,7 +39,8 @@ def stage_adapters(source: Path, folder: Path, repo_id: str, *, card: Mapping[st
     base = settings.get("base_model_name_or_path")
     if isinstance(base, str) and not is_hub_name(base):
         settings["base_model_name_or_path"] = Path(base).name or None
-    library = (settings.get("auto_mapping") or {}).get("parent_library")
+    mapping = settings.get("auto_mapping")
+    library = mapping.get("parent_library") if isinstance(mapping, dict) else None
     if not str(library).startswith(("modeling_proclip.", "transformers.")):
         settings["auto_mapping"] = None  # PEFT imports the module that is named there
     outgoing.write_settings(ADAPTER_CONFIG, settings)

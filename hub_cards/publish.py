@@ -140,7 +140,7 @@ def publish(
                 staging,
                 repo_id,
                 lean=lean,
-                max_shard_bytes=None if max_shard_size is None else convert_file_size_to_int(max_shard_size),
+                max_shard_bytes=_in_bytes(max_shard_size),
                 with_code=with_code,
                 needs_processor=needs_processor,
                 text_model=text_model,
@@ -317,6 +317,13 @@ def _stale(there: list[str], staged: Staged) -> list[str]:
         return []
     ours = (*EARLIER_WEIGHTS, *(file.name for file in code_files()))
     return [name for name in there if name not in staged.files and any(fnmatch(name, pattern) for pattern in ours)]
+
+
+def _in_bytes(size: int | str | None) -> int | None:
+    try:
+        return None if size is None else convert_file_size_to_int(size)
+    except ValueError as error:
+        raise PublishError(f"max_shard_size {size!r} is no size: give a number with its unit, such as 2GB.") from error
 
 
 @contextmanager

@@ -22,6 +22,7 @@ LICENSES = frozenset(
     zlib
     """.split()
 )
+_MAX_VALUES = 100_000
 _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*|multilingual|code")
 
 
@@ -43,6 +44,8 @@ def check_metadata(data: CardData) -> None:
     Raises:
         ValueError: Naming the field and the remedy.
     """
+    if _size(data.to_dict(), {}) > _MAX_VALUES:
+        raise ValueError(f"with its aliases written out it has more than {_MAX_VALUES:,} values")
     for name in _listed(data.get("license")):
         if name not in LICENSES:
             raise ValueError(
@@ -79,6 +82,17 @@ def _results_of(data: CardData) -> list[EvalResult]:
     """Check metadata whose class says nothing of models, such as that of any card in a folder."""
     index = data.get("model-index")
     return model_index_to_eval_results(index)[1] if index else []
+
+
+def _size(value: Any, known: dict[int, int]) -> int:
+    """How many values a YAML value has with its aliases, which are the same object, written out."""
+    if not isinstance(value, (dict, list)):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = _MAX_VALUES  # met again within itself, it has no end
+        parts = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_size(part, known) for part in parts)
+    return known[id(value)]
 
 
 def _listed(value: Any) -> list[Any]:

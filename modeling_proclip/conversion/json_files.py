@@ -26,6 +26,8 @@ def read_json(file: Path, kind: type | tuple[type, ...] = dict) -> Any:
         ConversionError: If there is no such file, or it holds anything else, is nested too deeply or is larger than 100 MiB.
     """
     try:
+        if file.exists() and not file.is_file():  # reading a named pipe would wait for ever
+            raise ValueError("it is no file")
         if file.stat().st_size > MAX_BYTES:
             raise ValueError(f"it has more than {MAX_BYTES:,} bytes")
         content = json.loads(file.read_bytes())

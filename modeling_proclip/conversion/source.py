@@ -32,6 +32,10 @@ def find_source(source: str | os.PathLike, revision: str | None) -> Path:
         return path / inside if inside else path
     if path.exists():
         return path
+    if isinstance(source, str) and "://" in source:
+        raise ConversionError(
+            f"{source} is an address: name the repository on the Hub, owner/name, or a file or folder here."
+        )
     match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/([^/].*))?", source) if isinstance(source, str) else None
     if match is None or source.startswith(("./", "../")):
         raise ConversionError(f"{source} is neither a file nor a folder.")

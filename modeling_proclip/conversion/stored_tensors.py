@@ -107,6 +107,8 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _read_file(file: Path) -> dict[str, StoredTensor]:
+    if file.exists() and not file.is_file():  # reading a named pipe would wait for ever
+        raise ConversionError(f"{file} is no file.")
     try:
         with file.open("rb") as stream:
             start = stream.read(9)

@@ -112,6 +112,19 @@ REFUSALS = {
         "makes images of 24 pixels, and the image encoder takes 16",
     ),
     "card without sense": (lambda f: (f / "README.md").write_text("---\nlicense: bogus\n---\n"), "README.md.*'bogus'"),
+    "card of aliases of aliases": (
+        lambda f: (f / "README.md").write_text(
+            "---\na0: &a0 [x]\n"
+            + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 20))
+            + "---\n"
+        ),
+        "README.md: the Hub would refuse its metadata: with its aliases written out",
+    ),
+    "card nested too deeply": (
+        lambda f: (f / "README.md").write_text(f"---\na: {'[' * 100_000}\n---\n"),
+        "README.md: the Hub would refuse its metadata",
+    ),
+    "card in another encoding": (lambda f: (f / "README.md").write_bytes(b"\xff\xfe"), "README.md is not UTF-8"),
     "card that is no YAML": (
         lambda f: (f / "README.md").write_text("---\na: [\n---\n"),
         "README.md: the Hub would refuse",

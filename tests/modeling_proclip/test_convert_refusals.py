@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from modeling_proclip import ConversionError, convert
 from modeling_proclip.conversion.output import PlannedTensor, plan_shards, write_tensors
 from tests import golden
+from tests.modeling_proclip import tiny
 
 
 PUBLISHED = golden.GOLDEN_DIR / "g2_vit_quickgelu.bare.pt"
@@ -217,6 +218,17 @@ def test_no_tensor_can_be_left_out_or_misshapen(case, tmp_path):
         assert "odd.pt" in refused(tmp_path / "odd.pt", tmp_path, **options)
         torch.save(params | {name: torch.zeros(*params[name].shape, 2)}, tmp_path / "odd.pt")
         assert "odd.pt" in refused(tmp_path / "odd.pt", tmp_path, **options)
+
+
+def test_a_named_pipe_is_no_file(tmp_path):
+    """Whoever opens one to read waits until somebody writes."""
+    os.mkfifo(tmp_path / "pipe.pt")
+    assert "pipe.pt is no file" in refused(tmp_path / "pipe.pt", tmp_path)
+    lora = tmp_path / "lora"
+    lora.mkdir()
+    os.mkfifo(lora / "adapter_config.json")
+    message = refused(tiny.LLAMA_DIR, tmp_path, head_width=64, lora_adapters=[lora])
+    assert "adapter_config.json cannot be read as JSON: ValueError: it is no file" in message
 
 
 def test_a_vision_tower_alone(params, tmp_path):

@@ -96,3 +96,8 @@ def test_the_only_checkpoint_of_a_folder(tmp_path):
         convert(folder, tmp_path / "out")
     with pytest.raises(ConversionError, match="neither a file nor a folder"):
         convert(Path("owner/one"), tmp_path / "out")
+
+
+def test_an_address_is_no_source(tmp_path):
+    with pytest.raises(ConversionError, match="is an address: name the repository on the Hub, owner/name"):
+        convert("https://huggingface.co/owner/name", tmp_path / "out")
