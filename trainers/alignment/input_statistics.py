@@ -77,13 +77,13 @@ def set_anchors(model: ProCLIPModel, text_store: Any, texts: Sequence[str]) -> N
     """
     Set the texts that the adapter pulls others to: its `adapter_num_anchors` anchors.
 
-    Take texts that stage 1 trains on, in the language of CLIP's text encoder, and as many as say all that is to be told apart. They cost `4 *
-    hidden_size` bytes each in the checkpoint. Call it when the adapter's input statistics are set, which decide what is near.
+    Take texts that stage 1 trains on, in the language of CLIP's text encoder, enough to cover everything that is to be distinguished. Each
+    costs `4 * hidden_size` bytes in the checkpoint. Call this after the adapter's input statistics are set, which decide what is near.
 
     Args:
         model: Gets the anchors as a buffer of its `text_adapter`, which is saved with it.
-        text_store: Of the model's LLM; only `lookup(list[str]) -> (N, hidden_size)` is used.
-        texts: As many as the config says.
+        text_store: Text store of the model's LLM; only `lookup(list[str]) -> (N, hidden_size)` is used.
+        texts: As many as the configuration has anchors.
 
     Raises:
         ValueError: If there are not `adapter_num_anchors` texts.
