@@ -66,8 +66,13 @@ _ABSENT = object()
 # Configuration
 
 
-def config_values(config: PreTrainedConfig) -> dict[str, Any]:
-    """The values of a configuration, sub-configurations included, that change what the model computes, as JSON has them."""
+def config_values(config: Any) -> dict[str, Any]:
+    """
+    The values of a configuration, sub-configurations included, that change what the model computes, as JSON has them. Empty for a model that
+    is not configured in the way of Transformers.
+    """
+    if not isinstance(config, PreTrainedConfig):
+        return {}
     return _with_effect(json.loads(config.to_json_string(use_diff=False)))
 
 

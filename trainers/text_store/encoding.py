@@ -170,7 +170,7 @@ def encoder_fingerprint(model: torch.nn.Module, processor: Any) -> dict[str, Any
         - "model" and "revision": where the text model came from; "text_model_sha256": for a ProCLIP, the hash of the LLM's files, whatever
           dtype it was loaded in, as its checkpoints record it. These three tell people and trainers which model it was, and are not
           compared ([`PROVENANCE`]).
-        - "weights_sha256": the hash of the text model's weights in memory, see [`module_sha256`].
+        - "model_dtype": see [`text_dtype`]; "weights_sha256": the hash of the text model's weights in that dtype, see [`module_sha256`].
         - "config": the values of its configuration, see [`config_values`].
         - "pooling", and what [`tokenization_values`] says of `processor`.
         - "encoding": [`ENCODING_VERSION`]; "versions": see [`library_versions`].
@@ -186,6 +186,7 @@ def encoder_fingerprint(model: torch.nn.Module, processor: Any) -> dict[str, Any
             "model": model.config.text_model_name_or_path,
             "revision": model.config.text_model_revision,
             "text_model_sha256": weights if weights == recorded else text_model_sha256(model.config, state),
+            "model_dtype": str(text_dtype(model)).removeprefix("torch."),
             "weights_sha256": weights,
             "config": llm_config_values(model.text_model.config),
             "pooling": model.config.text_pooling,
@@ -193,14 +194,13 @@ def encoder_fingerprint(model: torch.nn.Module, processor: Any) -> dict[str, Any
     else:
         # The text tower, and its projection if it has one; all of a model that names its parts otherwise.
         parts = [part for name, part in model.named_children() if name.startswith("text_")] or [model]
-        config = getattr(model, "config", None)  # a module of your own need not have one
+        config = config_values(getattr(model, "config", None))  # a module of your own need not have one
         values = {
             "model": getattr(model, "name_or_path", None) or None,
             "revision": None,
+            "model_dtype": str(text_dtype(model)).removeprefix("torch."),
             "weights_sha256": hashlib.sha256("".join(map(module_sha256, parts)).encode()).hexdigest(),
-            "config": {key: value for key, value in config_values(config).items() if key != "vision_config"}
-            if config is not None
-            else {},
+            "config": {key: value for key, value in config.items() if key != "vision_config"},
             "pooling": OF_TWO_TOWERS,
         }
     return {

@@ -10,8 +10,8 @@ from .encoding import PROVENANCE
 from .layout import warn_once
 
 
-# What fingerprints record only since ... of these a store that was written before says nothing.
-_ADDED = ("config", "tokenizer", "encoding", "versions")
+# What the fingerprints of earlier releases did not record.
+_ADDED = ("model_dtype", "config", "tokenizer", "encoding", "versions")
 
 
 def check_same_encoder(path: Path, settings: Mapping[str, Any], dtype: str, fingerprint: Mapping[str, Any]) -> None:

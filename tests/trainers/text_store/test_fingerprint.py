@@ -71,6 +71,12 @@ def test_another_encoder_of_the_same_weights_is_refused(saved, file, change, mes
     assert contents(saved / "store") == before
 
 
+def test_another_dtype_of_the_model_is_named(saved):
+    model, processor = load_encoder(str(saved / "model"), "cpu", dtype="bfloat16")
+    with pytest.raises(ValueError, match="another encoder: model_dtype is 'float32' there and 'bfloat16' here"):
+        TextEmbeddingStore.build(TEXTS, model, processor, saved / "store", progress=False)
+
+
 def test_a_two_tower_model_counts_with_its_configuration(tmp_path):
     model, tokenizer = tiny_clip()
     TextEmbeddingStore.build(TEXTS[:4], model, tokenizer, tmp_path, progress=False)
@@ -89,14 +95,20 @@ def test_where_a_model_is_does_not_count(saved, caplog):
 def test_a_store_of_an_earlier_release_is_used_with_one_warning(saved, caplog):
     edit_fingerprint(
         saved / "store",
-        lambda f: [f.pop(field) for field in ("config", "tokenizer", "encoding", "versions", "text_model_sha256")],
+        lambda f: [
+            f.pop(field)
+            for field in ("model_dtype", "config", "tokenizer", "encoding", "versions", "text_model_sha256")
+        ],
     )
     encoder = load_encoder(str(saved / "model"), "cpu")
     for texts in (TEXTS[:6], TEXTS):
         store = TextEmbeddingStore.build(texts, *encoder, saved / "store", progress=False)
     assert len(store) == 8
     (record,) = caplog.records
-    assert "earlier release, which did not record config, tokenizer, encoding, versions" in record.getMessage()
+    assert (
+        "earlier release, which did not record model_dtype, config, tokenizer, encoding, versions"
+        in record.getMessage()
+    )
     with pytest.raises(ValueError, match="another encoder: weights_sha256 is"):
         TextEmbeddingStore.build(TEXTS, *tiny_proclip(seed=1), saved / "store", progress=False)
 

@@ -134,7 +134,7 @@ class Encoder:
         backend = ("torchvision",) if self._image_backend() == "torchvision" else ()
         return {
             "weights_sha256": weights,
-            "config": {} if config is None else config_values(config),
+            "config": config_values(config),
             "image_processor": self._image_processor_json(),
             "decoding": DECODING_VERSION,
             "versions": library_versions(("transformers", "pillow", *backend)),
