@@ -7,8 +7,8 @@ The output directory of a recipe:
     text-stores/{llm,teacher}/  unless the recipe has them elsewhere
     preparation/model/          the untrained pair: image encoder, fresh adapter, processor
     <stage>/checkpoints/        of the Trainer
-    <stage>/model/              the stage's result, a lean checkpoint with its processor; of stage 0 the tuned LLM
-    caption_contrastive/adapter/  the LoRA of stage 0 by itself
+    <stage>/model/              the stage's result, a lean checkpoint with its processor; of a stage that tunes the LLM, the tuned LLM
+    <stage>/adapter/            of such a stage, its LoRA by itself
     <step>/started.json         what decides the step's result: part of the recipe, hashes of data and models, versions
     <step>/complete.json        the same, hashes of the result, steps, last log: written last, so a step that has it is finished
 """
@@ -20,29 +20,27 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import chain
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from filelock import FileLock, Timeout
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, Trainer, set_seed
+from transformers import AutoTokenizer, Trainer, set_seed
 
 from hub_cards import model_card
-from modeling_proclip import ProCLIPConfig, ProCLIPModel, ProCLIPProcessor
-from trainers.caption_contrastive.trainer import CaptionContrastiveTrainer
-from trainers.contrastive_tuning.trainer import ContrastiveTuningTrainer
-from trainers.data.pairs import iter_texts, open_pairs
+from modeling_proclip import ProCLIPModel, ProCLIPProcessor
+from trainers.data.pairs import iter_texts
 from trainers.display.training import training_table
-from trainers.inheritance.trainer import RepresentationInheritanceTrainer
 from trainers.storage.files import write_file
 from trainers.storage.versions import installed_versions
 from trainers.text_store.store import TextEmbeddingStore
 
 from .files import RecipeError
 from .inputs import Json, describe_data, find_commits, hash_together, with_commits
-from .progress import COMMITS, PREPARATION, STAGE_0, RecipeProgress
+from .progress import COMMITS, LLM_STAGES, ON_THE_FLY_TEXTS, PREPARATION, RecipeProgress
+from .stages import alignment_trainer, llm_trainer, load_pair, teacher, untrained_pair
 
 
 logger = logging.getLogger(__name__)
@@ -90,8 +88,8 @@ class Curriculum(RecipeProgress):
             self._check_devices()
             self._on_main(self._write_resolved)
             for name in names:
-                if name == STAGE_0:
-                    self._tune_llm()
+                if name in LLM_STAGES:
+                    self._tune_llm(name)
                 else:
                     self._prepare()
                     self._align(name)
@@ -122,27 +120,14 @@ class Curriculum(RecipeProgress):
         if finished and self._record(PREPARATION, "complete.json").get("stores", stores) == stores:
             return
         self._say("preparation: embedding the captions, pairing the encoders")
-        settings = self.recipe.model
         if not finished:
             self._on_main(lambda: self._begin(PREPARATION))
         started = time.perf_counter()
         set_seed(self.recipe.seed)
-        model = ProCLIPModel.from_vision_text_pretrained(
-            self._vision(),
-            self._llm()[0],
-            vision_revision=settings.vision_revision,
-            text_revision=self._llm()[1],
-            dtype={"vision_config": torch.float32, "text_config": getattr(torch, self.precision)},
-            attn_implementation=settings.attn_implementation,
-            **settings.config,
-        )
-        processor = self._processor(*self._llm())
-        if self.needs_store("llm"):
-            self._build_store("llm", model, processor)
+        model, processor = untrained_pair(self)
+        self._build_store("llm", model, processor)
         if self.needs_store("teacher"):
-            name, revision = settings.place_of("teacher")
-            teacher = AutoModel.from_pretrained(name, revision=revision, dtype=torch.float32).eval()
-            self._build_store("teacher", teacher, AutoTokenizer.from_pretrained(name, revision=revision))
+            self._build_store("teacher", *teacher(self))
 
         def save(partial: Path) -> None:
             model.save_pretrained(partial, lean=True)
@@ -162,37 +147,6 @@ class Curriculum(RecipeProgress):
             "data.eval": None if held_out is None else describe_data(held_out, images=False),
         }
 
-    def _llm(self) -> tuple[str, str]:
-        """Where the LLM of stage 1 and stage 2 is, and its revision: the recipe's, or what stage 0 made of it."""
-        if STAGE_0 in self.recipe.stages:
-            return str(self.output_dir / STAGE_0 / "model"), "main"
-        return self.recipe.model.text, self.recipe.model.text_revision
-
-    def _processor(self, text: str, revision: str) -> ProCLIPProcessor:
-        settings = self.recipe.model
-        image_processor, image_processor_revision = settings.place_of("image_processor")
-        return ProCLIPProcessor(
-            AutoImageProcessor.from_pretrained(image_processor, revision=image_processor_revision),
-            AutoTokenizer.from_pretrained(text, revision=revision),
-            settings.prompt_template,
-            settings.instruction,
-            settings.max_length,
-        )
-
-    def _vision(self) -> str | ProCLIPModel:
-        """The model whose image encoder is taken: by name, or loaded if it is a ProCLIP checkpoint, whose LLM is not wanted."""
-        settings = self.recipe.model
-        config = AutoConfig.from_pretrained(settings.vision, revision=settings.vision_revision)
-        if not isinstance(config, ProCLIPConfig):
-            return settings.vision
-        return ProCLIPModel.from_pretrained(
-            settings.vision,
-            revision=settings.vision_revision,
-            load_text_model=False,
-            dtype=torch.float32,
-            attn_implementation=settings.attn_implementation,
-        )
-
     def _build_store(self, which: str, model: torch.nn.Module, processor: Any) -> None:
         """Every process embeds its share of the texts."""
         TextEmbeddingStore.build(
@@ -209,15 +163,15 @@ class Curriculum(RecipeProgress):
         model.to("cpu")
         self.processes.wait_for_everyone()
 
-    def _tune_llm(self) -> None:
-        """Stage 0."""
-        folder, settings = self.output_dir / STAGE_0, self.recipe.model
-        if self.state_of(STAGE_0) == "finished":
+    def _tune_llm(self, stage: str) -> None:
+        """Masked next-token prediction, or stage 0."""
+        folder = self.output_dir / stage
+        if self.state_of(stage) == "finished":
             return
-        self._on_main(lambda: self._begin(STAGE_0))
+        self._on_main(lambda: self._begin(stage))
         started = time.perf_counter()
-        trainer = self._stage_0_trainer()
-        self._train(STAGE_0, trainer)
+        trainer = llm_trainer(self, stage)
+        self._train(stage, trainer)
         adapter = _partial(folder / "adapter")
         self._on_main(lambda: shutil.rmtree(adapter, ignore_errors=True))
         trainer.save_model(str(adapter))
@@ -227,31 +181,14 @@ class Curriculum(RecipeProgress):
             def save(partial: Path) -> None:
                 tuned.save_pretrained(partial)
                 # The LLM's own: the processor's has a template around every text.
-                AutoTokenizer.from_pretrained(settings.text, revision=settings.text_revision).save_pretrained(partial)
+                text, revision = self.llm_of(stage)
+                AutoTokenizer.from_pretrained(text, revision=revision).save_pretrained(partial)
 
             _replace_folder(folder / "model", save)
             _put_in_place(adapter, folder / "adapter")
-            self._finish(STAGE_0, self._facts(trainer, started))
+            self._finish(stage, self._facts(trainer, started))
 
         self._on_main(finish)
-
-    def _stage_0_trainer(self) -> CaptionContrastiveTrainer:
-        data, settings, seed = self.recipe.data, self.recipe.model, self.recipe.seed
-        args = self.arguments[STAGE_0]
-        model = AutoModel.from_pretrained(
-            settings.text,
-            revision=settings.text_revision,
-            dtype=getattr(torch, self.precision),
-            attn_implementation=settings.attn_implementation,
-        )
-        return CaptionContrastiveTrainer(
-            model,
-            args,
-            open_pairs(self.data_of(STAGE_0), seed, images=False),
-            self._held_out(args, images=False),
-            processing_class=self._processor(settings.text, settings.text_revision),
-            plain_text_dataset=data.plain_texts and open_pairs(data.plain_texts, seed, images=False),
-        )
 
     def _align(self, stage: str) -> None:
         """Stage 1 or stage 2."""
@@ -260,11 +197,7 @@ class Curriculum(RecipeProgress):
             return
         self._on_main(lambda: self._begin(stage))
         started = time.perf_counter()
-        source = self.output_dir / self.predecessor(stage) / "model"
-        model = ProCLIPModel.from_pretrained(
-            source, load_text_model=False, attn_implementation=self.recipe.model.attn_implementation
-        )
-        processor = ProCLIPProcessor.from_pretrained(source)
+        model, processor = load_pair(self, stage)
         try:
             trainer = self._trainer(stage, model, processor)
         except KeyError as error:  # a caption that a text store of the recipe's own does not hold
@@ -292,25 +225,8 @@ class Curriculum(RecipeProgress):
             "arguments": trainer.args.to_dict(),
         }
 
-    def _held_out(self, args: Any, *, images: bool) -> Any:
-        data = self.recipe.data
-        if data.eval is None or args.eval_strategy == "no":
-            return None
-        return open_pairs(data.eval, self.recipe.seed, images=images)
-
     def _trainer(self, stage: str, model: ProCLIPModel, processor: ProCLIPProcessor) -> Trainer:
-        args, images = self.arguments[stage], stage == "contrastive_tuning"
-        rows = open_pairs(self.data_of(stage), self.recipe.seed, images=images)
-        held_out = self._held_out(args, images=images)
-        text_store = TextEmbeddingStore(self.store_path("llm"))
-        if images:
-            return ContrastiveTuningTrainer(
-                model, args, rows, held_out, text_store=text_store, processing_class=processor
-            )
-        teacher_store = TextEmbeddingStore(self.store_path("teacher"))
-        return RepresentationInheritanceTrainer(
-            model, args, rows, held_out, text_store=text_store, teacher_store=teacher_store
-        )
+        return alignment_trainer(self, stage, model, processor)
 
     # Files
 
@@ -401,11 +317,11 @@ class _Captions:
         self.progress, self.which = progress, which
 
     def __iter__(self) -> Iterator[str]:
-        data = self.progress.recipe.data
         reader = "teacher_text" if self.which == "teacher" else "text"
-        return chain.from_iterable(
-            iter_texts(getattr(data, field), reader) for field in self.progress.text_sources(self.which)
-        )
+        for field in self.progress.text_sources(self.which):
+            texts = iter_texts(getattr(self.progress.recipe.data, field), reader)
+            sampled = self.progress.samples(self.which) and field != "eval"
+            yield from islice(texts, ON_THE_FLY_TEXTS) if sampled else texts
 
     def __length_hint__(self) -> int:
         expected = self.progress.expected_texts(self.which)

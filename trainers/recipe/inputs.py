@@ -38,7 +38,7 @@ Json = dict[str, Any]
 _MOST_THREADS = 16
 
 # Sources of data in a recipe, and models with the field of their revision.
-SOURCES = ("train", "texts", "captions", "plain_texts", "eval")
+SOURCES = ("train", "texts", "captions", "plain_texts", "masked_texts", "eval")
 MODELS = ("vision", "text", "teacher", "image_processor")
 
 

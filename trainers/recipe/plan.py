@@ -107,7 +107,7 @@ def _plan_stage(curriculum: RecipeProgress, name: str) -> StagePlan:
     else:
         steps = None if per_epoch is None else math.ceil(epochs * per_epoch)
     share = arguments.per_device_train_batch_size
-    cached = arguments.gradient_caching_batch_size
+    at_once = min(share, settings.device_batch_size or share)
     return StagePlan(
         name,
         state,
@@ -116,8 +116,8 @@ def _plan_stage(curriculum: RecipeProgress, name: str) -> StagePlan:
         epochs,
         settings.global_batch_size,
         curriculum.processes.num_processes,
-        cached or share,
-        cached is not None,
+        at_once,
+        at_once < share,
         done["seconds"],
         done["last_evaluation"],
     )

@@ -32,11 +32,15 @@ logger = logging.getLogger(__name__)
 
 COMMITS = "commits.json"
 PREPARATION = "preparation"
-STAGE_0 = "caption_contrastive"
+MASKED_NEXT_TOKEN, STAGE_0 = "masked_next_token", "caption_contrastive"
+LLM_STAGES = (MASKED_NEXT_TOKEN, STAGE_0)  # they tune the LLM, which the stages after them read with
+
+# Training texts that are embedded beforehand where the others are embedded while they are trained on: enough for their statistics.
+ON_THE_FLY_TEXTS = 10_000
 
 # What of a recipe may change between a step and its resumption, because the step's result does not depend on it.
 _MAY_CHANGE_AT_THE_TOP = ("output_dir",)
-_MAY_CHANGE_IN_DATA = ("eval", "num_texts", "num_captions", "captions_per_pair")
+_MAY_CHANGE_IN_DATA = ("eval", "num_texts", "num_captions", "num_masked_texts", "captions_per_pair")
 _MAY_CHANGE_IN_A_STAGE = (
     "device_batch_size",
     "disable_tqdm",
@@ -182,19 +186,17 @@ class RecipeProgress:
 
     def _data_of(self, step: str) -> list[str]:
         """The fields of `data` that decide the result of `step`."""
-        data = self.recipe.data
-        if step == STAGE_0:
-            return [self.source_of(step)[0], *(["plain_texts"] if data.plain_texts is not None else [])]
-        return self.text_fields("llm") if step == PREPARATION else [self.source_of(step)[0]]
+        if step == PREPARATION:
+            return self.text_fields("llm")
+        plain_texts = step == STAGE_0 and self.recipe.data.plain_texts is not None
+        return [self.source_of(step)[0], *(["plain_texts"] if plain_texts else [])]
 
     def _models_of(self, step: str) -> list[str]:
         """The fields of `model` that decide the result of `step`."""
-        if step == STAGE_0:
-            return ["text"]
+        text = ["text"] if step in (*LLM_STAGES, PREPARATION) and self.step_before(step) is None else []
         if step != PREPARATION:
-            return []
-        ours = [] if STAGE_0 in self.recipe.stages else ["text"]
-        return ["vision", "image_processor", *ours, *(["teacher"] if self.needs_store("teacher") else [])]
+            return text
+        return ["vision", "image_processor", *text, *(["teacher"] if self.needs_store("teacher") else [])]
 
     def _stores_of(self, step: str) -> list[str]:
         """The text stores that `step` reads."""
@@ -208,15 +210,22 @@ class RecipeProgress:
 
     def step_before(self, step: str) -> str | None:
         """The step whose model `step` starts from."""
-        if step == STAGE_0:
-            return None
-        if step == PREPARATION:
-            return STAGE_0 if STAGE_0 in self.recipe.stages else None
-        return self.predecessor(step)
+        if step not in (*LLM_STAGES, PREPARATION):
+            return self.predecessor(step)
+        stages = [stage for stage in self.recipe.stages if stage in LLM_STAGES]
+        before = stages if step == PREPARATION else stages[: stages.index(step)]
+        return before[-1] if before else None
+
+    def llm_of(self, stage: str | None) -> tuple[str, str]:
+        """Folder or Hub name, and revision, of the LLM that `stage` tunes, and with None of the LLM that stages 1 and 2 read with."""
+        before = self.step_before(stage or PREPARATION)
+        return (
+            self.recipe.model.place_of("text") if before is None else (str(self.output_dir / before / "model"), "main")
+        )
 
     def predecessor(self, stage: str) -> str:
-        """The step whose model `stage` starts from, if it is not stage 0."""
-        order = [name for name in self.recipe.stages if name != STAGE_0]
+        """The step whose model stage 1 or stage 2 starts from."""
+        order = [name for name in self.recipe.stages if name not in LLM_STAGES]
         position = order.index(stage)
         return order[position - 1] if position else PREPARATION
 
@@ -267,8 +276,13 @@ class RecipeProgress:
             rows = self._count(field, numbers[field])
             if rows is None:
                 return None
-            total += rows if field == "texts" else rows * data.captions_per_pair
+            texts = rows if field == "texts" else rows * data.captions_per_pair
+            total += min(texts, ON_THE_FLY_TEXTS) if self.samples(which) and field != "eval" else texts
         return total
+
+    def samples(self, which: str) -> bool:
+        """Whether the store "llm" or "teacher" holds only some of the texts that are trained on, as the others are embedded on the fly."""
+        return which == "llm" and self.recipe.text_stores.llm.on_the_fly
 
     def needs_store(self, which: str) -> bool:
         """Whether a stage reads the store "llm" or "teacher"."""
@@ -277,9 +291,10 @@ class RecipeProgress:
     def _arguments(self, name: str) -> Any:
         stage = self.recipe.stages[name]
         derived = derived_arguments(name, stage, self.processes.num_processes)
-        if name == STAGE_0 and self._is_stream(name):
+        if name in LLM_STAGES and self._is_stream(name):
+            field = "captions" if name == STAGE_0 else "masked_texts"
             raise RecipeError(
-                f"stages.{name}: draws pairs by row number, so it cannot read a stream: set data.captions (with streaming false)"
+                f"stages.{name}: reads rows by number, so it cannot read a stream: set data.{field} (with streaming false)"
             )
         if self._is_stream(name) and stage.arguments.get("max_steps", -1) <= 0:
             derived["max_steps"] = self._stream_steps(name)
@@ -301,7 +316,9 @@ class RecipeProgress:
     def source_of(self, stage: str) -> tuple[str, str]:
         """The fields of `data` that say what `stage` trains on, and how many rows that has."""
         data = self.recipe.data
-        if stage == STAGE_0 and data.captions is not None:
+        if stage == MASKED_NEXT_TOKEN and data.masked_texts is not None:
+            return "masked_texts", "num_masked_texts"
+        if stage in LLM_STAGES and data.captions is not None:
             return "captions", "num_captions"
         if stage == "inheritance" and data.texts is not None:
             return "texts", "num_texts"
@@ -347,14 +364,17 @@ class RecipeProgress:
         order = list(stages)
         wanted = [] if step == PREPARATION else order[: order.index(step) + 1]
         if step == PREPARATION:
-            wanted = [name for name in order if name == STAGE_0]
+            wanted = [name for name in order if name in LLM_STAGES]
         for key in _MAY_CHANGE_AT_THE_TOP:
             del values[key]
         for key in _MAY_CHANGE_IN_DATA:
             del values["data"][key]
         if not self.recipe.data.train.streaming:
             del values["data"]["num_pairs"]
-        values["text_stores"] = {which: values["text_stores"][which]["dtype"] for which in ("llm", "teacher")}
+        on_the_fly = {"on_the_fly": True} if self.samples("llm") else {}
+        values["text_stores"] = {
+            which: values["text_stores"][which]["dtype"] for which in ("llm", "teacher")
+        } | on_the_fly
         values["stages"] = {
             name: {key: value for key, value in stages[name].items() if key not in _MAY_CHANGE_IN_A_STAGE}
             for name in wanted

@@ -9,6 +9,7 @@ from pydantic import NonNegativeInt, PositiveInt
 from transformers import TrainingArguments
 
 from trainers.caption_contrastive.config import CaptionContrastiveConfig
+from trainers.caption_contrastive.masked_next_token import MaskedNextTokenConfig
 from trainers.contrastive_tuning.config import PUBLISHED_BATCH, ContrastiveTuningConfig, batch_invariant_weights
 from trainers.data.pairs import PairSource
 from trainers.inheritance.config import RepresentationInheritanceConfig
@@ -19,6 +20,7 @@ from .files import RecipeError, read_recipe
 
 # The stages in the order in which they run, each from the last one's result.
 CONFIG_OF = {
+    "masked_next_token": MaskedNextTokenConfig,
     "caption_contrastive": CaptionContrastiveConfig,
     "inheritance": RepresentationInheritanceConfig,
     "contrastive_tuning": ContrastiveTuningConfig,
@@ -89,13 +91,14 @@ class DataSettings:
     What is trained on.
 
     Attributes:
-        train: pictures with captions.
+        train: images with captions.
         texts: captions for stage 1; by default those of `train`.
-        captions: two or more captions of a picture in every row, for stage 0; by default those of `train`.
+        captions: two or more captions of an image in every row, for stage 0; by default those of `train`.
         plain_texts: rows of a query and a document, mixed into stage 0.
-        eval: held-out pictures with captions, for stages with an `eval_strategy`.
+        masked_texts: texts for masked next-token prediction; by default the captions of stage 0.
+        eval: held-out images with captions, for stages with an `eval_strategy`.
         num_pairs: rows of `train`, where they cannot be counted (a stream) or need not be (`--dry-run`).
-        num_texts, num_captions: rows of `texts` and `captions`, likewise.
+        num_texts, num_captions, num_masked_texts: rows of `texts`, `captions` and `masked_texts`, likewise.
         captions_per_pair: estimated number of different captions of an image, for the estimated size of the text stores.
     """
 
@@ -103,10 +106,12 @@ class DataSettings:
     texts: PairSource | None = None
     captions: PairSource | None = None
     plain_texts: PairSource | None = None
+    masked_texts: PairSource | None = None
     eval: PairSource | None = None
     num_pairs: PositiveInt | None = None
     num_texts: PositiveInt | None = None
     num_captions: PositiveInt | None = None
+    num_masked_texts: PositiveInt | None = None
     captions_per_pair: PositiveInt = 2
 
 
@@ -125,6 +130,19 @@ class StoreSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LLMStoreSettings(StoreSettings):
+    """
+    The LLM's text store.
+
+    Attributes:
+        on_the_fly: embed the texts while they are trained on, instead of all of them before: for more texts than the disk has room for. The LLM
+            stays in memory and reads every batch. 10,000 training texts and the held-out ones are stored all the same.
+    """
+
+    on_the_fly: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class TextStores:
     """
     The two text stores.
@@ -135,7 +153,7 @@ class TextStores:
         token_budget: padded tokens that an encoder reads at once; by default what suits the device.
     """
 
-    llm: StoreSettings = field(default_factory=StoreSettings)
+    llm: LLMStoreSettings = field(default_factory=LLMStoreSettings)
     teacher: StoreSettings = field(default_factory=StoreSettings)
     token_budget: PositiveInt | None = None
 
@@ -173,7 +191,7 @@ class Recipe:
         precision: what encoders compute in while they train and embed; weights and their updates are float32. "auto": bfloat16 where the
             device multiplies it natively, else float32.
         model, data, text_stores: see there.
-        stages: `caption_contrastive`, `inheritance`, `contrastive_tuning`: any of them, run in this order.
+        stages: `masked_next_token`, `caption_contrastive`, `inheritance`, `contrastive_tuning`: any of them, run in this order.
     """
 
     output_dir: str
@@ -241,6 +259,8 @@ def _stage(name: str, values: Any, path: str) -> StageSettings:
             raise ValueError(f"{path}.{key}: {remedy}")
     check_fields(CONFIG_OF[name], arguments, path, known=ours)
     stage = build(StageSettings, {key: values[key] for key in ours if key in values}, path)
+    if name == "masked_next_token" and stage.device_batch_size is not None:
+        raise ValueError(f"{path}.device_batch_size: this stage has no gradient caching; lower global_batch_size")
     if arguments.get("max_steps") == 0 or arguments.get("num_train_epochs", 1) <= 0:
         raise ValueError(f"{path}: max_steps or num_train_epochs is 0, which trains nothing: leave the stage out")
     if stage.published_lambda is not None:

@@ -18,6 +18,7 @@ from tests.trainers.tiny_recipe import Interrupted, die_in_stage, interrupt, set
 from trainers.data import TextEmbeddingStore
 from trainers.recipe.curriculum import Curriculum
 from trainers.recipe.files import RecipeError
+from trainers.recipe.plan import plan_stores
 from trainers.recipe.schema import load_recipe
 
 
@@ -43,6 +44,7 @@ def whole(parts, content):
 def changed(content, tmp_path, **changes):
     """The recipe with other settings, by dotted key with "__" for a dot, and an output directory of its own."""
     content = copy.deepcopy(content)
+    tmp_path.mkdir(exist_ok=True)
     for key, value in {"output_dir": str(tmp_path / "out"), **changes}.items():
         target = content
         *parents, last = key.split("__")
@@ -283,7 +285,7 @@ def test_what_cannot_be_a_stream_is_refused(content, tmp_path):
     with pytest.raises(RecipeError, match="data.eval.streaming: held-out rows are read by number"):
         Curriculum(changed(content, tmp_path, data__eval=streamed))
     stage_0 = {"global_batch_size": 8, "max_steps": 1}
-    with pytest.raises(RecipeError, match="stages.caption_contrastive: draws pairs by row number"):
+    with pytest.raises(RecipeError, match="stages.caption_contrastive: reads rows by number"):
         Curriculum(changed(content, tmp_path, data__train=streamed, stages__caption_contrastive=stage_0))
 
 
@@ -318,3 +320,29 @@ def test_a_damaged_checkpoint_is_named_and_not_started_over(content, tmp_path):
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(ValueError, match="optimizer.pt was damaged after it was written: .*to start anew, delete it"):
         Curriculum(recipe).run()
+
+
+def test_texts_embedded_on_the_fly_train_as_those_of_a_store_do(whole, content, tmp_path, monkeypatch):
+    """As far as the texts go that the statistics come from, which is the beginning of the training texts."""
+    monkeypatch.setattr("trainers.recipe.curriculum.ON_THE_FLY_TEXTS", 3)
+    monkeypatch.setattr("trainers.recipe.progress.ON_THE_FLY_TEXTS", 3)
+    config = {"adapter_num_layers": 1}
+    stored = changed(content, tmp_path / "stored", model__config=config)
+    embedded = changed(content, tmp_path / "embedded", model__config=config, text_stores={"llm": {"on_the_fly": True}})
+    assert next(plan.texts for plan in plan_stores(Curriculum(embedded)) if plan.name == "llm") == 6
+    for recipe in (stored, embedded):
+        Curriculum(recipe).run()
+    out = tmp_path / "embedded" / "out"
+    assert len(TextEmbeddingStore(out / "text-stores" / "llm")) == 6  # 3 of stage 1, 3 of stage 2
+    for stage in ("inheritance", "contrastive_tuning"):
+        one, two = weights(tmp_path / "stored" / "out", stage), weights(out, stage)
+        assert one.keys() == two.keys()  # neither holds the LLM
+        # Adam makes large steps of small gradients' rounding, so the embeddings' last bits show.
+        assert all(torch.allclose(one[name], two[name], atol=2e-2) for name in one), stage
+        logs = [
+            json.loads((folder / stage / "complete.json").read_text())["last_log"]
+            for folder in (tmp_path / "stored" / "out", out)
+        ]
+        assert logs[0]["loss"] == pytest.approx(logs[1]["loss"], rel=1e-3)
+    with pytest.raises(RecipeError, match="text_stores.on_the_fly was True and is None"):
+        Curriculum(changed(content, tmp_path / "embedded", model__config=config)).run()

@@ -1,14 +1,25 @@
-"""Stage 0 in a recipe: the LLM is tuned first, and the stages after it read with the tuned one."""
+"""Stages that tune the LLM: it comes first, and the stages after it read with the tuned one."""
 
 import copy
+import json
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from modeling_proclip import ProCLIPModel
-from tests.trainers.tiny_recipe import Interrupted, die_in_stage_0, interrupt, settings, write_parts, write_recipe
+from tests.modeling_proclip import tiny
+from tests.trainers.tiny_recipe import (
+    DieAt,
+    Interrupted,
+    die_in_stage_0,
+    interrupt,
+    settings,
+    write_parts,
+    write_recipe,
+)
+from trainers.caption_contrastive.masked_next_token import MaskedNextTokenTrainer
 from trainers.data import TextEmbeddingStore
 from trainers.recipe.curriculum import Curriculum
 from trainers.recipe.files import RecipeError
@@ -100,3 +111,65 @@ def test_a_change_of_stage_0_is_a_change_of_all_that_follows(whole, content, tmp
     for step in ("caption_contrastive", "preparation", "inheritance"):
         with pytest.raises(RecipeError, match="stages.caption_contrastive.lora_r was 4 and is 2"):
             curriculum.state_of(step)
+
+
+@pytest.fixture(scope="module")
+def warmed(parts, content, tmp_path_factory):
+    """The output directory of a recipe that begins with masked next-token prediction, and the recipe."""
+    folder = tmp_path_factory.mktemp("warmed")
+    torch.manual_seed(1)
+    LlamaForCausalLM(LlamaConfig(**tiny.TEXT)).save_pretrained(folder / "llm")
+    AutoTokenizer.from_pretrained(tiny.LLAMA_DIR).save_pretrained(folder / "llm")
+    changed = copy.deepcopy(content)
+    changed["model"]["text"] = str(folder / "llm")
+    stage = {"global_batch_size": 8, "max_steps": 4, "save_steps": 2, "learning_rate": 1e-2, "lora_r": 4}
+    changed["stages"] = {"masked_next_token": {**stage, "disable_tqdm": True}, **changed["stages"]}
+    Curriculum(recipe_in(folder, changed)).run()
+    return folder / "out", changed
+
+
+def test_masked_next_token_prediction_comes_first_and_stage_0_goes_on_from_it(warmed):
+    out, content = warmed
+    llms = [content["model"]["text"], out / "masked_next_token" / "model", out / "caption_contrastive" / "model"]
+    before, warm, tuned = (AutoModel.from_pretrained(folder).state_dict() for folder in llms)
+    assert before.keys() == warm.keys() == tuned.keys()
+    moved = {name for name in before if not torch.equal(before[name], warm[name])}
+    assert moved and all("proj" in name for name in moved)
+    assert {name for name in before if not torch.equal(warm[name], tuned[name])} == moved
+    assert (out / "masked_next_token" / "adapter" / "adapter_model.safetensors").is_file()
+    record = json.loads((out / "caption_contrastive" / "complete.json").read_text())
+    assert list(record["inputs"]) == ["data.train", "masked_next_token/model"]
+    record = json.loads((out / "masked_next_token" / "complete.json").read_text())
+    assert list(record["inputs"]) == ["data.train", "model.text"] and record["steps"] == 4
+    pair = ProCLIPModel.from_pretrained(out / "inheritance" / "model")
+    assert all(torch.equal(pair.text_model.state_dict()[name], tuned[name]) for name in moved)
+
+
+def test_masked_next_token_prediction_is_resumed_to_the_same_bits(warmed, tmp_path, monkeypatch):
+    out, content = warmed
+    init = MaskedNextTokenTrainer.__init__
+
+    def with_death(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        self.add_callback(DieAt(3, interrupt))
+
+    recipe = recipe_in(tmp_path, content)
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+        patched.setattr(MaskedNextTokenTrainer, "__init__", with_death)
+        Curriculum(recipe).run("masked_next_token")
+    assert Curriculum(recipe).checkpoint_of("masked_next_token").endswith("checkpoint-2")
+    Curriculum(recipe).run("masked_next_token")
+    first, second = weights(out, "masked_next_token"), weights(tmp_path / "out", "masked_next_token")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_masked_tokens_need_a_language_modelling_head(warmed, parts, tmp_path):
+    _, content = warmed
+    changed = {**content, "model": {**content["model"], "text": str(parts / "llm")}}
+    with pytest.raises(RecipeError, match="llm has no lm_head.weight: .* Take the causal LM itself"):
+        Curriculum(recipe_in(tmp_path, changed)).run("masked_next_token")
+    changed["stages"]["masked_next_token"]["device_batch_size"] = 4
+    with pytest.raises(
+        RecipeError, match="stages.masked_next_token.device_batch_size: this stage has no gradient caching"
+    ):
+        recipe_in(tmp_path, changed)

@@ -12,7 +12,9 @@ from tests.trainers.tiny_recipe import NUM_PAIRS, settings, write_parts, write_r
 from trainers.recipe.curriculum import Curriculum
 from trainers.recipe.files import RecipeError
 from trainers.recipe.plan import plan_stages, plan_stores
+from trainers.recipe.progress import LLM_STAGES
 from trainers.recipe.schema import load_recipe
+from trainers.recipe.stages import llm_trainer
 from trainers.text_store.store import TextEmbeddingStore
 
 
@@ -32,8 +34,8 @@ def prepared(tmp_path_factory):
 
 
 def trainer_of(curriculum, stage):
-    if stage == "caption_contrastive":
-        return curriculum._stage_0_trainer()
+    if stage in LLM_STAGES:
+        return llm_trainer(curriculum, stage)
     folder = curriculum.output_dir / "preparation" / "model"
     model = ProCLIPModel.from_pretrained(folder, load_text_model=False)
     return curriculum._trainer(stage, model, ProCLIPProcessor.from_pretrained(folder))
