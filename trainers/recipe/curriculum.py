@@ -39,8 +39,9 @@ from trainers.text_store.store import TextEmbeddingStore
 
 from .files import RecipeError
 from .inputs import Json, describe_data, find_commits, hash_together, with_commits
-from .progress import COMMITS, LLM_STAGES, ON_THE_FLY_TEXTS, PREPARATION, RecipeProgress
+from .progress import COMMITS, RecipeProgress
 from .stages import alignment_trainer, llm_trainer, load_pair, teacher, untrained_pair
+from .steps import LLM_STAGES, ON_THE_FLY_TEXTS, PREPARATION
 
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,8 @@ from trainers.text_store.build import bytes_of_text
 from trainers.text_store.store import TextEmbeddingStore
 
 from .files import RecipeError
-from .progress import STAGE_0, RecipeProgress
+from .progress import RecipeProgress
+from .steps import STAGE_0
 
 
 @dataclass(frozen=True)

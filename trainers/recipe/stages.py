@@ -24,45 +24,45 @@ from trainers.text_store.on_the_fly import OnTheFlyStore
 from trainers.text_store.store import TextEmbeddingStore
 
 from .files import RecipeError
-from .progress import MASKED_NEXT_TOKEN, RecipeProgress
+from .steps import MASKED_NEXT_TOKEN, RecipeSteps
 
 
-def untrained_pair(progress: RecipeProgress) -> tuple[ProCLIPModel, ProCLIPProcessor]:
+def untrained_pair(steps: RecipeSteps) -> tuple[ProCLIPModel, ProCLIPProcessor]:
     """Image encoder, LLM and a fresh adapter; the LLM is that of the recipe, or what its first stages made of it."""
-    settings = progress.recipe.model
-    text, text_revision = progress.llm_of(None)
+    settings = steps.recipe.model
+    text, text_revision = steps.llm_of(None)
     model = ProCLIPModel.from_vision_text_pretrained(
-        _vision(progress),
+        _vision(steps),
         text,
         vision_revision=settings.vision_revision,
         text_revision=text_revision,
-        dtype={"vision_config": torch.float32, "text_config": getattr(torch, progress.precision)},
+        dtype={"vision_config": torch.float32, "text_config": getattr(torch, steps.precision)},
         attn_implementation=settings.attn_implementation,
         **settings.config,
     )
-    return model, _processor(progress, text, text_revision)
+    return model, _processor(steps, text, text_revision)
 
 
-def teacher(progress: RecipeProgress) -> tuple[PreTrainedModel, Any]:
+def teacher(steps: RecipeSteps) -> tuple[PreTrainedModel, Any]:
     """The CLIP or SigLIP whose text encoder teaches stage 1, and its tokenizer."""
-    name, revision = progress.recipe.model.place_of("teacher")
+    name, revision = steps.recipe.model.place_of("teacher")
     model = AutoModel.from_pretrained(name, revision=revision, dtype=torch.float32).eval()
     return model, AutoTokenizer.from_pretrained(name, revision=revision)
 
 
-def llm_trainer(progress: RecipeProgress, stage: str) -> MaskedNextTokenTrainer | CaptionContrastiveTrainer:
+def llm_trainer(steps: RecipeSteps, stage: str) -> MaskedNextTokenTrainer | CaptionContrastiveTrainer:
     """
     The trainer of a stage that tunes the LLM.
 
     Raises:
         RecipeError: If masked tokens are to be predicted by an LLM whose files have no language-modelling head.
     """
-    args, (text, revision) = progress.arguments[stage], progress.llm_of(stage)
-    rows, held_out = _rows(progress, stage, images=False), _held_out(progress, stage, images=False)
+    args, (text, revision) = steps.arguments[stage], steps.llm_of(stage)
+    rows, held_out = _rows(steps, stage, images=False), _held_out(steps, stage, images=False)
     loading: dict[str, Any] = {
         "revision": revision,
-        "dtype": getattr(torch, progress.precision),
-        "attn_implementation": progress.recipe.model.attn_implementation,
+        "dtype": getattr(torch, steps.precision),
+        "attn_implementation": steps.recipe.model.attn_implementation,
     }
     if stage == MASKED_NEXT_TOKEN:
         model, info = AutoModelForCausalLM.from_pretrained(text, output_loading_info=True, **loading)
@@ -73,50 +73,46 @@ def llm_trainer(progress: RecipeProgress, stage: str) -> MaskedNextTokenTrainer 
             )
         tokenizer = AutoTokenizer.from_pretrained(text, revision=revision)
         return MaskedNextTokenTrainer(model, args, rows, held_out, processing_class=tokenizer)
-    plain_texts = progress.recipe.data.plain_texts
+    plain_texts = steps.recipe.data.plain_texts
     return CaptionContrastiveTrainer(
         AutoModel.from_pretrained(text, **loading),
         args,
         rows,
         held_out,
-        processing_class=_processor(progress, text, revision),
-        plain_text_dataset=plain_texts and open_pairs(plain_texts, progress.recipe.seed, images=False),
+        processing_class=_processor(steps, text, revision),
+        plain_text_dataset=plain_texts and open_pairs(plain_texts, steps.recipe.seed, images=False),
     )
 
 
-def load_pair(progress: RecipeProgress, stage: str) -> tuple[ProCLIPModel, ProCLIPProcessor]:
+def load_pair(steps: RecipeSteps, stage: str) -> tuple[ProCLIPModel, ProCLIPProcessor]:
     """The pair that stage 1 or stage 2 starts from, with the LLM if that embeds texts on the fly."""
-    source = progress.output_dir / progress.predecessor(stage) / "model"
+    source = steps.output_dir / steps.predecessor(stage) / "model"
     loading: dict[str, Any] = {"load_text_model": False}
-    if progress.samples("llm"):
-        loading = {"dtype": {"vision_config": torch.float32, "text_config": getattr(torch, progress.precision)}}
-    model = ProCLIPModel.from_pretrained(
-        source, attn_implementation=progress.recipe.model.attn_implementation, **loading
-    )
+    if steps.samples("llm"):
+        loading = {"dtype": {"vision_config": torch.float32, "text_config": getattr(torch, steps.precision)}}
+    model = ProCLIPModel.from_pretrained(source, attn_implementation=steps.recipe.model.attn_implementation, **loading)
     return model, ProCLIPProcessor.from_pretrained(source)
 
 
-def alignment_trainer(
-    progress: RecipeProgress, stage: str, model: ProCLIPModel, processor: ProCLIPProcessor
-) -> Trainer:
+def alignment_trainer(steps: RecipeSteps, stage: str, model: ProCLIPModel, processor: ProCLIPProcessor) -> Trainer:
     """The trainer of stage 1 or stage 2."""
-    args, images = progress.arguments[stage], stage == "contrastive_tuning"
-    rows, held_out = _rows(progress, stage, images=images), _held_out(progress, stage, images=images)
-    text_store: Any = TextEmbeddingStore(progress.store_path("llm"))
-    if progress.samples("llm"):
-        model.text_model.to(progress.processes.device)
+    args, images = steps.arguments[stage], stage == "contrastive_tuning"
+    rows, held_out = _rows(steps, stage, images=images), _held_out(steps, stage, images=images)
+    text_store: Any = TextEmbeddingStore(steps.store_path("llm"))
+    if steps.samples("llm"):
+        model.text_model.to(steps.processes.device)
         text_store = OnTheFlyStore(text_store, model, processor)
         model.text_model = None  # the store has it
     if images:
         return ContrastiveTuningTrainer(model, args, rows, held_out, text_store=text_store, processing_class=processor)
-    teacher_store = TextEmbeddingStore(progress.store_path("teacher"))
+    teacher_store = TextEmbeddingStore(steps.store_path("teacher"))
     return RepresentationInheritanceTrainer(
         model, args, rows, held_out, text_store=text_store, teacher_store=teacher_store
     )
 
 
-def _processor(progress: RecipeProgress, text: str, revision: str) -> ProCLIPProcessor:
-    settings = progress.recipe.model
+def _processor(steps: RecipeSteps, text: str, revision: str) -> ProCLIPProcessor:
+    settings = steps.recipe.model
     image_processor, image_processor_revision = settings.place_of("image_processor")
     return ProCLIPProcessor(
         AutoImageProcessor.from_pretrained(image_processor, revision=image_processor_revision),
@@ -127,9 +123,9 @@ def _processor(progress: RecipeProgress, text: str, revision: str) -> ProCLIPPro
     )
 
 
-def _vision(progress: RecipeProgress) -> str | ProCLIPModel:
+def _vision(steps: RecipeSteps) -> str | ProCLIPModel:
     """The model whose image encoder is taken: its name, or a ProCLIP checkpoint, loaded without its LLM."""
-    settings = progress.recipe.model
+    settings = steps.recipe.model
     config = AutoConfig.from_pretrained(settings.vision, revision=settings.vision_revision)
     if not isinstance(config, ProCLIPConfig):
         return settings.vision
@@ -142,12 +138,12 @@ def _vision(progress: RecipeProgress) -> str | ProCLIPModel:
     )
 
 
-def _rows(progress: RecipeProgress, stage: str, *, images: bool) -> Dataset:
-    return open_pairs(progress.data_of(stage), progress.recipe.seed, images=images)
+def _rows(steps: RecipeSteps, stage: str, *, images: bool) -> Dataset:
+    return open_pairs(steps.data_of(stage), steps.recipe.seed, images=images)
 
 
-def _held_out(progress: RecipeProgress, stage: str, *, images: bool) -> Dataset | None:
-    source = progress.recipe.data.eval
-    if source is None or progress.arguments[stage].eval_strategy == "no":
+def _held_out(steps: RecipeSteps, stage: str, *, images: bool) -> Dataset | None:
+    source = steps.recipe.data.eval
+    if source is None or steps.arguments[stage].eval_strategy == "no":
         return None
-    return open_pairs(source, progress.recipe.seed, images=images)
+    return open_pairs(source, steps.recipe.seed, images=images)

@@ -325,7 +325,7 @@ def test_a_damaged_checkpoint_is_named_and_not_started_over(content, tmp_path):
 def test_texts_embedded_on_the_fly_train_as_those_of_a_store_do(whole, content, tmp_path, monkeypatch):
     """As far as the texts go that the statistics come from, which is the beginning of the training texts."""
     monkeypatch.setattr("trainers.recipe.curriculum.ON_THE_FLY_TEXTS", 3)
-    monkeypatch.setattr("trainers.recipe.progress.ON_THE_FLY_TEXTS", 3)
+    monkeypatch.setattr("trainers.recipe.steps.ON_THE_FLY_TEXTS", 3)
     config = {"adapter_num_layers": 1}
     stored = changed(content, tmp_path / "stored", model__config=config)
     embedded = changed(content, tmp_path / "embedded", model__config=config, text_stores={"llm": {"on_the_fly": True}})
