@@ -1,16 +1,16 @@
-"""Runs a recipe: text stores, then stage after stage, each from the last one's result, resuming what was interrupted.
+"""Run a recipe: tune the LLM if asked, embed the texts, then train stage after stage, each from the previous one's result.
 
 The output directory of a recipe:
 
-    recipe.yaml                 the recipe with all defaults filled in; `proclip train` takes it
-    commits.json                the commits that names on the Hub stood for at the first run
-    text-stores/{llm,teacher}/  unless the recipe has them elsewhere
+    recipe.yaml                 the recipe with all defaults filled in; `proclip train` runs it
+    commits.json                the commits of repositories on the Hub at the first run
+    text-stores/{llm,teacher}/  unless the recipe puts them elsewhere
     preparation/model/          the untrained pair: image encoder, fresh adapter, processor
-    <stage>/checkpoints/        of the Trainer
-    <stage>/model/              the stage's result, a lean checkpoint with its processor; of a stage that tunes the LLM, the tuned LLM
-    <stage>/adapter/            of such a stage, its LoRA by itself
+    <stage>/checkpoints/        the Trainer's
+    <stage>/model/              the stage's result: a lean checkpoint with its processor, or the tuned LLM
+    <stage>/adapter/            the LoRA by itself, if the stage tunes the LLM
     <step>/started.json         what decides the step's result: part of the recipe, hashes of data and models, versions
-    <step>/complete.json        the same, hashes of the result, steps, last log: written last, so a step that has it is finished
+    <step>/complete.json        the same with hashes of the result, steps and the last log; written last, so it marks a finished step
 """
 
 import json
@@ -65,7 +65,7 @@ class Curriculum(RecipeProgress):
         Run or resume the stages, or one of them.
 
         Args:
-            stage: the one; its predecessor must be finished.
+            stage: run this stage only; the stages before it must be finished.
 
         Returns:
             The folder of the last stage's model.
@@ -106,7 +106,7 @@ class Curriculum(RecipeProgress):
                 )
 
     def _check_devices(self) -> None:
-        """Trainer gives every GPU that a single process sees a batch of its own, so that the batch would not be the recipe's."""
+        """Refuse one process with several GPUs: Trainer would give each of them a whole batch, and the batch would not be the recipe's."""
         num_gpus = max(arguments.n_gpu for arguments in self.arguments.values())
         if num_gpus > 1:
             raise RecipeError(
@@ -140,7 +140,7 @@ class Curriculum(RecipeProgress):
         self._on_main(lambda: self._finish(PREPARATION, facts))
 
     def _stores(self) -> Json:
-        """What the text stores must hold besides what is trained on, and where they are; both may change after they were built."""
+        """Where the text stores are, and what they hold besides the training texts; both may change after the stores were built."""
         held_out, stores = self.recipe.data.eval, self.recipe.text_stores
         return {
             "llm": stores.llm.path,
@@ -239,7 +239,7 @@ class Curriculum(RecipeProgress):
         write_file(self.output_dir / "recipe.yaml", (head + body).encode())
 
     def _find_commits(self) -> None:
-        """Write down which commits names on the Hub stand for, unless an earlier release has begun without."""
+        """Record the current commits of repositories on the Hub, unless an earlier release began this run without recording them."""
         begun = any(self.output_dir.glob("*/started.json"))
         if begun and not (self.output_dir / COMMITS).is_file():
             return
@@ -251,7 +251,7 @@ class Curriculum(RecipeProgress):
         before = self._record(step).get("versions", versions())
         if before != versions():
             logger.warning(
-                "%s was begun with %s and goes on with %s: the last bits of its result can differ from a run that was not interrupted",
+                "%s was begun with %s and is resumed with %s: the last bits of its result can differ from an uninterrupted run",
                 self.output_dir / step,
                 ", ".join(map(" ".join, before.items())),
                 ", ".join(map(" ".join, versions().items())),
@@ -260,12 +260,12 @@ class Curriculum(RecipeProgress):
         self._write_json(f"{step}/started.json", record)
 
     def _finish(self, step: str, facts: Json) -> None:
-        # The inputs are those of the beginning: whoever changed a file since is told the next time.
+        # The inputs are those at the beginning: if a file has changed since, the next run says so.
         record = {**self._record(step), "versions": versions(), "result": self.result_of(step), **facts}
         self._write_json(f"{step}/complete.json", record)
 
     def _record(self, step: str, name: str = "started.json") -> Json:
-        """What was written down of a step; empty if nothing was."""
+        """The record of a step; empty if there is none."""
         path = self.output_dir / step / name
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
@@ -275,19 +275,19 @@ class Curriculum(RecipeProgress):
     # Processes
 
     def _say(self, line: str) -> None:
-        """What is begun, for whoever watches."""
+        """Print what begins now."""
         if self.processes.is_main_process:
             print(line, flush=True)
 
     def _train(self, stage: str, trainer: Trainer) -> None:
         checkpoint, rows = self.checkpoint_of(stage), self.recipe.stages[stage].global_batch_size
-        going_on = "" if checkpoint is None else f", from {Path(checkpoint).name} on"
-        self._say(f"{stage}: training on batches of {rows:,} rows{going_on}")
+        resumed = "" if checkpoint is None else f", resumed from {Path(checkpoint).name}"
+        self._say(f"{stage}: training on batches of {rows:,} rows{resumed}")
         with training_table(trainer):
             trainer.train(resume_from_checkpoint=checkpoint is not None)
 
     def _on_main(self, work: Any) -> None:
-        """Do `work` on the main process, while the others wait."""
+        """Do `work` on the main process while the others wait."""
         if self.processes.is_main_process:
             work()
         self.processes.wait_for_everyone()
@@ -312,7 +312,7 @@ class Curriculum(RecipeProgress):
 
 
 class _Captions:
-    """The texts of a store, and about how many they are, from which size and time are estimated."""
+    """The texts of a store, with an estimate of their number."""
 
     def __init__(self, progress: RecipeProgress, which: str):
         self.progress, self.which = progress, which
@@ -330,7 +330,7 @@ class _Captions:
 
 
 def versions() -> dict[str, str]:
-    """What a result depends on, beside the recipe."""
+    """The versions of the packages that a result depends on."""
     return installed_versions(_VERSIONS_OF)
 
 
@@ -339,7 +339,7 @@ def _partial(folder: Path) -> Path:
 
 
 def _replace_folder(folder: Path, write: Any) -> None:
-    """Write `folder` so that it is there as a whole or not at all."""
+    """Write `folder` so that it exists complete or not at all."""
     partial = _partial(folder)
     shutil.rmtree(partial, ignore_errors=True)
     os.makedirs(partial)
@@ -348,7 +348,7 @@ def _replace_folder(folder: Path, write: Any) -> None:
 
 
 def _put_in_place(partial: Path, folder: Path) -> None:
-    """Rename a folder that a Trainer wrote to what people find, without the pickle in it."""
+    """Give a folder that a Trainer wrote its final name, without the pickle in it."""
     (partial / "training_args.bin").unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)

@@ -1,4 +1,4 @@
-"""Recipes as they lie on disk: recipes that build on others, and settings from the command line."""
+"""Recipe files: recipes that build on others, and settings from the command line."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -8,16 +8,16 @@ from trainers.storage.yaml_files import parse_yaml, read_yaml
 
 
 class RecipeError(ValueError):
-    """A recipe that cannot be used; says where and why."""
+    """A recipe that cannot be used, or an output directory that is not this recipe's; says where and why."""
 
 
 def read_recipe(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
     """
-    The settings of a recipe file, of the recipes that it builds on, and of the command line, as one mapping; nothing is checked yet.
+    Merge the settings of a recipe file, of the recipes that it builds on, and of the command line. Nothing is checked yet.
 
-    A recipe with `base: other.yaml` (relative to its own file), or a list of such, has their settings where it does not say otherwise, and of
-    two bases the later one counts: mappings are joined key by key, any other value, a list too, takes the place of what was there. A stage
-    that is `null` is left out.
+    `base: other.yaml` (relative to the recipe's own file), or a list of such, names recipes to build on. A later base overrides an earlier
+    one, the recipe overrides its bases, and the command line overrides the recipe. Mappings are merged key by key; any other value, a list
+    too, is replaced. A stage that is `null` is left out.
 
     Args:
         path: a .yaml file.

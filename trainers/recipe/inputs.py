@@ -1,9 +1,8 @@
-"""What decides the result of a step besides the words of the recipe: the contents of data, encoders and the model before, as hashes.
+"""What decides the result of a step besides the recipe: the content of data, encoders and the previous step's model, as hashes.
 
-A recipe names files, and files can be replaced under the same name. So every step records the SHA-256 of what it reads, and a step that goes on
-later compares. All bytes are read, which costs one pass over the data whenever `proclip train` starts: on the order of a minute for 100 GB on a
-local disk, shared by the processes, and less than an epoch of training, which reads the same files. What is on the Hub is named by its commit
-instead; the commit that a branch stood for at first is used again later.
+A recipe names files, and files can be replaced under the same name. So every step records the SHA-256 of what it reads, and a resumed step
+compares. All bytes are read whenever `proclip train` starts, shared by the processes: less than an epoch of training, which reads the same
+files. Repositories on the Hub are identified by their commit instead; a branch keeps the commit that it had at the first run.
 """
 
 import hashlib
@@ -37,13 +36,13 @@ Json = dict[str, Any]
 
 _MOST_THREADS = 16
 
-# Sources of data in a recipe, and models with the field of their revision.
+# The fields of a recipe that name data, and those that name models.
 SOURCES = ("train", "texts", "captions", "plain_texts", "masked_texts", "eval")
 MODELS = ("vision", "text", "teacher", "image_processor")
 
 
 def hash_together(paths: Iterable[Path], processes: PartialState) -> None:
-    """Hash the files `paths`, which all `processes` name, each its share of them: [`file_digest`] knows them afterwards."""
+    """Hash the files `paths`, the same on all `processes`, each its share. Afterwards [`file_digest`] knows them all."""
     count = processes.num_processes
     mine = list(dict.fromkeys(paths))[processes.process_index :: count]
     megabytes = [path.stat().st_size / 1e6 for path in mine]
@@ -64,8 +63,8 @@ def is_local(source: PairSource) -> bool:
 
 def data_files(source: PairSource, *, images: bool) -> list[Path]:
     """
-    The files that decide what is read from a local `source`: those that it names or all below the folder that it names, and with `images`
-    those that the rows of its tables name.
+    The files that decide what is read from a local `source`: the files or the whole folder that it names, and with `images` also the image
+    files that rows of a table name.
     """
     path = Path(source.source)
     if path.is_dir():
@@ -76,7 +75,7 @@ def data_files(source: PairSource, *, images: bool) -> list[Path]:
 
 
 def _named_images(source: PairSource) -> list[Path]:
-    """The image files that the rows of a table name; none if the table holds the images."""
+    """The image files that the rows of a table name; none if the images are in the table."""
     opened = open_rows(source)
     named: dict[Path, None] = {}
     for row in opened.table.select_columns(opened.image_columns):
@@ -94,7 +93,7 @@ def _named_images(source: PairSource) -> list[Path]:
 
 
 def describe_data(source: PairSource, *, images: bool) -> Json:
-    """The contents of `source`: of files their number, bytes and joint hash; of a dataset on the Hub its commit."""
+    """The content of `source`: number, bytes and joint hash of its files, or the commit of a dataset on the Hub."""
     if not is_local(source):
         return {"commit": source.revision}
     digest, num_bytes = hashlib.sha256(), 0
@@ -115,7 +114,7 @@ def model_files(folder: Path) -> list[Path]:
 
 
 def describe_model(name_or_path: str | Path, revision: str | None) -> Json:
-    """The hashes of a model's files by name; of a model on the Hub its commit."""
+    """The hashes of a model's files by name, or the commit of a model on the Hub."""
     folder = Path(name_or_path)
     if not folder.is_dir():
         return {"commit": revision}
@@ -127,10 +126,10 @@ def describe_model(name_or_path: str | Path, revision: str | None) -> Json:
 
 def find_commits(recipe: Recipe, known: Json) -> Json:
     """
-    The commits that the recipe's names on the Hub stand for: those of `known`, and of other names those of today.
+    The commits of the Hub repositories that the recipe names: those in `known`, and the current ones of other repositories.
 
     Returns:
-        Key in the recipe -> `{"name", "revision", "commit"}`; the commit is None where it could not be found out.
+        Key of the recipe -> `{"name", "revision", "commit"}`; the commit is None if it could not be found out.
     """
     found = {}
     for key, name, revision, kind in _hub_names(recipe):
@@ -142,7 +141,7 @@ def find_commits(recipe: Recipe, known: Json) -> Json:
 
 
 def with_commits(recipe: Recipe, commits: Json) -> Recipe:
-    """`recipe` with `commits`, see [`find_commits`], in place of the branches and tags that stood for them."""
+    """`recipe` with `commits`, see [`find_commits`], in place of branches and tags."""
     models: dict[str, Any] = {}
     data: dict[str, Any] = {}
     for key, name, revision, kind in _hub_names(recipe):
@@ -157,7 +156,7 @@ def with_commits(recipe: Recipe, commits: Json) -> Recipe:
 
 
 def _hub_names(recipe: Recipe) -> list[tuple[str, str, str, str]]:
-    """Key in the recipe, name, revision and kind of repository of what it names on the Hub."""
+    """The Hub repositories that a recipe names: key of the recipe, name, revision, and kind of repository."""
     names = []
     for field in MODELS:
         name, revision = recipe.model.place_of(field)
@@ -177,7 +176,7 @@ def _commit(key: str, name: str, revision: str, kind: str) -> str | None:
         return Path(snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=[])).name
     except (OSError, ValueError) as error:
         logger.warning(
-            "%s: which commit %r of %s is could not be found out, so a change cannot be noticed later (%s)",
+            "%s: the commit of %r of %s could not be found out, so later changes will not be noticed (%s)",
             key,
             revision,
             name,
@@ -187,7 +186,7 @@ def _commit(key: str, name: str, revision: str, kind: str) -> str | None:
 
 
 def changes_of(before: Json, now: Json) -> list[str]:
-    """What differs between two records of inputs, a phrase each."""
+    """The differences between two records of inputs, as phrases."""
     changes = []
     for key in dict.fromkeys([*before, *now]):
         was, found = before.get(key), now.get(key)

@@ -1,4 +1,4 @@
-"""How far the output directory of a recipe has come, and whether what was done there is of this recipe and these files."""
+"""Which steps of a recipe are done in its output directory, and whether they were done with this recipe and these files."""
 
 import json
 import logging
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 COMMITS = "commits.json"
 
-# What of a recipe may change between a step and its resumption, because the step's result does not depend on it.
+# Keys that may change before a step is resumed, because its result does not depend on them.
 _MAY_CHANGE_AT_THE_TOP = ("output_dir",)
 _MAY_CHANGE_IN_DATA = ("eval", "num_texts", "num_captions", "num_masked_texts", "captions_per_pair")
 _MAY_CHANGE_IN_A_STAGE = (
@@ -75,16 +75,16 @@ class RecipeProgress(RecipeSteps):
         self.recipe = with_commits(recipe, self.commits())
 
     def commits(self) -> Json:
-        """The commits that names on the Hub stood for when the recipe was first run, see [`~trainers.recipe.inputs.find_commits`]."""
+        """The commits of repositories on the Hub at the first run, see [`~trainers.recipe.inputs.find_commits`]."""
         path = self.output_dir / COMMITS
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
     def state_of(self, step: str) -> str:
         """
-        "finished", "begun" or "to do". Costs one pass over the files that decide the step's result, if they were not read before.
+        "finished", "begun" or "to do". Reads all files that decide the step's result, unless this process has read them before.
 
         Raises:
-            RecipeError: If the step was finished or begun with another recipe or other files, or its result was changed since; names what differs.
+            RecipeError: If the step was begun or finished with another recipe or other files, or its result was changed later; names what differs.
         """
         record, state = self._record_of(step)
         if state != "to do":
@@ -93,19 +93,19 @@ class RecipeProgress(RecipeSteps):
         return state
 
     def check_recipe(self) -> None:
-        """RecipeError if a step was finished or begun with another recipe; names the keys that changed. Opens no files."""
+        """Raise RecipeError if a step was begun or finished with another recipe; names the keys that differ. Opens no data."""
         for step in (PREPARATION, *self.recipe.stages):
             record, state = self._record_of(step)
             if state != "to do":
                 self._check_recipe(step, record, state)
 
     def checkpoint_of(self, stage: str) -> str | None:
-        """The last checkpoint of a stage that was interrupted; resuming verifies it, and takes the one before it if it was damaged."""
+        """The last checkpoint of an interrupted stage. Resuming verifies it, and takes the one before it if it is damaged."""
         checkpoint = last_written_checkpoint(self.output_dir / stage / "checkpoints")
         return None if checkpoint is None else str(checkpoint)
 
     def inputs_of(self, step: str) -> Json:
-        """What decides the result of `step` besides the recipe: hashes of data, models and the model before, by key of the recipe, as JSON."""
+        """What decides the result of `step` besides the recipe, as JSON: hashes of data, models and the previous step's model."""
         found: Json = {}
         for field in self.fields_read_by(step):
             source = getattr(self.recipe.data, field)
@@ -125,7 +125,7 @@ class RecipeProgress(RecipeSteps):
         return describe_model(folder, None) if folder.is_dir() else {}
 
     def files(self) -> list[Path]:
-        """All files of this machine that [`~RecipeProgress.inputs_of`] and [`~RecipeProgress.result_of`] hash."""
+        """All local files that [`~RecipeProgress.inputs_of`] and [`~RecipeProgress.result_of`] hash."""
         files: list[Path] = []
         for step in (PREPARATION, *self.recipe.stages):
             for field in self.fields_read_by(step):
@@ -154,7 +154,7 @@ class RecipeProgress(RecipeSteps):
         folder = self.output_dir / step
         if "inputs" not in record:
             logger.warning(
-                "%s is of an earlier release, which kept no hashes: whether its data and models have changed is unknown",
+                "%s was begun by an earlier release, which recorded no hashes: changes of its data and models cannot be noticed",
                 folder,
             )
         elif changes := changes_of(record["inputs"], self.inputs_of(step)):
@@ -172,13 +172,13 @@ class RecipeProgress(RecipeSteps):
         return f"give this recipe an output_dir of its own, or delete {self.output_dir / step} to run it anew"
 
     def _encoder_of(self, which: str) -> Json:
-        """What made the text store "llm" or "teacher"; where its model lay is of no account."""
+        """The encoder of the text store "llm" or "teacher", without the place of its files."""
         path = self.store_path(which)
         fingerprint = TextEmbeddingStore(path).fingerprint if (path / "store.json").is_file() else {}
         return {key: value for key, value in fingerprint.items() if key not in ("model", "revision")}
 
     def _part(self, step: str) -> dict[str, Any]:
-        """What of the recipe decides the result of `step`, as JSON has it."""
+        """The part of the recipe that decides the result of `step`, as JSON."""
         values = self.resolved()
         stages = values.pop("stages")
         order = list(stages)

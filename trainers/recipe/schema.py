@@ -1,4 +1,4 @@
-"""The schema of a recipe: which keys it has, of which types, and what each is by default. `docs/recipes.md` explains them to users."""
+"""The schema of a recipe: its keys, their types and defaults. `docs/recipes.md` explains them to users."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -18,7 +18,7 @@ from trainers.storage.yaml_files import build, check_fields, nearest
 from .files import RecipeError, read_recipe
 
 
-# The stages in the order in which they run, each from the last one's result.
+# The stages in the order in which they run, each from the previous one's result.
 CONFIG_OF = {
     "masked_next_token": MaskedNextTokenConfig,
     "caption_contrastive": CaptionContrastiveConfig,
@@ -26,7 +26,7 @@ CONFIG_OF = {
     "contrastive_tuning": ContrastiveTuningConfig,
 }
 
-# Fields of the trainers' settings that a recipe says elsewhere, and where.
+# Fields of the trainers' settings that a recipe sets elsewhere, and where.
 ELSEWHERE = {
     "output_dir": "set output_dir at the top of the recipe",
     "seed": "set seed at the top of the recipe",
@@ -37,7 +37,7 @@ ELSEWHERE = {
     "gradient_caching_batch_size": "set device_batch_size, which turns gradient caching on where it is needed",
     "gradient_accumulation_steps": "set device_batch_size: gradient caching does exactly what accumulation does wrongly here",
     "hub_token": "recipes are shared, so tokens do not belong in them: log in by `hf auth login`, or set HF_TOKEN",
-    "resume_from_checkpoint": "a stage that was interrupted is resumed anyway",
+    "resume_from_checkpoint": "an interrupted stage is always resumed",
     "use_cpu": "hide the GPUs (CUDA_VISIBLE_DEVICES=) to train on the CPU",
 }
 
@@ -48,18 +48,18 @@ class ModelSettings:
     The two encoders and what joins them.
 
     Attributes:
-        vision: folder or Hub name of the CLIP or SigLIP, or of the ProCLIP checkpoint, whose image encoder is taken.
+        vision: folder or Hub name of the CLIP, SigLIP or ProCLIP checkpoint that gives the image encoder.
         vision_revision: its commit, tag or branch.
-        text: folder or Hub name of the LLM. A checkpoint that needs remote code is converted first (`proclip convert`).
+        text: folder or Hub name of the LLM. Convert a checkpoint that needs remote code first (`proclip convert`).
         text_revision: its commit, tag or branch.
         teacher: folder or Hub name of the CLIP or SigLIP whose text encoder teaches stage 1; by default `vision`.
         teacher_revision: its commit, tag or branch; by default `vision_revision`.
         image_processor: folder or Hub name of the image processor; by default that of `vision`.
         image_processor_revision: its commit, tag or branch; by default `vision_revision` if it is that of `vision`, else "main".
-        prompt_template: around every text, with `{text}` in it; by default that of the LLM's chat template.
-        instruction: before every text, inside the template.
+        prompt_template: template around every text, which must hold `{text}`; by default that of the LLM's chat template.
+        instruction: text before every text, inside the template.
         max_length: most tokens of a text (512 in LLM2CLIP's and ProCLIP's code).
-        attn_implementation: of both encoders; by default Transformers' choice.
+        attn_implementation: attention of both encoders; by default Transformers' choice.
         config: fields of `ProCLIPConfig`, such as `adapter_num_layers`.
     """
 
@@ -88,7 +88,7 @@ class ModelSettings:
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
     """
-    What is trained on.
+    The training data.
 
     Attributes:
         train: images with captions.
@@ -135,8 +135,8 @@ class LLMStoreSettings(StoreSettings):
     The LLM's text store.
 
     Attributes:
-        on_the_fly: embed the texts while they are trained on, instead of all of them before: for more texts than the disk has room for. The LLM
-            stays in memory and reads every batch. 10,000 training texts and the held-out ones are stored all the same.
+        on_the_fly: embed texts during training instead of all of them before, for more texts than the disk can hold. The LLM then stays in
+            memory and reads every batch. 10,000 training texts and the held-out texts are stored all the same.
     """
 
     on_the_fly: bool = False
@@ -150,7 +150,7 @@ class TextStores:
     Attributes:
         llm: the LLM's embeddings, before the adapter.
         teacher: CLIP's own text embeddings, for stage 1.
-        token_budget: padded tokens that an encoder reads at once; by default what suits the device.
+        token_budget: most padded tokens in a batch; the default depends on the device.
     """
 
     llm: LLMStoreSettings = field(default_factory=LLMStoreSettings)
@@ -274,7 +274,7 @@ def _stage(name: str, values: Any, path: str) -> StageSettings:
 
 def derived_arguments(name: str, stage: StageSettings, num_processes: int) -> dict[str, Any]:
     """
-    What of a stage's trainer settings follows from its global batch, the number of processes and the published lambda.
+    The trainer settings of a stage that follow from its global batch, the number of processes and the published lambda.
 
     Raises:
         RecipeError: If the processes cannot share the global batch evenly.

@@ -142,7 +142,7 @@ def test_what_an_earlier_release_began_goes_on_with_a_warning(begun, caplog):
     del record["inputs"]
     file.write_text(json.dumps(record))
     assert states(begun) == ["finished", "finished", "begun"]
-    assert "is of an earlier release, which kept no hashes" in caplog.text
+    assert "was begun by an earlier release, which recorded no hashes" in caplog.text
     file.write_text(before)
 
 
@@ -151,7 +151,7 @@ def test_other_versions_are_noted(begun, caplog, monkeypatch):
     monkeypatch.setattr("trainers.recipe.curriculum.versions", lambda: now)
     curriculum = Curriculum(load_recipe(begun / "recipe.yaml"))
     curriculum._begin("contrastive_tuning")
-    assert "contrastive_tuning was begun with" in caplog.text and "goes on with torch 9.9" in caplog.text
+    assert "contrastive_tuning was begun with" in caplog.text and "is resumed with torch 9.9" in caplog.text
 
 
 def test_images_that_a_table_names_count_where_they_are_read(tmp_path):

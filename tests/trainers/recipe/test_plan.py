@@ -12,9 +12,9 @@ from tests.trainers.tiny_recipe import NUM_PAIRS, settings, write_parts, write_r
 from trainers.recipe.curriculum import Curriculum
 from trainers.recipe.files import RecipeError
 from trainers.recipe.plan import plan_stages, plan_stores
-from trainers.recipe.steps import LLM_STAGES
 from trainers.recipe.schema import load_recipe
 from trainers.recipe.stages import llm_trainer
+from trainers.recipe.steps import LLM_STAGES
 from trainers.text_store.store import TextEmbeddingStore
 
 
