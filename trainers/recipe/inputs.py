@@ -46,7 +46,8 @@ def hash_together(paths: Iterable[Path], processes: PartialState) -> None:
     count = processes.num_processes
     mine = list(dict.fromkeys(paths))[processes.process_index :: count]
     megabytes = [path.stat().st_size / 1e6 for path in mine]
-    progress = Progress("checking data and models", sum(megabytes), "MB", shown=processes.is_main_process)
+    shown = processes.is_main_process and sum(megabytes) > 100
+    progress = Progress("checking data and models", sum(megabytes), "MB", shown=shown)
     threads = ThreadPoolExecutor(min(_MOST_THREADS, max(1, (os.cpu_count() or 1) // count)))
     with progress, threads:
         for size, _ in zip(megabytes, threads.map(file_digest, mine)):

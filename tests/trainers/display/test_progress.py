@@ -13,6 +13,7 @@ import pytest
 
 from tests.trainers.tiny_recipe import settings, write_parts, write_recipe
 from tests.trainers.tiny_training import picture_rows, tuning_trainer
+from trainers.cli import QUIET_ENVIRONMENT
 from trainers.display import progress as module
 from trainers.display.progress import Progress, duration, track
 from trainers.display.training import training_table
@@ -74,7 +75,9 @@ def on_a_terminal(command, stdout_too: bool = True, **environment) -> tuple[str,
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
     out = theirs if stdout_too else subprocess.PIPE
-    variables = {**os.environ, "TERM": "xterm-256color", **environment}
+    # A command that a test ran in this process has made the libraries quiet.
+    variables = {name: value for name, value in os.environ.items() if name not in QUIET_ENVIRONMENT}
+    variables |= {"TERM": "xterm-256color", **environment}
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=theirs, env=variables) as process:
         os.close(theirs)
         received = b""
