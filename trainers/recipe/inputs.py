@@ -20,6 +20,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from huggingface_hub import snapshot_download
 
+from trainers.data.folders import list_files
 from trainers.data.pair_source import PairSource
 from trainers.data.pair_sources import open_rows
 from trainers.data.tables import kind_of
@@ -64,15 +65,17 @@ def is_local(source: PairSource) -> bool:
 
 def data_files(source: PairSource, *, images: bool) -> list[Path]:
     """
-    The files that decide what is read from a local `source`: the files or the whole folder that it names, and with `images` also the image
-    files that rows of a table name.
+    The local files that decide what is read from `source`: the files or the whole folder that it names, and with `images` also the image
+    files that rows name.
     """
-    path = Path(source.source)
+    path, files = Path(source.source), list[Path]()
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file())
-        return [*files, *_named_images(source)] if images and source.image_folder is not None else files
-    files = [path] if path.is_file() else [Path(file) for file in sorted(glob(source.source, recursive=True))]
-    return [*files, *_named_images(source)] if images and files and kind_of(files[0]) else files
+        files = [path / name for name in list_files(path)]
+    elif is_local(source):
+        files = [path] if path.is_file() else [Path(file) for file in sorted(glob(source.source, recursive=True))]
+    # A folder holds its images, unless the recipe names another one.
+    elsewhere = source.image_folder is not None or (not path.is_dir() and files and kind_of(files[0]))
+    return [*files, *_named_images(source)] if images and elsewhere else files
 
 
 def _named_images(source: PairSource) -> list[Path]:
@@ -94,11 +97,13 @@ def _named_images(source: PairSource) -> list[Path]:
 
 
 def describe_data(source: PairSource, *, images: bool) -> Json:
-    """The content of `source`: number, bytes and joint hash of its files, or the commit of a dataset on the Hub."""
-    if not is_local(source):
-        return {"commit": source.revision}
+    """The content of `source`: number, bytes and joint hash of its files and commit, or just the commit of a dataset on the Hub."""
     digest, num_bytes = hashlib.sha256(), 0
     files = data_files(source, images=images)
+    if not is_local(source):
+        digest.update(f"{source.revision}\n".encode())
+        if not files:
+            return {"commit": source.revision}
     for file in files:
         digest.update(
             f"{os.path.relpath(file, source.source)}\0{file_digest(file)}\n".encode("utf-8", "surrogateescape")

@@ -16,7 +16,6 @@ from .inputs import (
     data_files,
     describe_data,
     describe_model,
-    is_local,
     model_files,
     with_commits,
 )
@@ -130,7 +129,7 @@ class RecipeProgress(RecipeSteps):
         for step in (PREPARATION, *self.recipe.stages):
             for field in self.fields_read_by(step):
                 source = getattr(self.recipe.data, field)
-                files += data_files(source, images=_reads_images(step)) if is_local(source) else []
+                files += data_files(source, images=_reads_images(step))
             folders = [Path(self.recipe.model.place_of(part)[0]) for part in self.models_read_by(step)]
             for folder in [*folders, self.output_dir / step / "model"]:
                 files += model_files(folder) if folder.is_dir() else []

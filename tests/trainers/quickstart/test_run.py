@@ -23,7 +23,7 @@ from trainers.data import TextEmbeddingStore, encode_texts
 from trainers.evaluation import caption_retrieval
 from trainers.openmoji.images import IMAGE_SIZE, LANGUAGES, PLACES, View, load_concepts, render
 from trainers.openmoji.task import SIZES, PictureDataset, make_task
-from trainers.quickstart.baseline import train_llm2clip
+from trainers.quickstart.baseline import _was_trained, train_llm2clip
 from trainers.quickstart.evaluate import embed_pictures, score
 from trainers.quickstart.language_model import GEMMA3_TUNING_ADAPTER, TUNING_ADAPTER
 from trainers.quickstart.run import Quickstart
@@ -203,6 +203,12 @@ def test_llm2clips_checkpoint_is_the_one_that_was_scored(first_run, results):
     before = (checkpoint / "model.safetensors").stat().st_mtime_ns
     assert train_llm2clip(output_dir, size="small") == checkpoint
     assert (checkpoint / "model.safetensors").stat().st_mtime_ns == before
+    steps = SIZES["small"].baseline_steps
+    assert [_was_trained(checkpoint, *wanted) for wanted in ((steps, 0), (steps, 1), (2 * steps, 0))] == [
+        True,
+        False,
+        False,
+    ]
 
 
 def test_bad_arguments_are_one_line(tmp_path):

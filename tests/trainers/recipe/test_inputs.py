@@ -168,6 +168,18 @@ def test_images_that_a_table_names_count_where_they_are_read(tmp_path):
     assert describe_data(source, images=False) == captions
 
 
+def test_images_in_a_folder_of_their_own_count(tmp_path):
+    for folder in ("tables", "images"):
+        (tmp_path / folder).mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "images" / "0.png")
+    (tmp_path / "tables" / "pairs.jsonl").write_text('{"image": "0.png", "text": "black"}\n')
+    source = PairSource(source=str(tmp_path / "tables"), image_folder=str(tmp_path / "images"))
+    before = describe_data(source, images=True)
+    assert (before["files"], describe_data(source, images=False)["files"]) == (2, 1)
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "images" / "0.png")
+    assert describe_data(source, images=True) != before
+
+
 @pytest.mark.parametrize("source", ["", "*.tar", "a.tar"])
 def test_folders_patterns_and_files_count_by_content_and_name(tmp_path, source):
     for name in ("a", "b"):
@@ -175,6 +187,8 @@ def test_folders_patterns_and_files_count_by_content_and_name(tmp_path, source):
     here = PairSource(source=str(tmp_path / source))
     before = describe_data(here, images=True)
     assert before["files"] == before["bytes"] == (1 if source == "a.tar" else 2)
+    (tmp_path / ".DS_Store").write_bytes(b"written by who looks into the folder")
+    assert describe_data(here, images=True) == before
     (tmp_path / "a.tar").write_bytes(b"c")
     assert describe_data(here, images=True)["sha256"] != before["sha256"]
 
