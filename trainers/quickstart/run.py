@@ -29,6 +29,8 @@ from trainers.inheritance.config import RepresentationInheritanceConfig
 from trainers.inheritance.trainer import RepresentationInheritanceTrainer
 from trainers.openmoji.images import LANGUAGES
 from trainers.openmoji.task import SIZES, PictureDataset, make_task
+from trainers.storage.files import write_file
+from trainers.storage.folders import replacing_folder
 from trainers.text_store.store import TextEmbeddingStore
 
 from .evaluate import embed_pictures, rank_pictures, score
@@ -257,18 +259,12 @@ class Quickstart:
 
     def write(self, model: ProCLIPModel, results: dict[str, Any], rankings: dict[str, list[list[int]]]) -> None:
         write_pictures(self.output_dir, self.task, results, self.curves, rankings)
-        checkpoint = self.output_dir / "proclip"
-        staging = self.output_dir / "proclip.partial"
-        shutil.rmtree(staging, ignore_errors=True)
         model.text_model = self.llm
-        model.save_pretrained(staging)
-        self.processor.save_pretrained(staging)
-        for _, notice in self.language_model.weights.notices:
-            shutil.copy(self.output_dir / self.language_model.folder / Path(notice).name, staging)
-        quickstart_card(results).save(staging / "README.md")
-        shutil.rmtree(checkpoint, ignore_errors=True)
-        staging.rename(checkpoint)
+        with replacing_folder(self.output_dir / "proclip") as partial:
+            model.save_pretrained(partial)
+            self.processor.save_pretrained(partial)
+            for _, notice in self.language_model.weights.notices:
+                shutil.copy(self.output_dir / self.language_model.folder / Path(notice).name, partial)
+            quickstart_card(results).save(partial / "README.md")
         shutil.rmtree(self.output_dir / "training", ignore_errors=True)
-        partial = self.output_dir / "results.json.partial"
-        partial.write_text(json.dumps(results, indent=2) + "\n")
-        partial.replace(self.output_dir / "results.json")
+        write_file(self.output_dir / "results.json", (json.dumps(results, indent=2) + "\n").encode())

@@ -15,7 +15,6 @@ The output directory of a recipe:
 
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -34,6 +33,7 @@ from modeling_proclip import ProCLIPModel, ProCLIPProcessor
 from trainers.data.pairs import iter_texts
 from trainers.display.training import training_table
 from trainers.storage.files import write_file
+from trainers.storage.folders import partial_folder, put_folder_in_place, replacing_folder
 from trainers.storage.versions import installed_versions
 from trainers.text_store.store import TextEmbeddingStore
 
@@ -130,12 +130,13 @@ class Curriculum(RecipeProgress):
         if self.needs_store("teacher"):
             self._build_store("teacher", *teacher(self))
 
-        def save(partial: Path) -> None:
-            model.save_pretrained(partial, lean=True)
-            processor.save_pretrained(partial)
+        def save() -> None:
+            with replacing_folder(folder / "model") as partial:
+                model.save_pretrained(partial, lean=True)
+                processor.save_pretrained(partial)
 
         if not finished:
-            self._on_main(lambda: _replace_folder(folder / "model", save))
+            self._on_main(save)
         facts = {"stores": stores, "seconds": round(time.perf_counter() - started, 1)}
         self._on_main(lambda: self._finish(PREPARATION, facts))
 
@@ -173,20 +174,17 @@ class Curriculum(RecipeProgress):
         started = time.perf_counter()
         trainer = llm_trainer(self, stage)
         self._train(stage, trainer)
-        adapter = _partial(folder / "adapter")
-        self._on_main(lambda: shutil.rmtree(adapter, ignore_errors=True))
-        trainer.save_model(str(adapter))
+        adapter = folder / "adapter"
+        self._save(trainer, adapter)
         tuned = trainer.merge()
 
         def finish() -> None:
-            def save(partial: Path) -> None:
+            with replacing_folder(folder / "model") as partial:
                 tuned.save_pretrained(partial)
                 # The LLM's own: the processor's has a template around every text.
                 text, revision = self.llm_of(stage)
                 AutoTokenizer.from_pretrained(text, revision=revision).save_pretrained(partial)
-
-            _replace_folder(folder / "model", save)
-            _put_in_place(adapter, folder / "adapter")
+            put_folder_in_place(adapter)
             self._finish(stage, self._facts(trainer, started))
 
         self._on_main(finish)
@@ -204,17 +202,23 @@ class Curriculum(RecipeProgress):
         except KeyError as error:  # a caption that a text store of the recipe's own does not hold
             raise RecipeError(f"stages.{stage}: {error.args[0]}") from error
         self._train(stage, trainer)
-        partial = _partial(folder / "model")
-        self._on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
-        trainer.save_model(str(partial))  # of all processes: under FSDP each holds a part
+        self._save(trainer, folder / "model")
 
         def finish() -> None:
+            partial = partial_folder(folder / "model")
             processor.save_pretrained(partial)
             model_card(partial, title=self.output_dir.name).save(partial / "README.md")
-            _put_in_place(partial, folder / "model")
+            put_folder_in_place(folder / "model")
             self._finish(stage, self._facts(trainer, started))
 
         self._on_main(finish)
+
+    def _save(self, trainer: Trainer, folder: Path) -> None:
+        """Write the model of `trainer`, without the pickle beside it, to the [`partial_folder`] of `folder`."""
+        partial = partial_folder(folder)
+        self._on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
+        trainer.save_model(str(partial))  # on all processes: under FSDP each holds a part
+        self._on_main(lambda: (partial / "training_args.bin").unlink(missing_ok=True))
 
     def _facts(self, trainer: Trainer, started: float) -> dict[str, Any]:
         history = trainer.state.log_history
@@ -332,23 +336,3 @@ class _Captions:
 def versions() -> dict[str, str]:
     """The versions of the packages that a result depends on."""
     return installed_versions(_VERSIONS_OF)
-
-
-def _partial(folder: Path) -> Path:
-    return folder.with_name(folder.name + ".partial")
-
-
-def _replace_folder(folder: Path, write: Any) -> None:
-    """Write `folder` so that it exists complete or not at all."""
-    partial = _partial(folder)
-    shutil.rmtree(partial, ignore_errors=True)
-    os.makedirs(partial)
-    write(partial)
-    _put_in_place(partial, folder)
-
-
-def _put_in_place(partial: Path, folder: Path) -> None:
-    """Give a folder that a Trainer wrote its final name, without the pickle in it."""
-    (partial / "training_args.bin").unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)

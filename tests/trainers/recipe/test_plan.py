@@ -6,8 +6,10 @@ import json
 import pytest
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from modeling_proclip import ProCLIPModel, ProCLIPProcessor
+from tests.modeling_proclip import tiny
 from tests.trainers.tiny_recipe import NUM_PAIRS, settings, write_parts, write_recipe
 from trainers.recipe.curriculum import Curriculum
 from trainers.recipe.files import RecipeError
@@ -29,6 +31,8 @@ def prepared(tmp_path_factory):
     content["data"]["plain_texts"] = {"source": str(folder / "plain.jsonl"), "text_columns": ["query", "document"]}
     recipe = write_recipe(folder / "recipe.yaml", content)
     Curriculum(load_recipe(recipe))._prepare()
+    LlamaForCausalLM(LlamaConfig(**tiny.TEXT)).save_pretrained(folder / "causal")
+    AutoTokenizer.from_pretrained(tiny.LLAMA_DIR).save_pretrained(folder / "causal")
     content["stages"]["caption_contrastive"] = {"global_batch_size": 8, "lora_r": 2, "disable_tqdm": True}
     return write_recipe(folder / "recipe.yaml", content)
 
@@ -62,10 +66,15 @@ def planned(curriculum, stage, monkeypatch):
         ("caption_contrastive", ["num_train_epochs=2", "global_batch_size=5", "device_batch_size=2"]),
         ("caption_contrastive", ["num_train_epochs=1", "global_batch_size=4", "plain_text_share=0.5"]),
         ("caption_contrastive", ["num_train_epochs=1", "global_batch_size=7", "dataloader_drop_last=false"]),
+        ("masked_next_token", ["num_train_epochs=0.6", "global_batch_size=7"]),
+        ("masked_next_token", ["num_train_epochs=1.5", "global_batch_size=7", "dataloader_drop_last=false"]),
     ],
 )
 def test_steps_and_epochs_are_the_trainers(prepared, stage, overrides, monkeypatch):
-    curriculum = Curriculum(load_recipe(prepared, [f"stages.{stage}.{setting}" for setting in overrides]))
+    overrides = [f"stages.{stage}.{setting}" for setting in overrides]
+    if stage == "masked_next_token":
+        overrides.append(f"model.text={prepared.parent / 'causal'}")
+    curriculum = Curriculum(load_recipe(prepared, overrides))
     plan = planned(curriculum, stage, monkeypatch)
     trainer = trainer_of(curriculum, stage)
     _, per_epoch, *_, max_steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
