@@ -131,7 +131,7 @@ def evaluate(
     )
     if state.is_main_process:
         print_results(results[0], results[1] if baseline is not None else None)
-        typer.echo(f"{output_dir / 'results.json'}")
+        typer.echo(f"results: {output_dir / 'results.json'}")
         others = also_folders(output_dir, [encoder.name for encoder in encoders[2:]])
         _write_report(output_dir, [output_dir, *others], output_dir / "baseline" if baseline else None)
 
@@ -151,7 +151,7 @@ def _write_report(output_dir: Path, models: list[Path], baseline: Path | None) -
     for entry in report["models"]:
         if entry["verdict"]:
             typer.echo(f"Did I break CLIP? {entry['name']}: {entry['verdict']['headline']}")
-    typer.echo(f"{page}")
+    typer.echo(f"report: {page}")
 
 
 def _print_list(wanted: bool) -> None:
