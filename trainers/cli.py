@@ -84,7 +84,7 @@ class OneLineErrors(TyperGroup):
         except INPUT_ERRORS as error:
             if ctx.params["traceback"]:
                 raise
-            message = str(error) or type(error).__name__
+            message = " ".join(line.strip() for line in str(error).splitlines()) or type(error).__name__
             if isinstance(error, ModuleNotFoundError) and error.name in EXTRA_OF:
                 message += f'; install it by: pip install "proclip-transformers[{EXTRA_OF[error.name]}]"'
             typer.echo(f"error: {message}", err=True)

@@ -31,6 +31,11 @@ def test_refused_input_is_one_line(run, error):
     assert (result.exit_code, result.stdout, result.stderr) == (1, "", f"error: {error}\n")
 
 
+def test_errors_of_libraries_in_several_lines_become_one(run):
+    result = run(OSError("We couldn't connect to the Hub.\n  Check your connection.\n"))
+    assert result.stderr == "error: We couldn't connect to the Hub. Check your connection.\n"
+
+
 def test_missing_module_names_its_extra(run):
     result = run(ModuleNotFoundError("No module named 'emoji'", name="emoji"))
     assert (
