@@ -39,7 +39,7 @@ from trainers.text_store.store import TextEmbeddingStore
 
 from .files import RecipeError
 from .inputs import Json, describe_data, find_commits, hash_together, with_commits
-from .progress import COMMITS, RecipeProgress
+from .progress import COMMITS, RecipeProgress, read_record
 from .stages import alignment_trainer, llm_trainer, load_pair, teacher, untrained_pair
 from .steps import LLM_STAGES, ON_THE_FLY_TEXTS, PREPARATION
 
@@ -118,7 +118,7 @@ class Curriculum(RecipeProgress):
         """Build the text stores, and save the untrained pair."""
         folder, stores = self.output_dir / PREPARATION, self._stores()
         finished = self.state_of(PREPARATION) == "finished"
-        if finished and self._record(PREPARATION, "complete.json").get("stores", stores) == stores:
+        if finished and read_record(folder / "complete.json").get("stores", stores) == stores:
             return
         self._say("preparation: embedding the captions, pairing the encoders")
         if not finished:
@@ -252,7 +252,7 @@ class Curriculum(RecipeProgress):
 
     def _begin(self, step: str) -> None:
         (self.output_dir / step).mkdir(parents=True, exist_ok=True)
-        before = self._record(step).get("versions", versions())
+        before = read_record(self.output_dir / step / "started.json").get("versions", versions())
         if before != versions():
             logger.warning(
                 "%s was begun with %s and is resumed with %s: the last bits of its result can differ from an uninterrupted run",
@@ -265,13 +265,9 @@ class Curriculum(RecipeProgress):
 
     def _finish(self, step: str, facts: Json) -> None:
         # The inputs are those at the beginning: if a file has changed since, the next run says so.
-        record = {**self._record(step), "versions": versions(), "result": self.result_of(step), **facts}
+        begun = read_record(self.output_dir / step / "started.json")
+        record = {**begun, "versions": versions(), "result": self.result_of(step), **facts}
         self._write_json(f"{step}/complete.json", record)
-
-    def _record(self, step: str, name: str = "started.json") -> Json:
-        """The record of a step; empty if there is none."""
-        path = self.output_dir / step / name
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
     def _write_json(self, name: str, content: Json) -> None:
         write_file(self.output_dir / name, (json.dumps(content, indent=1) + "\n").encode())

@@ -1,6 +1,5 @@
 """What a recipe does on this machine, estimated before anything runs: rows, steps, batches, and the size of the text stores."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from trainers.text_store.build import bytes_of_text
 from trainers.text_store.store import TextEmbeddingStore
 
 from .files import RecipeError
-from .progress import RecipeProgress
+from .progress import RecipeProgress, read_record
 from .steps import STAGE_0
 
 
@@ -98,7 +97,7 @@ def _plan_stage(curriculum: RecipeProgress, name: str) -> StagePlan:
     state = curriculum.state_of(name)
     done: dict[str, Any] = {"seconds": None, "last_evaluation": {}}
     if state == "finished":
-        done = json.loads((curriculum.output_dir / name / "complete.json").read_text(encoding="utf-8"))
+        done = read_record(curriculum.output_dir / name / "complete.json")
     elif (checkpoint := curriculum.checkpoint_of(name)) is not None:
         state = f"resumes from {Path(checkpoint).name}"
     rows, per_epoch = curriculum.rows_of(name), _steps_per_epoch(curriculum, name)

@@ -75,8 +75,7 @@ class RecipeProgress(RecipeSteps):
 
     def commits(self) -> Json:
         """The commits of repositories on the Hub at the first run, see [`~trainers.recipe.inputs.find_commits`]."""
-        path = self.output_dir / COMMITS
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return read_record(self.output_dir / COMMITS)
 
     def state_of(self, step: str) -> str:
         """
@@ -138,13 +137,12 @@ class RecipeProgress(RecipeSteps):
     def _record_of(self, step: str) -> tuple[Json, str]:
         """The last record of `step`, and its state; an empty one if nothing was recorded."""
         for file, state in (("complete.json", "finished"), ("started.json", "begun")):
-            path = self.output_dir / step / file
-            if path.is_file():
-                return json.loads(path.read_text(encoding="utf-8")), state
+            if record := read_record(self.output_dir / step / file):
+                return record, state
         return {}, "to do"
 
     def _check_recipe(self, step: str, record: Json, state: str) -> None:
-        if changes := list(_changes(record["recipe"], self._part(step))):
+        if changes := list(_changes(record.get("recipe", {}), self._part(step))):
             raise RecipeError(
                 f"{self.output_dir / step} was {state} with another recipe: {'; '.join(changes[:3])}. Change it back, {self._remedy(step)}"
             )
@@ -161,7 +159,7 @@ class RecipeProgress(RecipeSteps):
                 f"{folder} was {state} with other files: {'; '.join(changes)}. Put them back, {self._remedy(step)}"
             )
         elif state == "finished" and (
-            changes := changes_of({"model": record["result"]}, {"model": self.result_of(step)})
+            changes := changes_of({"model": record.get("result", {})}, {"model": self.result_of(step)})
         ):
             raise RecipeError(
                 f"{folder} was changed after it was finished: {'; '.join(changes)}. Put it back, {self._remedy(step)}"
@@ -199,6 +197,22 @@ class RecipeProgress(RecipeSteps):
             for name in wanted
         }
         return json.loads(json.dumps(values))
+
+
+def read_record(path: Path) -> Json:
+    """
+    The JSON object in a file of the output directory; empty if there is no such file.
+
+    Raises:
+        RecipeError: If it holds something else; names the file.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(f"{path} is damaged ({error}): delete {path.parent} to run the step anew") from error
+    if not isinstance(record, dict):
+        raise RecipeError(f"{path} is damaged (it holds no object): delete {path.parent} to run the step anew")
+    return record
 
 
 def _reads_images(step: str) -> bool:

@@ -146,6 +146,18 @@ def test_what_an_earlier_release_began_goes_on_with_a_warning(begun, caplog):
     file.write_text(before)
 
 
+@pytest.mark.parametrize("content", ["", "[1]", '{"recipe": ', "[" * 100_000])
+def test_a_damaged_record_is_named(begun, content):
+    file = begun / "out" / "inheritance" / "complete.json"
+    before = file.read_text()
+    file.write_text(content)
+    with pytest.raises(
+        RecipeError, match=r"inheritance/complete.json is damaged \(.*\): delete .*inheritance to run the step anew$"
+    ):
+        states(begun)
+    file.write_text(before)
+
+
 def test_other_versions_are_noted(begun, caplog, monkeypatch):
     now = {"torch": "9.9"}
     monkeypatch.setattr("trainers.recipe.curriculum.versions", lambda: now)
