@@ -37,6 +37,9 @@ Json = dict[str, Any]
 
 _MOST_THREADS = 16
 
+# The image files that a source names, by source and hashes of its own files: a table of millions of rows is not read again and again.
+_images_of: dict[tuple[str, ...], list[Path]] = {}
+
 # The fields of a recipe that name data, and those that name models.
 SOURCES = ("train", "texts", "captions", "plain_texts", "masked_texts", "eval")
 MODELS = ("vision", "text", "teacher", "image_processor")
@@ -75,7 +78,12 @@ def data_files(source: PairSource, *, images: bool) -> list[Path]:
         files = [path] if path.is_file() else [Path(file) for file in sorted(glob(source.source, recursive=True))]
     # A folder holds its images, unless the recipe names another one.
     elsewhere = source.image_folder is not None or (not path.is_dir() and files and kind_of(files[0]))
-    return [*files, *_named_images(source)] if images and elsewhere else files
+    if not images or not elsewhere:
+        return files
+    key = repr(source), *(file_digest(file) for file in files)
+    if key not in _images_of:
+        _images_of[key] = _named_images(source)
+    return [*files, *_images_of[key]]
 
 
 def _named_images(source: PairSource) -> list[Path]:
