@@ -25,8 +25,8 @@ from .layout import FORMAT_VERSION, Writer, read_settings
 logger = logging.getLogger(__name__)
 
 _CHUNK = 4096  # texts hashed and compared with the store at a time
-_SAMPLE = 64  # texts by which the time is foretold
-_WORTH_FORETELLING = 10_000  # texts
+_SAMPLE = 64  # texts from which the time is estimated
+_WORTH_ESTIMATING = 10_000  # texts
 
 
 @dataclass
@@ -127,10 +127,10 @@ def build_store(
         fresh = _fresh_texts(chain(first, texts), share, is_stored, summary, bar)
         while window := list(islice(fresh, shard_size)):
             window_texts, keys = zip(*window, strict=True)
-            if not summary.num_new and num_texts >= _WORTH_FORETELLING:
+            if not summary.num_new and num_texts >= _WORTH_ESTIMATING:
                 sample = window_texts[:: max(len(window) // _SAMPLE, 1)][:_SAMPLE]
                 encode = lambda some: encode_texts(some, model, processor, token_budget=token_budget)  # noqa: E731
-                bar.write(foretell(writer.path, max(num_texts - num_stored, 0), sample, encode, dtype, share.count))
+                bar.write(estimate(writer.path, max(num_texts - num_stored, 0), sample, encode, dtype, share.count))
             embeds: torch.Tensor | None = None
             for batch in encode_texts(window_texts, model, processor, token_budget=token_budget):
                 if embeds is None:
@@ -154,7 +154,7 @@ def build_store(
     return summary
 
 
-def foretell(
+def estimate(
     path: Path,
     num_texts: int,
     sample: Sequence[str],
@@ -163,7 +163,7 @@ def foretell(
     num_processes: int,
 ) -> str:
     """
-    What embedding `num_texts` will take, measured on a sample: a line for people.
+    A line that says what embedding `num_texts` will take, estimated from a sample.
 
     Raises:
         OSError: If the disk has no room for them; tells how much is there and how much is needed.

@@ -190,7 +190,7 @@ class TextEmbeddingStore:
 
         Args:
             texts: any iterable of strings, read once and in pieces. From 10,000 texts on, if it tells how many there are
-                (`operator.length_hint`), size and time are foretold, and the disk must have room.
+                (`operator.length_hint`), size and time are estimated, and the disk must have room.
             model, processor: what embeds them, see [`encode_texts`]: a [`ProCLIPModel`] with its processor, or a CLIP with its processor or
                 tokenizer.
             path: directory of the store; made if it is not there.

@@ -208,13 +208,13 @@ def test_a_store_that_cannot_be_written_is_read(encoder, tmp_path, monkeypatch, 
     assert "is kept in memory, because it cannot be written" in caplog.text
 
 
-def test_size_and_time_are_foretold(encoder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(store_build, "_WORTH_FORETELLING", 100)
+def test_size_and_time_are_estimated(encoder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(store_build, "_WORTH_ESTIMATING", 100)
     encoder.build(make_texts(150), tmp_path / "a", progress=True, shard_size=100)
     said = capsys.readouterr().err
     assert "150 texts to embed at most: 0.00 GB on the disk (6 float32; " in said and "texts/s" in said
     assert encoder.embedded[:64] == encoder.embedded[64:164][:64], "by a sample of the first texts"
-    line = store_build.foretell(tmp_path, 10**6, ["fox"], lambda texts: [Batch()], "float16", 4)
+    line = store_build.estimate(tmp_path, 10**6, ["fox"], lambda texts: [Batch()], "float16", 4)
     assert line.startswith("1,000,000 texts to embed at most: 1.21 GB on the disk (576 float16; ")
     encoder.embedded.clear()
     monkeypatch.setattr(store_build.shutil, "disk_usage", lambda path: Usage(free=9000))
@@ -226,7 +226,7 @@ def test_size_and_time_are_foretold(encoder, tmp_path, monkeypatch, capsys):
     assert len(encoder.build(make_texts(150), tmp_path / "c")) == 150, "for those that are not there yet there is room"
 
 
-def test_size_on_the_disk_is_as_foretold(encoder, tmp_path):
+def test_size_on_the_disk_is_as_estimated(encoder, tmp_path):
     store = encoder.build(make_texts(2000), tmp_path, shard_size=1000, dtype="bfloat16")
     assert store.num_bytes == pytest.approx(2000 * store_build.bytes_of_text(6, "bfloat16"), rel=0.03)
 
