@@ -72,15 +72,18 @@ def _print_plan(curriculum: "Curriculum") -> None:
     console.print(table)
     if any(plan.gradient_caching for plan in stages):
         typer.echo(
-            "* the batch goes through a device in parts of so many rows, by gradient caching, with the exact gradient"
+            "* gradient caching: a device holds this many rows at a time; the gradient is that of the whole batch"
         )
     finished = all(plan.state == "finished" for plan in stages)
     for store in plan_stores(curriculum):
-        size = "?" if store.num_bytes is None else _bytes(store.num_bytes)
         texts = f"{store.stored:,}" if finished else f"{store.stored:,} of about {number(store.texts)}"
-        typer.echo(
-            f"text store {store.name}: {texts} texts, {number(store.dim)} x {store.dtype} each, {size}: {store.path}"
+        size = (
+            f"{store.dim:,} x {store.dtype} each"
+            if store.dim is not None
+            else f"{store.dtype}, of a size still unknown"
         )
+        total = "" if store.num_bytes is None else f", {_bytes(store.num_bytes)}"
+        typer.echo(f"text store {store.name}: {texts} texts, {size}{total}: {store.path}")
     typer.echo(
         f"computes in {curriculum.precision} on {curriculum.processes.device}; results go to {curriculum.output_dir}"
     )

@@ -28,6 +28,7 @@ from trainers.display.progress import Progress
 from trainers.storage import digests
 from trainers.storage.digests import file_digest
 
+from .files import RecipeError
 from .schema import Recipe
 
 
@@ -143,7 +144,11 @@ def find_commits(recipe: Recipe, known: Json) -> Json:
     The commits of the Hub repositories that the recipe names: those in `known`, and the current ones of other repositories.
 
     Returns:
-        Key of the recipe -> `{"name", "revision", "commit"}`; the commit is None if it could not be found out.
+        Key of the recipe -> `{"name", "revision", "commit"}`; the commit is None of a dataset for which it cannot be found out: `datasets` may
+        have a copy of it all the same.
+
+    Raises:
+        RecipeError: If there is no such model, in no folder, on the Hub or in its cache.
     """
     found = {}
     for key, name, revision, kind in _hub_names(recipe):
@@ -189,12 +194,13 @@ def _commit(key: str, name: str, revision: str, kind: str) -> str | None:
     try:  # fetches no file; without a network, the commit that was fetched last
         return Path(snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=[])).name
     except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        if kind == "model":
+            raise RecipeError(
+                f"{key}: there is no folder {name}, and on the Hub it cannot be found: {reason}"
+            ) from error
         logger.warning(
-            "%s: the commit of %r of %s could not be found out, so later changes will not be noticed (%s)",
-            key,
-            revision,
-            name,
-            str(error).partition("\n")[0],
+            "%s: the commit of %s cannot be found out, so changes of it will not be noticed: %s", key, name, reason
         )
         return None
 

@@ -254,6 +254,17 @@ def test_what_is_on_the_hub_stays_at_the_commit_of_the_first_run(tmp_path, monke
     assert resolved.model.vision_revision == resolved.model.teacher_revision == first
 
 
+def test_a_model_that_is_nowhere_is_named_before_anything_is_written(tmp_path):
+    write_parts(tmp_path)
+    content = settings(tmp_path)
+    content["model"]["text"] = "models/my-llm"
+    with pytest.raises(
+        RecipeError, match="^model.text: there is no folder models/my-llm, and on the Hub it cannot be found: "
+    ):
+        Curriculum(load_recipe(write_recipe(tmp_path / "recipe.yaml", content))).run()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
+
+
 def test_a_data_set_on_the_hub_is_read_at_its_commit(tmp_path, monkeypatch):
     write_parts(tmp_path)
     commits = {"data.train": {"name": "alice/pairs", "revision": "main", "commit": "c" * 40}}
