@@ -41,8 +41,8 @@ from trainers.compute.dtypes import native_dtype
 from trainers.contrastive_tuning.config import PUBLISHED_LAMBDA, batch_invariant_weights
 from trainers.data import TextEmbeddingStore
 from trainers.losses import info_nce_loss, instance_alignment_loss, structure_alignment_loss
-from trainers.openmoji.task import SIZES, PictureDataset, Size, make_task
-from trainers.quickstart.evaluate import embed_pictures, score
+from trainers.openmoji.task import SIZES, ImageDataset, Size, make_task
+from trainers.quickstart.evaluate import embed_images, score
 from trainers.quickstart.language_model import unpack_language_model
 from trainers.quickstart.run import ADAPTER, FRESH_ADAPTER, INHERITANCE, TUNING
 
@@ -145,9 +145,9 @@ class Seed:
         self.clip = CLIPModel.from_pretrained(assets, dtype=torch.float32, attn_implementation="eager").eval()
         clip_processor = CLIPProcessor.from_pretrained(assets)
         images = clip_processor.image_processor
-        self.alignment = PictureDataset(self.task, self.task.alignment, images)
-        self.test_pixels = PictureDataset(self.task, self.task.test, images).pixel_values
-        self.clip_images = embed_pictures(self.clip, self.test_pixels)
+        self.alignment = ImageDataset(self.task, self.task.alignment, images)
+        self.test_pixels = ImageDataset(self.task, self.task.test, images).pixel_values
+        self.clip_images = embed_images(self.clip, self.test_pixels)
         unpack_language_model(folder / "llm", native_dtype())
         set_seed(seed)
         self.pair = ProCLIPModel.from_vision_text_pretrained(
@@ -208,7 +208,7 @@ class Seed:
         trainer.train()
         if keep:
             write_whole(self.state_file(run.name), lambda path: save_file(model.state_dict(), path))
-        row = self._score(embed_pictures(model, self.test_pixels), functools.partial(self._embed_texts, model))
+        row = self._score(embed_images(model, self.test_pixels), functools.partial(self._embed_texts, model))
         logs = [log for log in trainer.state.log_history if "loss" in log]
         return {"run": asdict(run), **row, "last_log": logs[-1], "seconds": round(time.perf_counter() - start, 1)}
 

@@ -1,10 +1,10 @@
-"""Write what `recipes/laptop.yaml` trains on: the quickstart's pictures, captions and encoders, as files like anybody's own.
+"""Write what `recipes/laptop.yaml` trains on: the quickstart's images, captions and encoders, as files like anybody's own.
 
     python examples/emoji_dataset.py laptop-data
     proclip train recipes/laptop.yaml
 
-The folder gets `pairs.parquet` (picture, short and long caption), `texts.jsonl` (captions of all concepts, for stage 1), `test.parquet`
-(new pictures of all concepts, with captions, name and number of the concept), and the two encoders `clip/` and `llm/`. Drawings: OpenMoji,
+The folder gets `pairs.parquet` (image, short and long caption), `texts.jsonl` (captions of all concepts, for stage 1), `test.parquet`
+(new images of all concepts, with captions, name and number of the concept), and the two encoders `clip/` and `llm/`. Drawings: OpenMoji,
 CC BY-SA 4.0.
 """
 
@@ -16,18 +16,18 @@ from pathlib import Path
 import datasets
 
 from trainers.compute.dtypes import native_dtype
-from trainers.openmoji.task import SIZES, Picture, Task, draw, make_task
+from trainers.openmoji.task import SIZES, Task, TaskImage, draw, make_task
 from trainers.quickstart.language_model import unpack_language_model
 
 
-def rows(task: Task, pictures: list[Picture]) -> datasets.Dataset:
-    """A row a picture: image, both captions, and the concept's number and name."""
+def rows(task: Task, images: list[TaskImage]) -> datasets.Dataset:
+    """A row an image: the image, both captions, and the concept's number and name."""
     columns = {
-        "image": draw(task, pictures),
-        "short": [picture.short for picture in pictures],
-        "long": [picture.long for picture in pictures],
-        "label": [picture.concept for picture in pictures],
-        "name": [task.concepts[picture.concept].name for picture in pictures],
+        "image": draw(task, images),
+        "short": [image.short for image in images],
+        "long": [image.long for image in images],
+        "label": [image.concept for image in images],
+        "name": [task.concepts[image.concept].name for image in images],
     }
     return datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
 
@@ -36,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="folder to write to")
     parser.add_argument("--size", choices=list(SIZES), default="full", help="small: for a smoke test")
-    parser.add_argument("--seed", type=int, default=0, help="of pictures and captions")
+    parser.add_argument("--seed", type=int, default=0, help="seed of images and captions")
     args = parser.parse_args()
     datasets.disable_progress_bars()
     args.output.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ def main() -> None:
     )
     unpack_language_model(args.output / "llm", native_dtype())
     print(
-        f"{args.output}: {len(pairs):,} pictures with captions, {len(texts):,} texts, {len(test):,} test pictures, clip/, llm/"
+        f"{args.output}: {len(pairs):,} images with captions, {len(texts):,} texts, {len(test):,} test images, clip/, llm/"
     )
 
 

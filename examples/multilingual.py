@@ -23,7 +23,7 @@ from trainers.evaluation import retrieval_recall
 from trainers.openmoji.held_out import HeldOutNames
 from trainers.openmoji.images import LANGUAGES
 from trainers.openmoji.translated_captions import PHRASES, translated_caption
-from trainers.quickstart.evaluate import embed_pictures, score, zero_shot_by_language
+from trainers.quickstart.evaluate import embed_images, score, zero_shot_by_language
 from trainers.quickstart.language_model import LANGUAGE_MODELS
 from trainers.quickstart.run import Quickstart
 
@@ -54,7 +54,7 @@ def measure(output: Path, llm: str, seed: int, size: str = "full") -> list[dict[
             },
         }
 
-    rows = [row("clip", embed_pictures(run.clip, run.test_pixels), run.teacher_store.lookup)]
+    rows = [row("clip", embed_images(run.clip, run.test_pixels), run.teacher_store.lookup)]
     model = run.inherit(run.untrained())
     rows.append(row("proclip-stage1", *run.encode(model)))
     model = run.tune(model, "proclip", "ProCLIP, stage 2", run.size.tuning_steps)

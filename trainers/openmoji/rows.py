@@ -1,4 +1,4 @@
-"""The quickstart's test pictures as rows of a benchmark: everything that it needs is installed, nothing is fetched."""
+"""The quickstart's test images as rows of a benchmark: everything that it needs is installed, nothing is fetched."""
 
 import io
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import datasets
 
 
-# Concepts that the quickstart's alignment saw pictures of, and the pictures of all concepts that it tests on, in this order.
+# Concepts that the quickstart's alignment saw images of, and the images of all concepts that it tests on, in this order.
 PARTS = (
     "seen",
     "unseen",
@@ -22,40 +22,40 @@ def openmoji_rows(part: str, size: str = "full", seed: int = 0) -> datasets.Data
 
     Args:
         part: "seen" or "unseen" (`image`, `label` among all concepts), "probe-train" or "probe-test" (the same of all concepts, half of each
-            one's pictures), "retrieval" (`image`, `caption`) or "language-xx" (`image`, `label`
+            one's images), "retrieval" (`image`, `caption`) or "language-xx" (`image`, `label`
             among the concepts that every language names; the class names are in that language).
 
     Raises:
         ValueError: If there is no such part.
-        ImportError: If the packages with the pictures and names are missing.
+        ImportError: If the packages with the images and names are missing.
     """
     from .task import SIZES, draw, make_task
 
     if part not in PARTS:
         raise ValueError(f"config of an openmoji benchmark must be one of {', '.join(PARTS)}, got {part!r}")
     task = make_task(SIZES[size], seed)
-    pictures = task.test
+    images = task.test
     if part == "retrieval":
-        pictures = task.retrieval
+        images = task.retrieval
     elif part in ("seen", "unseen"):
-        pictures = [picture for picture in pictures if (picture.concept < task.size.seen) == (part == "seen")]
+        images = [image for image in images if (image.concept < task.size.seen) == (part == "seen")]
     elif part.startswith("probe-"):
-        # Pictures come view by view: every concept once, then every concept again.
-        half = len(pictures) // 2
-        pictures = pictures[:half] if part == "probe-train" else pictures[half:]
+        # Images come view by view: every concept once, then every concept again.
+        half = len(images) // 2
+        images = images[:half] if part == "probe-train" else images[half:]
     else:
         named = set(task.language_concepts)
-        pictures = [picture for picture in pictures if picture.concept in named]
-    columns: dict[str, list[Any]] = {"image": [{"bytes": _png(image), "path": None} for image in draw(task, pictures)]}
+        images = [image for image in images if image.concept in named]
+    columns: dict[str, list[Any]] = {"image": [{"bytes": _png(image), "path": None} for image in draw(task, images)]}
     features: dict[str, Any] = {"image": datasets.Image(decode=False)}
     if part == "retrieval":
-        columns["caption"] = [picture.long for picture in pictures]
+        columns["caption"] = [image.long for image in images]
         features["caption"] = datasets.Value("string")
     else:
         language = part.removeprefix("language-") if part.startswith("language-") else "en"
         indices = task.language_concepts if part.startswith("language-") else list(range(len(task.concepts)))
         place = {concept: i for i, concept in enumerate(indices)}
-        columns["label"] = [place[picture.concept] for picture in pictures]
+        columns["label"] = [place[image.concept] for image in images]
         names = [task.concepts[i].names[language] for i in indices]
         features["label"] = datasets.ClassLabel(names=names)
     return datasets.Dataset.from_dict(columns, features=datasets.Features(features))

@@ -1,4 +1,4 @@
-"""What the quickstart trains and tests on: pictures and captions drawn from the emoji world by one seed."""
+"""What the quickstart trains and tests on: images and captions drawn from the emoji world by one seed."""
 
 import random
 from dataclasses import dataclass
@@ -25,9 +25,9 @@ class Size:
     """How much of everything; `full` fits in eight minutes on two cores."""
 
     concepts: int
-    seen: int  # concepts whose pictures the alignment sees
-    alignment_views: int  # pictures of each seen concept
-    test_views: int  # pictures of each concept to classify, the first two also to retrieve
+    seen: int  # concepts whose images the alignment sees
+    alignment_views: int  # images of each seen concept
+    test_views: int  # images of each concept to classify, the first two also to retrieve
     language_concepts: int  # concepts that every language names
     inheritance_steps: int
     tuning_steps: int
@@ -41,8 +41,8 @@ SIZES = {
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture and how it is described."""
+class TaskImage:
+    """An image and how it is described."""
 
     concept: int
     view: View
@@ -52,16 +52,16 @@ class Picture:
 
 @dataclass(frozen=True)
 class Task:
-    """Concepts, the pictures to align on (seen concepts only), the pictures to test on (all), and every text that is read."""
+    """Concepts, the images to align on (seen concepts only), the images to test on (all), and every text that is read."""
 
     size: Size
     concepts: tuple[Concept, ...]
-    alignment: list[Picture]
-    test: list[Picture]
+    alignment: list[TaskImage]
+    test: list[TaskImage]
     inheritance_texts: list[str]
 
     @property
-    def retrieval(self) -> list[Picture]:
+    def retrieval(self) -> list[TaskImage]:
         return self.test[: 2 * len(self.concepts)]
 
     @property
@@ -84,10 +84,10 @@ class Task:
         return {language: [concept.names[language] for concept in others] for language in LANGUAGES}
 
     @property
-    def language_retrieval(self) -> list[Picture]:
-        """The pictures of `retrieval` that show a concept by which languages are compared."""
+    def language_retrieval(self) -> list[TaskImage]:
+        """The images of `retrieval` that show a concept by which languages are compared."""
         held_out = set(self.language_concepts)
-        return [picture for picture in self.retrieval if picture.concept in held_out]
+        return [image for image in self.retrieval if image.concept in held_out]
 
     def class_prompts(self, language: str, indices: list[int]) -> list[list[str]]:
         """The prompts of each concept: the ensemble in English, the bare name in the other languages."""
@@ -97,8 +97,8 @@ class Task:
     def all_texts(self) -> list[str]:
         """Every text that training or testing looks up, without repeats, in a fixed order."""
         texts = list(self.inheritance_texts)
-        texts += [caption for picture in self.alignment for caption in (picture.short, picture.long)]
-        texts += [picture.long for picture in self.retrieval]
+        texts += [caption for image in self.alignment for caption in (image.short, image.long)]
+        texts += [image.long for image in self.retrieval]
         for language in LANGUAGES:
             indices = range(len(self.concepts)) if language == "en" else self.language_concepts
             texts += [prompt for prompts in self.class_prompts(language, list(indices)) for prompt in prompts]
@@ -107,42 +107,44 @@ class Task:
 
 def make_task(size: Size, seed: int) -> Task:
     """
-    Draw the task. Pictures and captions of `alignment`, `test` and `inheritance_texts` come from streams of their own, so that a change
+    Draw the task. Images and captions of `alignment`, `test` and `inheritance_texts` come from streams of their own, so that a change
     of one size leaves the others as they were.
     """
     concepts = load_concepts(size.concepts)
 
-    def pictures(stream: str, indices: range, views: int) -> list[Picture]:
+    def images(stream: str, indices: range, views: int) -> list[TaskImage]:
         rng = random.Random(f"{stream}-{seed}")
         drawn = []
         for _ in range(views):
             for index in indices:
                 view = random_view(rng)
                 concept = concepts[index]
-                drawn.append(Picture(index, view, short_caption(concept, view, rng), long_caption(concept, view, rng)))
+                drawn.append(
+                    TaskImage(index, view, short_caption(concept, view, rng), long_caption(concept, view, rng))
+                )
         return drawn
 
-    alignment = pictures("alignment", range(size.seen), size.alignment_views)
-    test = pictures("test", range(size.concepts), size.test_views)
-    # Texts are cheap: stage 1 reads captions of all concepts, of pictures that nobody draws.
-    captions = pictures("inheritance", range(size.concepts), 4)
+    alignment = images("alignment", range(size.seen), size.alignment_views)
+    test = images("test", range(size.concepts), size.test_views)
+    # Texts are cheap: stage 1 reads captions of all concepts, of images that nobody draws.
+    captions = images("inheritance", range(size.concepts), 4)
     texts = [template.format(concept.name) for concept in concepts for template in ZERO_SHOT_TEMPLATES]
-    texts += [caption for picture in captions for caption in (picture.short, picture.long)]
-    texts += [caption for picture in alignment for caption in (picture.short, picture.long)]
+    texts += [caption for image in captions for caption in (image.short, image.long)]
+    texts += [caption for image in alignment for caption in (image.short, image.long)]
     return Task(size, concepts, alignment, test, list(dict.fromkeys(texts)))
 
 
-def draw(task: Task, pictures: list[Picture]) -> list[Image.Image]:
-    """Render `pictures`."""
-    return [render(task.concepts[picture.concept], picture.view) for picture in pictures]
+def draw(task: Task, images: list[TaskImage]) -> list[Image.Image]:
+    """Render `images`."""
+    return [render(task.concepts[image.concept], image.view) for image in images]
 
 
-class PictureDataset(Dataset):
+class ImageDataset(Dataset):
     """Rows `{"pixel_values": (3, height, width), "text": [short caption, long caption]}`, drawn and processed once."""
 
-    def __init__(self, task: Task, pictures: list[Picture], image_processor):
-        self.pixel_values = image_processor(draw(task, pictures), return_tensors="pt").pixel_values
-        self.texts = [[picture.short, picture.long] for picture in pictures]
+    def __init__(self, task: Task, images: list[TaskImage], image_processor):
+        self.pixel_values = image_processor(draw(task, images), return_tensors="pt").pixel_values
+        self.texts = [[image.short, image.long] for image in images]
 
     def __len__(self) -> int:
         return len(self.texts)

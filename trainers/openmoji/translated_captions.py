@@ -1,4 +1,4 @@
-"""Long captions in five other languages, from one template each: how well sentences that no training read find their pictures."""
+"""Long captions in five other languages, from one template each: how well sentences that no training read find their images."""
 
 from dataclasses import dataclass
 
@@ -61,7 +61,7 @@ PHRASES = {
 
 
 def translated_caption(concept: Concept, view: View, language: str) -> str:
-    """The long caption of a picture in a language of `PHRASES`."""
+    """The long caption of an image in a language of `PHRASES`."""
     phrases = PHRASES[language]
     return phrases.template.format(
         name=concept.names[language],

@@ -1,4 +1,4 @@
-"""How well a model names and finds the quickstart's test pictures, in every language."""
+"""How well a model names and finds the quickstart's test images, in every language."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from trainers.openmoji.task import Task
 
 
 @torch.inference_mode()
-def embed_pictures(model: torch.nn.Module, pixel_values: torch.Tensor, batch_size: int = 256) -> torch.Tensor:
+def embed_images(model: torch.nn.Module, pixel_values: torch.Tensor, batch_size: int = 256) -> torch.Tensor:
     """`(num_images, projection_dim)` image embeddings, not normalised, a batch at a time."""
     model.eval()
     return torch.cat(
@@ -23,14 +23,14 @@ def score(task: Task, image_embeds: torch.Tensor, embed_texts: Callable[[list[st
     """
     One row of the quickstart's table, all fractions.
 
-    Zero-shot is over all concepts, on pictures of the seen and of the unseen ones; by language it is over `task.language_concepts`.
+    Zero-shot is over all concepts, on images of the seen and of the unseen ones; by language it is over `task.language_concepts`.
 
     Args:
         task: The task.
-        image_embeds: `(num_test_pictures, projection_dim)`, of the pictures `task.test` in their order.
+        image_embeds: `(num_test_images, projection_dim)`, of the images `task.test` in their order.
         embed_texts: Texts to their embeddings `(num_texts, projection_dim)`.
     """
-    concepts = torch.tensor([picture.concept for picture in task.test])
+    concepts = torch.tensor([image.concept for image in task.test])
     english = _classifier(task, embed_texts, "en", list(range(len(task.concepts))))
     seen = concepts < task.size.seen
     row: dict[str, Any] = {
@@ -40,7 +40,7 @@ def score(task: Task, image_embeds: torch.Tensor, embed_texts: Callable[[list[st
     retrieval = task.retrieval
     recall = retrieval_recall(
         image_embeds[: len(retrieval)],
-        embed_texts([picture.long for picture in retrieval]),
+        embed_texts([image.long for image in retrieval]),
         torch.arange(len(retrieval)),
     )
     row |= {key: recall[key] for key in ("i2t_r@1", "t2i_r@1")}
@@ -58,10 +58,10 @@ def zero_shot_by_language(
     shown: Sequence[int] | None = None,
 ) -> dict[str, float]:
     """
-    Zero-shot top-1 by language over the concepts `indices`, on the test pictures of those of them that are `shown`, by default all; other
+    Zero-shot top-1 by language over the concepts `indices`, on the test images of those of them that are `shown`, by default all; other
     arguments as for [`score`].
     """
-    concepts = torch.tensor([picture.concept for picture in task.test])
+    concepts = torch.tensor([image.concept for image in task.test])
     rank = {concept: i for i, concept in enumerate(indices)}
     tested = rank.keys() if shown is None else set(shown)
     rows = torch.tensor([i for i, concept in enumerate(concepts.tolist()) if concept in tested])
@@ -84,10 +84,10 @@ def _classifier(
     )
 
 
-def rank_pictures(
+def rank_images(
     task: Task, image_embeds: torch.Tensor, embed_texts: Callable[[list[str]], torch.Tensor], count: int = 4
 ) -> list[list[int]]:
-    """For each of `task.example_queries`, the `count` pictures of `task.retrieval` that its caption finds first."""
+    """For each of `task.example_queries`, the `count` images of `task.retrieval` that its caption finds first."""
     images = torch.nn.functional.normalize(image_embeds[: len(task.retrieval)], dim=-1)
     captions = embed_texts([task.retrieval[query].long for query in task.example_queries])
     return (captions @ images.T).topk(count, dim=1).indices.tolist()

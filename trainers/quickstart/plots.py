@@ -1,4 +1,4 @@
-"""The quickstart's pictures: loss curves, zero-shot by language, retrieval examples."""
+"""The quickstart's plots: loss curves, zero-shot by language, retrieval examples."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -81,10 +81,10 @@ def plot_retrieval(
     rows: Sequence[tuple[str, Sequence[tuple[Image.Image, bool]], Sequence[tuple[Image.Image, bool]]]], path: Path
 ) -> None:
     """
-    Caption by caption, the first pictures that CLIP and ProCLIP find; the right one is framed in green.
+    Caption by caption, the first images that CLIP and ProCLIP find; the right one is framed in green.
 
     Args:
-        rows: (caption, CLIP's pictures, ProCLIP's pictures); a picture comes with whether it is the caption's own.
+        rows: (caption, CLIP's images, ProCLIP's images); an image comes with whether it is the caption's own.
         path: PNG file to write.
     """
     shown = len(rows[0][1])
@@ -92,8 +92,8 @@ def plot_retrieval(
                                 width_ratios=[1] * shown + [0.25] + [1] * shown)  # fmt: skip
     for row, (caption, first, second) in zip(axes, rows, strict=True):
         row[shown].axis("off")
-        for axis, (picture, right) in zip([*row[:shown], *row[shown + 1 :]], [*first, *second], strict=True):
-            axis.imshow(picture)
+        for axis, (image, right) in zip([*row[:shown], *row[shown + 1 :]], [*first, *second], strict=True):
+            axis.imshow(image)
             axis.set_xticks([])
             axis.set_yticks([])
             for spine in axis.spines.values():

@@ -1,4 +1,4 @@
-"""The quickstart's table and pictures, from its results."""
+"""The quickstart's table and plots, from its results."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -39,8 +39,8 @@ def print_table(console: Console, results: Mapping[str, Any]) -> None:
         table.add_row(NAMES[row["model"]], *(f"{100 * value:.1f}" for value in values), row["budget"])
     console.print(table)
     console.print(
-        f"seen, unseen: zero-shot top-1 on new pictures, {results['num_concepts']} classes; the alignment saw pictures of {results['num_seen']} "
-        f"of them.\nI→T, T→I: recall@1 of image-to-text and text-to-image retrieval, {results['num_retrieval_pictures']} pictures.\n"
+        f"seen, unseen: zero-shot top-1 on new images, {results['num_concepts']} classes; the alignment saw images of {results['num_seen']} "
+        f"of them.\nI→T, T→I: recall@1 of image-to-text and text-to-image retrieval, {results['num_retrieval_pictures']} images.\n"
         f"others: zero-shot in 13 other languages, {results['num_language_concepts']} classes, chance "
         f"{100 / results['num_language_concepts']:.1f}.\nComputed with {precision(results['protocol'])}.",
         style="dim",
@@ -48,7 +48,7 @@ def print_table(console: Console, results: Mapping[str, Any]) -> None:
     )
 
 
-def write_pictures(
+def write_plots(
     folder: Path,
     task: Task,
     results: Mapping[str, Any],
@@ -60,7 +60,7 @@ def write_pictures(
 
     Args:
         folder: Where to.
-        task: The task, to draw its pictures large.
+        task: The task, to draw its images large.
         results: As in `results.json`.
         curves: Title of a training run -> its (step, loss) points.
         rankings: "CLIP" and "ProCLIP" -> for each of `task.example_queries` the indices in `task.retrieval` that it finds first.
@@ -75,8 +75,8 @@ def write_pictures(
     )
 
     def found(query: int, ranking: Sequence[int]) -> list[tuple[Image.Image, bool]]:
-        pictures = [task.retrieval[index] for index in ranking]
-        drawings = [render(task.concepts[picture.concept], picture.view, side=112) for picture in pictures]
+        images = [task.retrieval[index] for index in ranking]
+        drawings = [render(task.concepts[image.concept], image.view, side=112) for image in images]
         return list(zip(drawings, [index == query for index in ranking], strict=True))
 
     plot_retrieval(

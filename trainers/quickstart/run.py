@@ -28,14 +28,14 @@ from trainers.display.training import training_table
 from trainers.inheritance.config import RepresentationInheritanceConfig
 from trainers.inheritance.trainer import RepresentationInheritanceTrainer
 from trainers.openmoji.images import LANGUAGES
-from trainers.openmoji.task import SIZES, PictureDataset, make_task
+from trainers.openmoji.task import SIZES, ImageDataset, make_task
 from trainers.storage.files import write_file
 from trainers.storage.folders import replacing_folder
 from trainers.text_store.store import TextEmbeddingStore
 
-from .evaluate import embed_pictures, rank_pictures, score
+from .evaluate import embed_images, rank_images, score
 from .language_model import LANGUAGE_MODELS
-from .report import print_table, write_pictures
+from .report import print_table, write_plots
 
 
 # Two residual blocks of the papers' four: a 135M-parameter LLM and 600 concepts do not need more. This LLM has had no
@@ -52,10 +52,10 @@ def quickstart(output_dir: Path, size: str = "full", seed: int = 0, llm: str = "
     Align an LLM with a small CLIP by ProCLIP and by its baselines, print the table and write everything to `output_dir`.
 
     Args:
-        output_dir: Gets `proclip/` (checkpoint and card), `results.json` and three pictures; and what a second run need not do again:
+        output_dir: Gets `proclip/` (checkpoint and card), `results.json` and three plots; and what a second run need not do again:
             `llm/`, `text-store/`, `clip-text-store/`.
         size: "full" or "small" (a smoke test of the same path).
-        seed: Of pictures, captions, adapters and batches.
+        seed: Of images, captions, adapters and batches.
         llm: "plain", SmolLM2 as it was published, "tuned", SmolLM2 with the LoRA of stage 0 that comes with this package, or "gemma3", the
             multilingual Gemma 3 270M, under the Gemma Terms of Use.
 
@@ -64,7 +64,7 @@ def quickstart(output_dir: Path, size: str = "full", seed: int = 0, llm: str = "
 
     Raises:
         ValueError: If size or LLM are unknown, or another run is writing to `output_dir`.
-        ImportError: If the packages with the pictures, names or the LLM are missing.
+        ImportError: If the packages with the images, names or the LLM are missing.
     """
     if size not in SIZES:
         raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
@@ -107,7 +107,7 @@ class Quickstart:
         self.console.print(f"  {self.seconds[key]:.0f} s", style="dim")
 
     def run(self) -> dict[str, Any]:
-        with self.step("pictures", "Drawing the pictures"):
+        with self.step("pictures", "Drawing the images"):
             self.draw()
         if self.language_model.weights.terms is not None:
             self.console.print(self.language_model.weights.terms, soft_wrap=True)
@@ -119,11 +119,11 @@ class Quickstart:
         pairs, texts = (f"{settings['per_device_train_batch_size']}" for settings in (TUNING, INHERITANCE))
         rows, rankings = [], {}
         with self.step("clip", "Scoring CLIP, the teacher"):
-            images = embed_pictures(self.clip, self.test_pixels)
+            images = embed_images(self.clip, self.test_pixels)
             rows.append(
                 {"model": "clip", "budget": "the teacher", **score(self.task, images, self.teacher_store.lookup)}
             )
-            rankings["CLIP"] = rank_pictures(self.task, images, self.teacher_store.lookup)
+            rankings["CLIP"] = rank_images(self.task, images, self.teacher_store.lookup)
         for name, title in (("lit", "LiT"), ("llm2clip", "LLM2CLIP")):
             with self.step(name, f"Training the baseline {title}"):
                 model = self.tune(self.untrained(), name, title, self.size.baseline_steps, **FRESH_ADAPTER)
@@ -138,7 +138,7 @@ class Quickstart:
         encoded = self.encode(model)
         budget = f"+ {self.size.tuning_steps} × {pairs} pairs"
         rows.append({"model": "proclip", "budget": budget, **score(self.task, *encoded)})
-        rankings["ProCLIP"] = rank_pictures(self.task, *encoded)
+        rankings["ProCLIP"] = rank_images(self.task, *encoded)
 
         results = {
             "rows": rows,
@@ -155,7 +155,7 @@ class Quickstart:
                 "device": "cpu",
             },
         }
-        with self.step("writing", "Writing checkpoint, card and pictures"):
+        with self.step("writing", "Writing checkpoint, card and plots"):
             self.write(model, results, rankings)
         print_table(self.console, results)
         self.console.print(
@@ -170,8 +170,8 @@ class Quickstart:
         # Eager attention: the fused kernel's backward is twice as slow on sequences as short as 50 patches.
         self.clip = CLIPModel.from_pretrained(str(assets), dtype=torch.float32, attn_implementation="eager").eval()
         self.clip_processor = CLIPProcessor.from_pretrained(str(assets))
-        self.alignment = PictureDataset(self.task, self.task.alignment, self.clip_processor.image_processor)
-        self.test_pixels = PictureDataset(self.task, self.task.test, self.clip_processor.image_processor).pixel_values
+        self.alignment = ImageDataset(self.task, self.task.alignment, self.clip_processor.image_processor)
+        self.test_pixels = ImageDataset(self.task, self.task.test, self.clip_processor.image_processor).pixel_values
 
     def pair_with_llm(self) -> None:
         self.llm_folder = self.language_model.prepare(self.output_dir, native_dtype())
@@ -254,11 +254,11 @@ class Quickstart:
         return model.eval().get_text_features(llm_embeds=self.text_store.lookup(texts)).pooler_output
 
     def encode(self, model: ProCLIPModel) -> tuple[torch.Tensor, Callable[[list[str]], torch.Tensor]]:
-        """The test pictures' embeddings, and the function that embeds texts: what scoring and ranking take."""
-        return embed_pictures(model, self.test_pixels), functools.partial(self.embed_texts, model)
+        """The test images' embeddings, and the function that embeds texts: what scoring and ranking take."""
+        return embed_images(model, self.test_pixels), functools.partial(self.embed_texts, model)
 
     def write(self, model: ProCLIPModel, results: dict[str, Any], rankings: dict[str, list[list[int]]]) -> None:
-        write_pictures(self.output_dir, self.task, results, self.curves, rankings)
+        write_plots(self.output_dir, self.task, results, self.curves, rankings)
         model.text_model = self.llm
         with replacing_folder(self.output_dir / "proclip") as partial:
             model.save_pretrained(partial)

@@ -22,9 +22,9 @@ from tests.trainers.tiny_training import TinyStore
 from trainers.data import TextEmbeddingStore, encode_texts
 from trainers.evaluation import caption_retrieval
 from trainers.openmoji.images import IMAGE_SIZE, LANGUAGES, PLACES, View, load_concepts, render
-from trainers.openmoji.task import SIZES, PictureDataset, make_task
+from trainers.openmoji.task import SIZES, ImageDataset, make_task
 from trainers.quickstart.baseline import _was_trained, train_llm2clip
-from trainers.quickstart.evaluate import embed_pictures, score
+from trainers.quickstart.evaluate import embed_images, score
 from trainers.quickstart.language_model import GEMMA3_TUNING_ADAPTER, TUNING_ADAPTER
 from trainers.quickstart.run import Quickstart
 
@@ -189,7 +189,7 @@ def test_llm2clips_checkpoint_is_the_one_that_was_scored(first_run, results):
     checkpoint = train_llm2clip(output_dir, size="small")
     task = make_task(SIZES["small"], 0)
     model, processor = AutoModel.from_pretrained(checkpoint), AutoProcessor.from_pretrained(checkpoint)
-    images = embed_pictures(model, PictureDataset(task, task.test, processor.image_processor).pixel_values)
+    images = embed_images(model, ImageDataset(task, task.test, processor.image_processor).pixel_values)
     store = TextEmbeddingStore(output_dir / "text-store")
 
     def embed_texts(texts):
