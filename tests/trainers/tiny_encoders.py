@@ -1,5 +1,7 @@
 """Tiny random text encoders for the tests of the text store."""
 
+import json
+
 import torch
 from transformers import (
     AutoTokenizer,
@@ -60,7 +62,12 @@ def tiny_clip(family: str = "clip", context: int = 48):
     """A random CLIPModel or SiglipModel of 16 dimensions, and its tokenizer."""
     special = ["<|startoftext|>", "<|endoftext|>"]
     empty = CLIPTokenizer(vocab={token: i for i, token in enumerate(special)}, merges=[])
-    tokenizer = empty.train_new_from_iterator(make_texts(50), 400, show_progress=False, end_of_word_suffix="</w>")
+    trained = empty.train_new_from_iterator(make_texts(50), 400, show_progress=False, end_of_word_suffix="</w>")
+    # Training numbers the single characters in another order each time, and so would other tokens get other embeddings.
+    model = json.loads(trained.backend_tokenizer.to_str())["model"]
+    tokens = special + sorted(model["vocab"].keys() - special)
+    merges = [tuple(merge) for merge in model["merges"]]
+    tokenizer = CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=merges)
     text = {
         "hidden_size": 16,
         "intermediate_size": 16,
