@@ -27,7 +27,7 @@ compile() { # LOCK, then options of uv
 
 # What the tests need comes on top of the quickstart's, in the same releases.
 echo "torch==$torch" >"$requirements"
-compile locks/quickstart.txt --extra quickstart --extra evaluation --extra peft --extra sentence-transformers --extra search pyproject.toml locks/build.in
+compile locks/quickstart.txt --extra quickstart --extra evaluation --extra peft --extra sentence-transformers --extra search --extra demo pyproject.toml locks/build.in
 grep -o '^[a-z0-9][^\\]*' locks/quickstart.txt >>"$requirements"
 # shellcheck disable=SC2046 # names of packages have no spaces
 compile locks/test.txt --extra dev $(grep -o '^[a-z0-9][^=]*' locks/quickstart.txt | sort -u | sed 's/^/--no-emit-package /') pyproject.toml
