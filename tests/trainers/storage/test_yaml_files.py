@@ -40,7 +40,6 @@ def test_yaml_as_people_read_it():
     text = "a: 4e-4\nb: 2024-01-01\nc: 1_000\nd: .5\ne: 12\nf: '7'\ng: 1.0e+2\nh: no\n"
     expected = {"a": 4e-4, "b": "2024-01-01", "c": 1000, "d": 0.5, "e": 12, "f": "7", "g": 100.0, "h": False}
     assert parse_yaml(text, "here") == expected
-    assert parse_yaml("x: &x {a: 1}\ny: {<<: *x, b: 2}\n", "here")["y"] == {"a": 1, "b": 2}
     assert parse_yaml("", "here") is None
 
 
@@ -49,37 +48,24 @@ def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path):
     assert read_yaml(tmp_path / "a.yaml") == {"name": "ü"}
 
 
-def bomb(levels: int) -> str:
-    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
-    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, levels)]
-    return "\n".join(lines)
-
-
-def merge_bomb(levels: int) -> str:
-    lines = ["a0: &a0 {k: 1}"]
-    lines += [f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]}}" for i in range(1, levels)]
-    return "\n".join(lines)
-
-
 @pytest.mark.parametrize(
     "text, message",
     [
         ("a: 1\na: 2\n", "here, line 2: the key 'a' is given twice"),
-        ("1: a\n", "here, line 1: the key 1 is no text: put it in quotes"),
-        ("no: a\n", "here, line 1: the key False is no text"),
-        ("[1, 2]: a\n", "here, line 1: a key is no text"),
+        ("1: a\n", "here, line 1: the key 1 is not text: put it in quotes"),
+        ("no: a\n", "here, line 1: the key False is not text"),
+        ("[1, 2]: a\n", "here, line 1: the key [1, 2] is not text"),
         ("a: [1\n", "here, line 2: expected ',' or ']'"),
-        ("a: *b\n", "here, line 1: found undefined alias 'b'"),
         ("a: \x07\n", "here: unacceptable character #x0007"),
         ("a: !!python/object/apply:os.system [id]\n", "here, line 1: could not determine a constructor for the tag"),
         ("a: !!timestamp 2024-13-01\n", "here: month must be in 1..12"),
         ("a: " + "9" * 5000 + "\n", "here: Exceeds the limit (4300 digits)"),
         ("[" * 100_000, f"here, line 1: it is nested more than {MAX_DEPTH} levels deep"),
         ("{a: " * 1000, f"it is nested more than {MAX_DEPTH} levels deep"),
-        (bomb(12), "with its aliases written out it has more than 100,000 values"),
-        (merge_bomb(40), "with its aliases written out it has more than 100,000 values"),
-        ("a: &a [*a]\n", "with its aliases written out it has more than 100,000 values"),
-        ("a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}]\n" for i in range(1, 5000)), "more than 50 levels"),
+        ("a: 1\nb: *a\n", "here, line 2: *a is an alias, and aliases are not read: write out what it stands for"),
+        ("a: &a [*a]\n", "here, line 1: *a is an alias"),
+        ("a: &a {b: 1}\nc: {<<: *a}\n", "here, line 2: *a is an alias"),
+        ("a: {<<: {b: 1}}\n", "here, line 1: could not determine a constructor for the tag 'tag:yaml.org,2002:merge'"),
     ],
 )
 def test_what_is_no_settings_is_one_line_and_soon(text, message):
