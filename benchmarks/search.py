@@ -1,5 +1,4 @@
-"""
-Search in an index of many images: how long it takes to build, to ask exactly and approximately, how much memory, and how many of the ten nearest
+"""Search in an index of many images: how long it takes to build, to ask exactly and approximately, how much memory, and how many of the ten nearest
 the approximate index finds.
 
     pip install "proclip-transformers[search]"

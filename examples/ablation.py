@@ -223,8 +223,7 @@ class Seed:
         return model.eval().get_text_features(llm_embeds=self.text_store.lookup(texts)).pooler_output
 
     def gradient_shares(self) -> dict[str, Any]:
-        """
-        How hard L_reg pulls against L_info, by batch and reduction, at one and the same place: the weights of the run `l_info`, held against
+        """How hard L_reg pulls against L_info, by batch and reduction, at one and the same place: the weights of the run `l_info`, held against
         the image encoder before tuning. The norms of lambda L_reg's and of L_info's gradient in the image encoder, averaged over batches.
         """
         tuned, teacher = self.model("l_info").train(), self.model(None).eval()

@@ -30,8 +30,7 @@ def adapter_card(
     datasets: Sequence[str] = (),
     limits: Sequence[str] = (),
 ) -> ModelCard:
-    """
-    Render the card of adapters that `ProCLIPPeftModel.save_pretrained` wrote, from their configuration, their tensors' headers and the record
+    """Render the card of adapters that `ProCLIPPeftModel.save_pretrained` wrote, from their configuration, their tensors' headers and the record
     of their training.
 
     Args:

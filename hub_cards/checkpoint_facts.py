@@ -29,8 +29,7 @@ PARTS = {
 
 @dataclass
 class StageRecord:
-    """
-    What a trainer recorded of one stage of the training; see `training_record` in `trainers.base`.
+    """What a trainer recorded of one stage of the training; see `training_record` in `trainers.base`.
 
     Attributes:
         stage, trainer: Names of the stage and of the trainer's class.
@@ -55,8 +54,7 @@ class StageRecord:
 
 @dataclass
 class CheckpointFacts:
-    """
-    The state of a ProCLIP checkpoint on the disk.
+    """The state of a ProCLIP checkpoint on the disk.
 
     Attributes:
         folder: Path of the checkpoint.
@@ -96,8 +94,7 @@ class CheckpointFacts:
 
 
 def read_facts(folder: str | Path) -> CheckpointFacts:
-    """
-    Read a ProCLIP checkpoint's folder without loading a weight.
+    """Read a ProCLIP checkpoint's folder without loading a weight.
 
     Raises:
         ValueError: If the folder holds no ProCLIP checkpoint, or a file of it is damaged; names the file.
@@ -137,9 +134,7 @@ def read_training(records: Any, file: Path) -> list[StageRecord]:
 
 
 def own_weights(folder: str | Path) -> set[str]:
-    """
-    Hashes that an evaluation of this checkpoint can name (`own_weights_sha256`): one for each dtype that the model may have been loaded in.
-    """
+    """Hashes that an evaluation of this checkpoint can name (`own_weights_sha256`): one for each dtype that the model may have been loaded in."""
     import torch  # a card without results needs none of it
     from safetensors.torch import load_file
 
@@ -181,9 +176,7 @@ def shown_name(name: str) -> str:
 
 
 def base_card(name_or_path: str, revision: str | None = None) -> dict[str, Any]:
-    """
-    Metadata of the card of a base model, from its folder or from the Hub's local cache; nothing is fetched. Empty if there is none.
-    """
+    """Metadata of the card of a base model, from its folder or from the Hub's local cache; nothing is fetched. Empty if there is none."""
     folder = Path(name_or_path)
     if folder.is_dir():
         file: Any = folder / "README.md"
@@ -203,8 +196,7 @@ def base_card(name_or_path: str, revision: str | None = None) -> dict[str, Any]:
 
 
 def read_header(file: Path) -> dict[str, dict[str, Any]]:
-    """
-    "dtype" and "shape" of the tensors of a safetensors file, by name, without reading them.
+    """ "dtype" and "shape" of the tensors of a safetensors file, by name, without reading them.
 
     Raises:
         ValueError: If it is none, or damaged; names it.

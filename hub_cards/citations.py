@@ -39,8 +39,7 @@ _OF_TOWER = {"clip_vision_model": "clip", "siglip_vision_model": "siglip", "sigl
 
 
 def citations(methods: set[str], vision_type: str) -> list[str]:
-    """
-    What to cite for a checkpoint.
+    """What to cite for a checkpoint.
 
     Args:
         methods: "proclip", "llm2clip" or "lit", as the stages of its training name them. Without any, ProCLIP and LLM2CLIP, whose

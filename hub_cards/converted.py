@@ -8,8 +8,7 @@ from .rendering import render
 
 
 def converted_card(source: str, facts: Mapping[str, str], notes: Sequence[str]) -> ModelCard:
-    """
-    The card that `proclip convert` writes. It names no licence and no result: those are the source's to state.
+    """The card that `proclip convert` writes. It names no licence and no result: those are the source's to state.
 
     Args:
         source: Name of the file or folder that was converted.

@@ -43,8 +43,7 @@ _QUICKSTART = {
 
 @dataclass(frozen=True)
 class Measurement:
-    """
-    One measured number.
+    """One measured number.
 
     Attributes:
         task: Name of the task.
@@ -73,8 +72,7 @@ class Measurement:
 
 
 def read_measurements(path: str | Path) -> list[Measurement]:
-    """
-    The numbers of one evaluation of one model.
+    """The numbers of one evaluation of one model.
 
     Args:
         path: A `results.json` that `proclip evaluate` or `proclip quickstart` wrote, or the folder that it lies in.
@@ -123,8 +121,7 @@ def evaluated_weights(path: str | Path) -> str | None:
 
 
 def model_index(results: Iterable[Measurement]) -> list[EvalResult]:
-    """
-    The results as the Hub's `model-index` holds them, without those of drawn rows, which are no benchmark's.
+    """The results as the Hub's `model-index` holds them, without those of drawn rows, which are no benchmark's.
 
     Entries that agree in task, type, configuration, split and revision of the data set are merged by the Hub's library, which keeps one
     name of them; so the task's name is the configuration too.
@@ -153,8 +150,7 @@ def not_measured(results: Iterable[Measurement]) -> list[str]:
 
 
 def shown_source(data: Mapping[str, Any]) -> str:
-    """
-    Where data came from, as a card shows it: its name on the Hub, an address without a password, or the last part of a path.
+    """Where data came from, as a card shows it: its name on the Hub, an address without a password, or the last part of a path.
 
     Args:
         data: "source" of a record of training or evaluation, with the "revision" or "on_hub" that data of the Hub have, and "read_from" where

@@ -47,8 +47,7 @@ def model_card(
     weights_in: str | Path | None = None,
     title: str | None = None,
 ) -> ModelCard:
-    """
-    Render the card of a checkpoint from its state on the disk: configuration, tensors' headers, the record of its training, results.
+    """Render the card of a checkpoint from its state on the disk: configuration, tensors' headers, the record of its training, results.
 
     It states no number that these do not hold, and says of what is not known that it is not known.
 
@@ -159,8 +158,7 @@ def model_card(
 
 
 def results_in(folder: str | Path) -> list[Path]:
-    """
-    Every `results.json` in a checkpoint's folder or directly in a sub-folder, without those that name other weights than it holds, and without
+    """Every `results.json` in a checkpoint's folder or directly in a sub-folder, without those that name other weights than it holds, and without
     those of other programs.
     """
     files = [

@@ -17,8 +17,7 @@ from .staging import Staged, read_weights
 
 
 def stage_adapters(source: Path, folder: Path, repo_id: str, *, card: Mapping[str, Any] | None = None) -> Staged:
-    """
-    Lay PEFT adapters of a ProCLIP model out in `folder`, which must be empty.
+    """Lay PEFT adapters of a ProCLIP model out in `folder`, which must be empty.
 
     Args:
         card: Arguments of [`adapter_card`]: the card is rendered with them, whatever README.md there is.
@@ -83,8 +82,7 @@ _RESUMED_FROM = re.compile(
 
 
 def stage_resumable(source: Path, folder: Path) -> Staged:
-    """
-    Lay a checkpoint of a training out in `folder`, which must be empty, so that the training can be resumed from it: model, processor, optimizer
+    """Lay a checkpoint of a training out in `folder`, which must be empty, so that the training can be resumed from it: model, processor, optimizer
     and random states (pickles), the state of the Trainer. Settings and texts are scrubbed; files with other names stay behind.
     """
     outgoing = OutgoingFiles(source, folder)

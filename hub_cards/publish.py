@@ -38,8 +38,7 @@ EARLIER_WEIGHTS = ("model.safetensors*", "model-*-of-*.safetensors", "pytorch_mo
 
 @dataclass(frozen=True)
 class PublishReport:
-    """
-    What was sent or, in a dry run, would be.
+    """What was sent or, in a dry run, would be.
 
     Attributes:
         repo_id: Name of the repository, with its owner once something was sent.
@@ -87,8 +86,7 @@ def publish(
     dry_run: bool = False,
     announce: Callable[[PublishReport], None] | None = None,
 ) -> PublishReport:
-    """
-    Send a checkpoint to the Hub: weights, configuration, processor, the code that loads it where this package is not installed, and the card.
+    """Send a checkpoint to the Hub: weights, configuration, processor, the code that loads it where this package is not installed, and the card.
 
     The folder is checked first, which costs one pass over the weights. Only files with the names of a checkpoint's are sent, without local
     paths, passwords, tokens and references to code of others. Everything arrives in one commit, so a reader finds the repository as it was
@@ -166,8 +164,7 @@ def publish_model(
     token: str | None = None,
     **settings: Any,
 ) -> PublishReport:
-    """
-    [`publish`] of a model in memory, as [`ProCLIPModel.push_to_hub`] does. Without `processor` the repository keeps the one that it has. Of
+    """[`publish`] of a model in memory, as [`ProCLIPModel.push_to_hub`] does. Without `processor` the repository keeps the one that it has. Of
     a model with PEFT adapters (`add_adapter`) these are sent.
 
     Args:
@@ -195,8 +192,7 @@ def publish_saved(
     commit_message: str | None = None,
     token: str | None = None,
 ) -> PublishReport:
-    """
-    [`publish`] of a folder that a model was just saved to (`save_pretrained(push_to_hub=True)`), with its processor if it has one.
+    """[`publish`] of a folder that a model was just saved to (`save_pretrained(push_to_hub=True)`), with its processor if it has one.
 
     Raises:
         PublishError: As [`publish`].
@@ -216,8 +212,7 @@ def publish_processor(
     commit_message: str | None = None,
     token: str | None = None,
 ) -> PublishReport:
-    """
-    Send a processor and its code, as [`ProCLIPProcessor.push_to_hub`] does: the other half of what [`publish_model`] sends without one.
+    """Send a processor and its code, as [`ProCLIPProcessor.push_to_hub`] does: the other half of what [`publish_model`] sends without one.
 
     Raises:
         PublishError: If the Hub does not take it.
@@ -233,8 +228,7 @@ def publish_processor(
 def upload(
     staged: Staged, repo_id: str, *, private: bool | None, revision: str | None, message: str, token: str | None
 ) -> PublishReport:
-    """
-    Send every file of `staged` in one commit, which also removes what [`publish`] sent before and does not send now.
+    """Send every file of `staged` in one commit, which also removes what [`publish`] sent before and does not send now.
 
     Raises:
         PublishError: If the Hub does not take it.
@@ -256,8 +250,7 @@ def upload(
 
 
 def full_name(repo_id: str, token: str | None = None) -> str:
-    """
-    `owner/name`, where the user of the token owns what is given as a name alone.
+    """`owner/name`, where the user of the token owns what is given as a name alone.
 
     Raises:
         PublishError: If the Hub does not know the token.
@@ -269,8 +262,7 @@ def full_name(repo_id: str, token: str | None = None) -> str:
 
 
 def check_name(repo_id: str) -> None:
-    """
-    Refuse what is no name of a repository, such as its address.
+    """Refuse what is no name of a repository, such as its address.
 
     Raises:
         PublishError: With the name that was meant, where it can be seen.
@@ -287,8 +279,7 @@ def check_name(repo_id: str) -> None:
 
 
 def make_repository(repo_id: str, private: bool | None = None, token: str | None = None) -> None:
-    """
-    Make the repository if it is not there. See [`publish`] for `private`.
+    """Make the repository if it is not there. See [`publish`] for `private`.
 
     Raises:
         PublishError: If the Hub says no, or the repository that is there is not as private as it is to be.

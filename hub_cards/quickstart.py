@@ -39,8 +39,7 @@ METRICS = {
 
 
 def quickstart_card(results: Mapping[str, Any]) -> ModelCard:
-    """
-    The card of the quickstart's checkpoint.
+    """The card of the quickstart's checkpoint.
 
     Args:
         results: Content of `results.json`; the numbers of the card are those of its rows.

@@ -18,8 +18,7 @@ PROCESSOR_AUTO_MAP = {"AutoProcessor": "processing_proclip.ProCLIPProcessor"}
 
 
 def code_files() -> list[Path]:
-    """
-    The files of `modeling_proclip` that the classes of [`AUTO_MAP`] need, by name.
+    """The files of `modeling_proclip` that the classes of [`AUTO_MAP`] need, by name.
 
     They are found as Transformers finds them when it loads them: by their relative imports, which therefore name siblings only. Nothing of
     the conversion is among them.

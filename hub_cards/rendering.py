@@ -1,5 +1,4 @@
-"""
-Filling the cards' templates, and recognising cards that nobody has edited since.
+"""Filling the cards' templates, and recognising cards that nobody has edited since.
 
 Every value is escaped where it is put in: names of models, data, classes and metrics come from anybody's files and must stay text. What is
 Markdown already is a [`Markdown`]; code has filters of its own, as Markdown's escapes do not work in it.
@@ -32,8 +31,7 @@ class Markdown(str):
 
 
 def render(card_class: type[_Card], template: str, data: CardData, **values: Any) -> _Card:
-    """
-    A card with the metadata `data`. Unlike `RepoCard.from_template`, values are escaped, templates can include others, a value that is
+    """A card with the metadata `data`. Unlike `RepoCard.from_template`, values are escaped, templates can include others, a value that is
     missing is an error, and passwords, tokens and local paths are removed.
 
     Raises:

@@ -1,5 +1,4 @@
-"""
-Taking out of texts and JSON what others must not see: passwords in addresses, tokens, and where files lie on this machine.
+"""Taking out of texts and JSON what others must not see: passwords in addresses, tokens, and where files lie on this machine.
 
 Every pattern is linear in the length of the text: what is scrubbed may come from anybody.
 """
@@ -62,8 +61,7 @@ def scrub_text(text: str) -> str:
 
 
 def scrub(value: Any, keep: Container[str] = ()) -> Any:
-    """
-    [`scrub_text`] of every string in a JSON value. A string that is a path as a whole becomes its last part: an absolute one, one that begins
+    """[`scrub_text`] of every string in a JSON value. A string that is a path as a whole becomes its last part: an absolute one, one that begins
     with `./`, `../` or `~`, and under a key such as "name_or_path" any with more than one slash.
 
     Args:

@@ -51,8 +51,7 @@ _READ_BY_THE_MODEL = {"prompt_template", "instruction", "chat_template", "prompt
 
 @dataclass
 class Staged:
-    """
-    A folder whose every file is to be sent.
+    """A folder whose every file is to be sent.
 
     Attributes:
         folder: Path of the folder.
@@ -73,8 +72,7 @@ class Staged:
 
 @dataclass
 class OutgoingFiles:
-    """
-    Files on their way from `source`, somebody's folder, to `folder`, whose every file is sent.
+    """Files on their way from `source`, somebody's folder, to `folder`, whose every file is sent.
 
     Attributes:
         source: The folder that is published.
@@ -96,8 +94,7 @@ class OutgoingFiles:
         return _names(self.source)
 
     def find(self, name: str) -> Path | None:
-        """
-        The file `name` of the source; None where it has no such file.
+        """The file `name` of the source; None where it has no such file.
 
         Raises:
             PublishError: If it is a link out of the folder. Those of the Hub's own cache are none, as they stay in their repository.
@@ -115,8 +112,7 @@ class OutgoingFiles:
         return file
 
     def write_settings(self, name: str, settings: Any, auto_map: dict[str, str] | None = None) -> None:
-        """
-        Write a JSON file for others, which names the code of `auto_map` and no other.
+        """Write a JSON file for others, which names the code of `auto_map` and no other.
 
         Raises:
             PublishError: If it holds a token where nothing can be taken out.
@@ -167,8 +163,7 @@ class OutgoingFiles:
                 self.write_settings(RESULTS_FILE, results_for_others(read_json(file)))
 
     def copy_modules(self) -> None:
-        """
-        Copy the modules of sentence-transformers.
+        """Copy the modules of sentence-transformers.
 
         Raises:
             PublishError: If one is of another package, whose code would run where this is loaded, or is not in a folder of its own.

@@ -50,8 +50,7 @@ def stage(
     card: Mapping[str, Any] | None = None,
     sketch: bool = False,
 ) -> Staged:
-    """
-    Check the checkpoint in `source` and lay it out in `folder`, which must be empty, as `repo_id` is to hold it.
+    """Check the checkpoint in `source` and lay it out in `folder`, which must be empty, as `repo_id` is to hold it.
 
     Checked are the configuration, that the weights are safetensors with every tensor of the model in its shape, finite, and no other, and
     that tokenizer and image processor load and fit the towers. Weights that stay as they are become links. Costs one pass over the weights.
@@ -142,8 +141,7 @@ def _read_all_weights(outgoing: OutgoingFiles) -> dict[str, StoredTensor]:
 
 
 def read_weights(outgoing: OutgoingFiles, place: Path) -> dict[str, StoredTensor]:
-    """
-    The tensors in `place`, a file or folder, all finite; their files may be sent as they are.
+    """The tensors in `place`, a file or folder, all finite; their files may be sent as they are.
 
     Raises:
         PublishError: If a file is a link out of the folder, has another name than weights have, or says more in its header than it must.

@@ -31,8 +31,7 @@ def text_store_card(
     license: str = "unknown",
     languages: Sequence[str] = (),
 ) -> DatasetCard:
-    """
-    Render the card of a text store from its files: how many embeddings, of what size, by which LLM, template and pooling.
+    """Render the card of a text store from its files: how many embeddings, of what size, by which LLM, template and pooling.
 
     Args:
         store: A `TextEmbeddingStore`.

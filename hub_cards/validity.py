@@ -27,8 +27,7 @@ _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*|multilingual|code")
 
 
 def check_card(card: RepoCard) -> None:
-    """
-    Refuse a card whose metadata the Hub would refuse or show wrongly, before anything is sent; see [`check_metadata`].
+    """Refuse a card whose metadata the Hub would refuse or show wrongly, before anything is sent; see [`check_metadata`].
 
     Raises:
         ValueError: Naming the field and the remedy.
@@ -37,8 +36,7 @@ def check_card(card: RepoCard) -> None:
 
 
 def check_metadata(data: CardData) -> None:
-    """
-    Check licences, language codes, names of base models and data sets, and that `model-index` holds finite numbers of data sets that the
+    """Check licences, language codes, names of base models and data sets, and that `model-index` holds finite numbers of data sets that the
     Hub's library can tell apart.
 
     Raises:

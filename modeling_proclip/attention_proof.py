@@ -16,8 +16,7 @@ _TEXT, _AGAIN, _OTHER_END, _OTHER_PADDING = range(4)
 
 @torch.no_grad()
 def check_bidirectional(text_model: nn.Module) -> None:
-    """
-    Prove that every layer of `text_model` attends in both directions and to tokens only, and that positions do not count the padding.
+    """Prove that every layer of `text_model` attends in both directions and to tokens only, and that positions do not count the padding.
 
     Some families ignore `config.is_causal = False` in some attention implementations, with or without padding. Hybrids mix attention with
     layers that only run forward. Learned positions count the padding on the left. So the model is tried as it was loaded, without padding
@@ -58,8 +57,7 @@ def check_bidirectional(text_model: nn.Module) -> None:
 
 
 def _check_layers(text_model: nn.Module, num_padding: int) -> torch.Tensor:
-    """
-    Check all layers on texts with `num_padding` tokens of padding on the left.
+    """Check all layers on texts with `num_padding` tokens of padding on the left.
 
     Returns:
         A text's states after the first layer, or the last ones where the layers are of a class of their own: `(num_tokens, hidden_size)`.

@@ -6,8 +6,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 @strict
 class EvaCLIPVisionConfig(PreTrainedConfig):
-    r"""
-    Configuration of an [`EvaCLIPVisionModel`]. The defaults are EVA02-CLIP-L/14 at 224 pixels (EVA-CLIP, arXiv 2303.15389; EVA-02,
+    r"""Configuration of an [`EvaCLIPVisionModel`]. The defaults are EVA02-CLIP-L/14 at 224 pixels (EVA-CLIP, arXiv 2303.15389; EVA-02,
     arXiv 2303.11331).
 
     Args:

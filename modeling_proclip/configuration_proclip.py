@@ -45,8 +45,7 @@ def check_tower_keys(value: Any) -> None:
 
 @strict
 class ProCLIPConfig(PreTrainedConfig):
-    r"""
-    Configuration of a [`ProCLIPModel`]: a CLIP-style vision tower beside a decoder LLM that reads in both directions and a text adapter
+    r"""Configuration of a [`ProCLIPModel`]: a CLIP-style vision tower beside a decoder LLM that reads in both directions and a text adapter
     that takes its embeddings into CLIP's space (ProCLIP, arXiv 2510.18795; LLM2CLIP, arXiv 2411.04997).
 
     Args:
@@ -134,8 +133,7 @@ class ProCLIPConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """
-        As [`~transformers.PreTrainedConfig.from_dict`], for a saved configuration. Keys that are unknown here, which a later release or
+        """As [`~transformers.PreTrainedConfig.from_dict`], for a saved configuration. Keys that are unknown here, which a later release or
         other code has added, are kept with a warning.
         """
         known = {field.name for field in fields(cls)}

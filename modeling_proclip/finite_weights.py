@@ -6,8 +6,7 @@ import torch
 
 
 def check_finite(tensors: Mapping[str, torch.Tensor], what: str) -> None:
-    """
-    Refuse tensors that hold NaN or infinity. Reads every floating-point tensor once, on its own device (about 4 GB/s on one CPU core).
+    """Refuse tensors that hold NaN or infinity. Reads every floating-point tensor once, on its own device (about 4 GB/s on one CPU core).
 
     Args:
         tensors: name -> tensor of any shape and dtype; integers, booleans and tensors on the meta device always pass.

@@ -1,5 +1,4 @@
-"""
-What decides the numbers of a model, as content: one notion of identity for lean checkpoints, text stores, feature caches and recipes.
+"""What decides the numbers of a model, as content: one notion of identity for lean checkpoints, text stores, feature caches and recipes.
 
 Two models that agree in everything below give the same embedding of the same input, apart from rounding:
 
@@ -67,8 +66,7 @@ _ABSENT = object()
 
 
 def config_values(config: Any) -> dict[str, Any]:
-    """
-    The values of a configuration, sub-configurations included, that change what the model computes, as JSON has them. Empty for a model that
+    """The values of a configuration, sub-configurations included, that change what the model computes, as JSON has them. Empty for a model that
     is not configured in the way of Transformers.
     """
     if not isinstance(config, PreTrainedConfig):
@@ -147,8 +145,7 @@ def library_versions(names: Iterable[str] = ("transformers", "tokenizers")) -> d
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any], within: str = "") -> Iterator[str]:
-    """
-    What two descriptions differ in, one after the other, as "config.hidden_act is 'silu' there and 'relu' here".
+    """What two descriptions differ in, one after the other, as "config.hidden_act is 'silu' there and 'relu' here".
 
     A key that only one of them has, and that says nothing (None, False or empty), is no difference: releases add such keys.
     """
@@ -203,8 +200,7 @@ def weights_sha256(
     same_as: Mapping[str, torch.Tensor] | None = None,
     **download_kwargs: Any,
 ) -> str:
-    """
-    Content hash of an LLM's files, without loading it: [`state_sha256`] of its base model in the dtypes of the files. A checkpoint of a causal
+    """Content hash of an LLM's files, without loading it: [`state_sha256`] of its base model in the dtypes of the files. A checkpoint of a causal
     LM and that of its base model have the same.
 
     The files are those that `from_pretrained` reads. A folder from which it would load anything besides them is refused.

@@ -29,8 +29,7 @@ class BrokenImage(ValueError):
 
 
 def decode_image(source: Image.Image | bytes | str | os.PathLike) -> Image.Image:
-    """
-    The image as a viewer shows it. Decoding a decoded image changes nothing.
+    """The image as a viewer shows it. Decoding a decoded image changes nothing.
 
     The camera's rotation is undone, and ignored where the EXIF data cannot be read. Transparent pixels become white. 16 bits a channel are
     scaled to 8, where Pillow would turn all but the darkest 1/256 white. CMYK and palettes become RGB as Pillow converts them. Of an

@@ -26,8 +26,7 @@ logger = logging.get_logger(__name__)
 
 
 def record_text_model(config: ProCLIPConfig, text_state: Mapping[str, torch.Tensor], lean: bool) -> None:
-    """
-    Set `config.text_model_sha256` to the content hash of the LLM that a checkpoint about to be saved belongs to.
+    """Set `config.text_model_sha256` to the content hash of the LLM that a checkpoint about to be saved belongs to.
 
     Args:
         text_state (`dict[str, torch.Tensor]`): State dict of the LLM; empty if there is none. If it is offloaded to disk, what was
@@ -62,8 +61,7 @@ def record_text_model(config: ProCLIPConfig, text_state: Mapping[str, torch.Tens
 
 
 def text_model_sha256(config: ProCLIPConfig, text_state: Mapping[str, torch.Tensor]) -> str:
-    """
-    Content hash of an LLM in memory: that of the files it came from, whatever its dtype, where they are on this machine and hold the same
+    """Content hash of an LLM in memory: that of the files it came from, whatever its dtype, where they are on this machine and hold the same
     weights; else that of `text_state` itself.
     """
     if config.text_model_name_or_path is not None:
@@ -84,8 +82,7 @@ def check_text_config(
     error_message: Any = None,
     **download_kwargs: Any,
 ) -> None:
-    """
-    Raises ValueError if an LLM has another configuration than `config.text_config`, the one that the checkpoint records, which would give
+    """Raises ValueError if an LLM has another configuration than `config.text_config`, the one that the checkpoint records, which would give
     other embeddings of the same weights; names the keys that differ.
 
     Args:
@@ -113,8 +110,7 @@ def recorded_text_model(
     kwargs: Mapping[str, Any],
     verify: bool = True,
 ) -> PreTrainedModel:
-    """
-    The LLM that a lean checkpoint belongs to. Its new place is kept in `config`. No code that comes with it is run.
+    """The LLM that a lean checkpoint belongs to. Its new place is kept in `config`. No code that comes with it is run.
 
     Args:
         text_model (`str`, `os.PathLike` or `PreTrainedModel`, *optional*): Where it is now, or the LLM itself.

@@ -20,8 +20,7 @@ from .configuration_eva_clip import EvaCLIPVisionConfig
 def rotary_tables(
     grid: int, head_size: int, pretrained_grid: int, theta: float = 10000.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Cosines and sines of the patches' rotary angles, in two dimensions (EVA-02, arXiv 2303.11331, section 2).
+    """Cosines and sines of the patches' rotary angles, in two dimensions (EVA-02, arXiv 2303.11331, section 2).
 
     The first half of a head turns with the patch's row, the second with its column. Each has a frequency for every pair of neighbouring
     channels.
@@ -188,8 +187,7 @@ class EvaCLIPLayer(GradientCheckpointingLayer):
 
 
 class EvaCLIPVisionModel(PreTrainedModel):
-    r"""
-    The vision tower of EVA-CLIP (EVA02-CLIP and EVA01-CLIP, arXiv 2303.15389). Its projection is `ProCLIPModel.visual_projection`.
+    r"""The vision tower of EVA-CLIP (EVA02-CLIP and EVA01-CLIP, arXiv 2303.15389). Its projection is `ProCLIPModel.visual_projection`.
 
     Drop path and patch dropout of the published training are left out: with them off, as in every published fine-tuning of ProCLIP and
     LLM2CLIP, the functions are the same.
@@ -251,8 +249,7 @@ class EvaCLIPVisionModel(PreTrainedModel):
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(self, pixel_values: torch.FloatTensor, **kwargs: Any) -> tuple | BaseModelOutputWithPooling:
-        r"""
-        Args:
+        r"""Args:
             pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, image_size, image_size)`): Normalised images.
 
         Returns:

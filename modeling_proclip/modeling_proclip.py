@@ -24,8 +24,7 @@ from .text_adapter import TextAdapter
 
 @dataclass
 class ProCLIPOutput(ModelOutput):
-    r"""
-    Args:
+    r"""Args:
         loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `return_loss=True`): Symmetric InfoNCE loss of the batch.
         logits_per_image (`torch.FloatTensor` of shape `(num_images, num_texts)`, *optional*):
             Cosine similarities times `logit_scale.exp()`, in float32, plus `logit_bias` if the model has one.
@@ -51,8 +50,7 @@ class ProCLIPOutput(ModelOutput):
 
 
 class ProCLIPModel(ProCLIPPreTrainedModel):
-    r"""
-    Image encoder E_I, frozen LLM embedder G and text adapter A of ProCLIP (arXiv 2510.18795). Image embedding v = unit(E_I(image)), text
+    r"""Image encoder E_I, frozen LLM embedder G and text adapter A of ProCLIP (arXiv 2510.18795). Image embedding v = unit(E_I(image)), text
     embedding t = unit(A(G(text))), score exp(logit_scale) * v . t.
 
     Args:
@@ -174,8 +172,7 @@ class ProCLIPModel(ProCLIPPreTrainedModel):
         spatial_shapes: torch.LongTensor | None = None,
         **kwargs: Any,
     ) -> tuple | BaseModelOutputWithPooling:
-        r"""
-        Args:
+        r"""Args:
             pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`): From [`ProCLIPProcessor`].
             pixel_attention_mask (`torch.Tensor` of shape `(batch_size, max_num_patches)`, *optional*):
                 For towers that keep an image's aspect ratio (SigLIP2 NaFlex), whose `pixel_values` are
@@ -209,8 +206,7 @@ class ProCLIPModel(ProCLIPPreTrainedModel):
         token_type_ids: torch.LongTensor | None = None,
         **kwargs: Any,
     ) -> torch.FloatTensor:
-        r"""
-        The frozen LLM's pooled embedding G(text), which a text store keeps and `get_text_features(llm_embeds=...)` takes.
+        r"""The frozen LLM's pooled embedding G(text), which a text store keeps and `get_text_features(llm_embeds=...)` takes.
 
         Args:
             input_ids, attention_mask, token_type_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
@@ -263,8 +259,7 @@ class ProCLIPModel(ProCLIPPreTrainedModel):
         llm_embeds: torch.FloatTensor | None = None,
         **kwargs: Any,
     ) -> tuple | BaseModelOutputWithPooling:
-        r"""
-        Args:
+        r"""Args:
             input_ids, attention_mask, token_type_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
                 From [`ProCLIPProcessor`].
             llm_embeds (`torch.FloatTensor` of shape `(batch_size, text_config.hidden_size)`, *optional*):
@@ -305,8 +300,7 @@ class ProCLIPModel(ProCLIPPreTrainedModel):
         output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> tuple | ProCLIPOutput:
-        r"""
-        Images, texts, or both. See [`~ProCLIPModel.get_image_features`] and [`~ProCLIPModel.get_text_features`] for the inputs.
+        r"""Images, texts, or both. See [`~ProCLIPModel.get_image_features`] and [`~ProCLIPModel.get_text_features`] for the inputs.
 
         Args:
             return_loss (`bool`, *optional*): Return the symmetric InfoNCE loss; the i-th image and the i-th text are a pair.

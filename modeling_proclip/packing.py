@@ -1,5 +1,4 @@
-"""
-Texts packed into one row, without padding: each token attends to the tokens of its own text.
+"""Texts packed into one row, without padding: each token attends to the tokens of its own text.
 
 Padding is the least of what a padded batch costs; masks, repeated key heads and the kernels that take them cost more, and a packed row has
 none. It goes through the LLM with positions that start anew at every text and with the texts' bounds, as Transformers' FlashAttention takes
@@ -27,8 +26,7 @@ _TRIED: WeakKeyDictionary[nn.Module, dict[tuple, str | None]] = WeakKeyDictionar
 
 
 def pack_rows(rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Any]:
-    """
-    Tokenised texts as one row, for [`ProCLIPModel.get_llm_embeds`] or an LLM itself.
+    """Tokenised texts as one row, for [`ProCLIPModel.get_llm_embeds`] or an LLM itself.
 
     Args:
         rows: of each text its "input_ids" and, for the pooling, its "token_type_ids", not padded and not empty.
@@ -57,8 +55,7 @@ def pack_rows(rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Any]:
 
 @contextmanager
 def attending_by_segments(text_model: nn.Module) -> Iterator[None]:
-    """
-    The context in which `text_model` takes packed rows: by its own FlashAttention if it has that, else by [`segment_attention`].
+    """The context in which `text_model` takes packed rows: by its own FlashAttention if it has that, else by [`segment_attention`].
 
     Raises:
         ValueError: If activations are to be computed again in the backward pass, which is outside of this context.
@@ -87,8 +84,7 @@ def recomputes_activations(text_model: nn.Module) -> bool:
 
 
 def why_padded(text_model: nn.Module) -> str | None:
-    """
-    Why the texts of this LLM have to be padded, or None if they can be packed. It is tried: three short texts must get the states that each
+    """Why the texts of this LLM have to be padded, or None if they can be packed. It is tried: three short texts must get the states that each
     gets alone, and another text in the middle must not change its neighbours. Tried once for a model, device, dtype and attention.
     """
     weight = text_model.get_input_embeddings().weight

@@ -9,8 +9,7 @@ def pool_tokens(
     token_type_ids: torch.Tensor | None = None,
     pooling: str = "mean",
 ) -> torch.Tensor:
-    """
-    One embedding a text from the LLM's token states, as LLM2Vec does it (arXiv 2404.05961; ProCLIP uses "mean").
+    """One embedding a text from the LLM's token states, as LLM2Vec does it (arXiv 2404.05961; ProCLIP uses "mean").
 
     Args:
         hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): Last hidden states.
@@ -46,8 +45,7 @@ def pool_segments(
     token_type_ids: torch.Tensor | None = None,
     pooling: str = "mean",
 ) -> torch.Tensor:
-    """
-    As [`pool_tokens`], from the states of packed texts.
+    """As [`pool_tokens`], from the states of packed texts.
 
     Args:
         hidden_states (`torch.Tensor` of shape `(num_tokens, hidden_size)`): Last hidden states, text after text.

@@ -50,8 +50,7 @@ class ProCLIPPreTrainedModel(PreTrainedModel):
         attn_implementation: str | dict | None = None,
         **config_kwargs: Any,
     ) -> Model:
-        r"""
-        Pair a pretrained image encoder with a pretrained LLM. The adapter is fresh: train it (stage 1, then stage 2).
+        r"""Pair a pretrained image encoder with a pretrained LLM. The adapter is fresh: train it (stage 1, then stage 2).
 
         Args:
             vision (`str`, `os.PathLike` or `PreTrainedModel`):
@@ -122,8 +121,7 @@ class ProCLIPPreTrainedModel(PreTrainedModel):
         verify_text_model: bool = True,
         **kwargs: Any,
     ) -> Model:
-        r"""
-        As [`~transformers.PreTrainedModel.from_pretrained`]. A lean checkpoint brings its LLM back from where the config says.
+        r"""As [`~transformers.PreTrainedModel.from_pretrained`]. A lean checkpoint brings its LLM back from where the config says.
 
         Args:
             text_model (`str`, `os.PathLike` or `PreTrainedModel`, *optional*):
@@ -180,8 +178,7 @@ class ProCLIPPreTrainedModel(PreTrainedModel):
         lean: bool | None = None,
         **kwargs: Any,
     ) -> None:
-        r"""
-        Saves as [`~transformers.PreTrainedModel.save_pretrained`] does.
+        r"""Saves as [`~transformers.PreTrainedModel.save_pretrained`] does.
 
         Args:
             push_to_hub (`bool`, defaults to `False`):
@@ -237,8 +234,7 @@ class ProCLIPPreTrainedModel(PreTrainedModel):
             self.config.lean = was_lean
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
-        r"""
-        Publishes the model with its card and the code that loads it anywhere, in one commit: `hub_cards.publish.publish_model`.
+        r"""Publishes the model with its card and the code that loads it anywhere, in one commit: `hub_cards.publish.publish_model`.
 
         Args:
             repo_id (`str`): `owner/name`, or the name alone of a repository of your own.

@@ -94,8 +94,7 @@ def pretrained_text_tower(
 
 
 def bidirectional(text_model: PreTrainedModel) -> PreTrainedModel:
-    """
-    An LLM whose attention looks both ways: itself if it does, or else a copy that shares all weights, so that whoever made the LLM can go on
+    """An LLM whose attention looks both ways: itself if it does, or else a copy that shares all weights, so that whoever made the LLM can go on
     generating with it.
     """
     if not getattr(text_model.config, "is_causal", True):

@@ -25,8 +25,7 @@ _OWN_KEYS = ("prompt_template", "instruction", "max_length")  # of processor_con
 
 
 class ProCLIPProcessor(ProcessorMixin):
-    r"""
-    An image processor and an LLM's tokenizer that wraps every text in the LLM's prompt template.
+    r"""An image processor and an LLM's tokenizer that wraps every text in the LLM's prompt template.
 
     Args:
         image_processor (`BaseImageProcessor`): Image processor of the vision tower.
@@ -133,8 +132,7 @@ class ProCLIPProcessor(ProcessorMixin):
         text: str | list[str] | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
-        r"""
-        Args:
+        r"""Args:
             images: An image or a list of images: PIL images, paths and http(s) URLs, which [`decode_image`] decodes, or arrays and tensors.
             text (`str` or `list[str]`): Texts of any length and language; whitespace at the end is dropped. Those over `max_length` lose
                 the end of their content, never the template, and a warning says so once.
@@ -175,8 +173,7 @@ class ProCLIPProcessor(ProcessorMixin):
         return [*self.tokenizer.model_input_names, *self.image_processor.model_input_names]
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """
-        Saves as [`~transformers.ProcessorMixin.save_pretrained`] does, with the files by which sentence-transformers loads the checkpoint.
+        """Saves as [`~transformers.ProcessorMixin.save_pretrained`] does, with the files by which sentence-transformers loads the checkpoint.
         With `push_to_hub` it is published too, as [`push_to_hub`] does, to `repo_id` (by default the folder's name).
         """
         hub_arguments = take_hub_arguments(kwargs, Path(save_directory).name) if push_to_hub else None
@@ -186,8 +183,7 @@ class ProCLIPProcessor(ProcessorMixin):
             self.push_to_hub(**hub_arguments)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
-        r"""
-        Publishes the processor and its code: `hub_cards.publish.publish_processor`. [`ProCLIPModel.push_to_hub`] can send it with the model.
+        r"""Publishes the processor and its code: `hub_cards.publish.publish_processor`. [`ProCLIPModel.push_to_hub`] can send it with the model.
 
         Args:
             repo_id (`str`): `owner/name`, or the name alone of a repository of your own.
@@ -247,8 +243,7 @@ def _clean(text: Any) -> str | list[str]:
 
 
 def to_rgb(images: Any, name: str = "images") -> Any:
-    """
-    Images as [`decode_image`] decodes them, one or a list; arrays and tensors as they are.
+    """Images as [`decode_image`] decodes them, one or a list; arrays and tensors as they are.
 
     Args:
         name: what messages call `images`.

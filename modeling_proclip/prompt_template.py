@@ -35,8 +35,7 @@ _PROBE = "a"  # a content of one token
 
 
 def choose_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """
-    The known template that the tokenizer's own chat template writes; none for an LLM without a chat template.
+    """The known template that the tokenizer's own chat template writes; none for an LLM without a chat template.
 
     Raises:
         ValueError: If the chat template does not accept one message of a user.
@@ -62,8 +61,7 @@ def choose_template(tokenizer: PreTrainedTokenizerBase) -> str:
 def templated_tokenizer(
     tokenizer: PreTrainedTokenizerBase, template: str, instruction: str | None, max_length: int
 ) -> PreTrainedTokenizerFast:
-    """
-    A copy of `tokenizer` that wraps every text in `template`, with `instruction` before the text; a template that it carries already is
+    """A copy of `tokenizer` that wraps every text in `template`, with `instruction` before the text; a template that it carries already is
     replaced. It pads on the left, with EOS if it has no padding token, and returns `token_type_ids`.
 
     The copy is of the generic class, which saves and loads all its parts as they are. Classes such as `Qwen2Tokenizer` rebuild theirs.
@@ -135,8 +133,7 @@ def _remove_template(backend: Tokenizer) -> tuple[list[int], list[int]]:
 
 
 def _tokenize_template(backend: Tokenizer, before: str, after: str) -> tuple[list[int], list[int], str]:
-    """
-    The tokens of `before` and `after`, and what has to be put before a content so that its tokens are those that it has in between: a space
+    """The tokens of `before` and `after`, and what has to be put before a content so that its tokens are those that it has in between: a space
     where a content's first token holds the space before it.
     """
     joint = backend.encode(before + _PROBE + after, add_special_tokens=False)

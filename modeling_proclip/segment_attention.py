@@ -36,8 +36,7 @@ def segment_attention(
     max_length_q: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """
-    Attention in both directions within each text of a packed row, as Transformers' other attention functions take and return it.
+    """Attention in both directions within each text of a packed row, as Transformers' other attention functions take and return it.
 
     Args:
         query (`torch.Tensor` of shape `(1, num_heads, num_tokens, head_dim)`): Queries.

@@ -35,8 +35,7 @@ FILES = {
 
 
 def write_sentence_transformers_files(folder: str | os.PathLike) -> None:
-    """
-    Write [`FILES`] into `folder`. Those that are there already stay: sentence-transformers saves its own, with prompts and modules that it
+    """Write [`FILES`] into `folder`. Those that are there already stay: sentence-transformers saves its own, with prompts and modules that it
     was given, and saves the processor in between.
     """
     for name, content in FILES.items():

@@ -25,8 +25,7 @@ _ANCHOR_WIDTH = 0.03
 
 
 class TextAdapter(nn.Module):
-    """
-    From the LLM's embedding space to CLIP's: input norm, anchors (if it has any), residual blocks, layer norm, linear projection.
+    """From the LLM's embedding space to CLIP's: input norm, anchors (if it has any), residual blocks, layer norm, linear projection.
 
     ProCLIP trains it first by distillation from CLIP's text encoder (stage 1), then together with the image encoder (stage 2).
     """
@@ -52,8 +51,7 @@ class TextAdapter(nn.Module):
             self.register_buffer("anchors", torch.zeros(self.num_anchors, size))
 
     def set_input_statistics(self, mean: torch.Tensor, std: torch.Tensor) -> None:
-        """
-        Set what `adapter_input_norm="standardize"` subtracts and divides by; see `TextEmbeddingStore.statistics`.
+        """Set what `adapter_input_norm="standardize"` subtracts and divides by; see `TextEmbeddingStore.statistics`.
 
         Args:
             mean, std (`torch.Tensor` of shape `(hidden_size,)`): Per dimension, over many LLM embeddings.
@@ -89,8 +87,7 @@ class TextAdapter(nn.Module):
         return hidden_states
 
     def pull_to_anchors(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """
-        Replace what is far from all anchors by a mean of the nearest ones.
+        """Replace what is far from all anchors by a mean of the nearest ones.
 
         The weights of that mean are a softmax of the cosines, as ASIF (arXiv 2210.01738) maps one space to another by the cosines to texts that
         are known in both. What replaces it, and by how much, depends on the nearest anchor's cosine c: the text itself keeps the

@@ -36,8 +36,7 @@ def build_wheel(folder: Path) -> Path:
 
 
 def environment_without_the_package(folder: Path) -> Path:
-    """
-    The Python of a new environment that sees what is installed beside this package, but not this package.
+    """The Python of a new environment that sees what is installed beside this package, but not this package.
 
     A path in a .pth file is only searched; the .pth file there that an editable install leaves is not read.
     """

@@ -13,8 +13,7 @@ TYPE = re.compile(
 
 
 class TransformersDocstrings(Extension):
-    """
-    References become links to what the site documents; a name that it does not document stays plain code. Types lose their own marks, as
+    """References become links to what the site documents; a name that it does not document stays plain code. Types lose their own marks, as
     the reference shows them as code.
     """
 

@@ -20,8 +20,7 @@ PREFIXES: dict[str, Literal["l2", "none"]] = {
 
 @dataclass(frozen=True)
 class Adapter:
-    """
-    The text adapter that a checkpoint holds.
+    """The text adapter that a checkpoint holds.
 
     Attributes:
         llm_size (`int`): Size d of the LLM's embeddings.
@@ -43,8 +42,7 @@ class Adapter:
 
 
 def convert_adapter(tensors: Mapping[str, StoredTensor], input_norm: Literal["l2", "none"] | None) -> Adapter:
-    """
-    Depth, sizes and expansion come from shapes, the input norm from the layout unless `input_norm` says it.
+    """Depth, sizes and expansion come from shapes, the input norm from the layout unless `input_norm` says it.
 
     Raises:
         ConversionError: If there is no adapter, or its parts do not fit together.

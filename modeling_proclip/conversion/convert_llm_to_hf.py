@@ -1,5 +1,4 @@
-"""
-LLM folders that need remote code, as plain bidirectional models: LLM2CLIP's caption-contrastive LLMs (`LlamaEncoderModel`, `LlamaBiModel`)
+"""LLM folders that need remote code, as plain bidirectional models: LLM2CLIP's caption-contrastive LLMs (`LlamaEncoderModel`, `LlamaBiModel`)
 and LLM2Vec's, whose base model gets its LoRA adapters merged in order.
 """
 
@@ -42,8 +41,7 @@ def is_llm(tensors: Mapping[str, StoredTensor]) -> bool:
 def convert_llm(
     folder: Path, tensors: Mapping[str, StoredTensor], lora_adapters: Iterable[Path]
 ) -> tuple[PreTrainedConfig, dict[str, StoredTensor], Rules, list[str]]:
-    """
-    Args:
+    """Args:
         folder: The LLM's folder, with its config.json.
         tensors: Its tensors.
         lora_adapters: Folders of PEFT adapters, in the order of merging.

@@ -54,8 +54,7 @@ def convert_openai_vit(tensors: Mapping[str, StoredTensor], options: Options) ->
 
 
 def convert_hub_vit(tensors: Mapping[str, StoredTensor], options: Options, hidden_act: str | None) -> Tower:
-    """
-    The tower of LLM2CLIP's Hub folders, which is Transformers' CLIP already.
+    """The tower of LLM2CLIP's Hub folders, which is Transformers' CLIP already.
 
     Args:
         tensors, options: As for [`convert_openai_vit`].

@@ -37,8 +37,7 @@ LN_100 = math.log(100)  # the scale that the cards of LLM2CLIP's Hub folders sho
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """
-    What was found, and what was or, in a dry run, would be written.
+    """What was found, and what was or, in a dry run, would be written.
 
     Attributes:
         source, output (`Path`): File or folder that was read, and folder of the result.
@@ -79,8 +78,7 @@ def convert(
     dtype: str | torch.dtype | None = None,
     dry_run: bool = False,
 ) -> ConversionReport:
-    """
-    Turn a published checkpoint into a folder that `AutoModel.from_pretrained` loads without remote code.
+    """Turn a published checkpoint into a folder that `AutoModel.from_pretrained` loads without remote code.
 
     Depth, widths, patches, adapter and dtype are read from the shapes of the tensors, never from a file's name. The result is lean: vision
     tower, text adapter and logit scale, and the name of the LLM if `text_model` is given. Without it, load the result with

@@ -19,8 +19,7 @@ _MAX_COUNTS = {
 
 
 def read_json(file: Path, kind: type | tuple[type, ...] = dict) -> Any:
-    """
-    What a JSON file holds: an object, or a list with `kind=list`.
+    """What a JSON file holds: an object, or a list with `kind=list`.
 
     Raises:
         ConversionError: If there is no such file, or it holds anything else, is nested too deeply or is larger than 100 MiB.
@@ -44,8 +43,7 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def check_numbers(settings: dict[str, Any], file: Path) -> dict[str, Any]:
-    """
-    Refuse settings that name a billion layers or pixels: what is built from them would take all memory.
+    """Refuse settings that name a billion layers or pixels: what is built from them would take all memory.
 
     Raises:
         ConversionError: Naming the file and the key.

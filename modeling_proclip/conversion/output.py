@@ -38,8 +38,7 @@ class PlannedTensor:
 
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """
-    A folder to write in, which becomes `output` when the block ends, and is removed where anything raises.
+    """A folder to write in, which becomes `output` when the block ends, and is removed where anything raises.
 
     A new `output` appears by renaming, complete. One that is there and empty may be a mount point, the current folder or behind a link, which
     renaming cannot replace: it is filled, config.json last, without which nothing takes it for a checkpoint.
@@ -77,8 +76,7 @@ def _put_in_place(files: Path, output: Path) -> None:
 
 @contextmanager
 def scratch_folder(parent: Path, prefix: str) -> Iterator[Path]:
-    """
-    An empty folder in a new one in `parent`, whose name begins with `prefix`; both are removed at the end.
+    """An empty folder in a new one in `parent`, whose name begins with `prefix`; both are removed at the end.
 
     What killed runs left under the same prefix is removed first. A lock beside the folder tells it from that of a run that goes on, which is
     let alone.

@@ -9,8 +9,7 @@ from torch.nn import functional as F
 def resize_positions(
     positions: torch.Tensor, grid: int, *, leading: int, align_corners: bool = False, antialias: bool = False
 ) -> torch.Tensor:
-    """
-    Position embeddings for another grid, by bicubic interpolation.
+    """Position embeddings for another grid, by bicubic interpolation.
 
     Args:
         positions (`torch.Tensor` of shape `(leading + old_grid ** 2, width)`): Patches row by row.

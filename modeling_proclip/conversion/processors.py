@@ -26,8 +26,7 @@ class TextModel:
 
 
 def vision_processor_for(config: PreTrainedConfig, name_or_path: str | os.PathLike | None) -> Any:
-    """
-    The image processor of a tower: the one named, or CLIP's mean and deviation with resizing and centre crop for OpenAI's and EVA's towers,
+    """The image processor of a tower: the one named, or CLIP's mean and deviation with resizing and centre crop for OpenAI's and EVA's towers,
     and SigLIP2's own (mean and deviation 0.5, both sides resized, bilinear).
 
     Raises:
@@ -52,8 +51,7 @@ def vision_processor_for(config: PreTrainedConfig, name_or_path: str | os.PathLi
 
 
 def load_text_model(name_or_path: str | os.PathLike, revision: str | None, llm_size: int) -> TextModel:
-    """
-    Read the config and the tokenizer of an LLM and hash its weights; the model itself is not loaded.
+    """Read the config and the tokenizer of an LLM and hash its weights; the model itself is not loaded.
 
     Raises:
         ConversionError: If they cannot be read, or its embeddings are not of `llm_size`.
@@ -87,8 +85,7 @@ def load_text_model(name_or_path: str | os.PathLike, revision: str | None, llm_s
 
 
 def make_processor(image_processor: Any, tokenizer: Any, prompt_template: str | None) -> Any:
-    """
-    A [`ProCLIPProcessor`], or the image processor alone where no LLM is named.
+    """A [`ProCLIPProcessor`], or the image processor alone where no LLM is named.
 
     Raises:
         ConversionError: If the tokenizer or the template does not do.

@@ -17,8 +17,7 @@ MAX_LISTED = 40  # names in one error message
 
 @dataclass(frozen=True)
 class Rule:
-    """
-    One tensor of ours: `transform` of the published tensors `sources`.
+    """One tensor of ours: `transform` of the published tensors `sources`.
 
     Attributes:
         sources (`tuple[str, ...]`): Published names.
@@ -34,8 +33,7 @@ Rules = dict[str, Rule]
 
 @dataclass
 class Tower:
-    """
-    The vision tower that a checkpoint holds.
+    """The vision tower that a checkpoint holds.
 
     Attributes:
         title (`str`): What it is, for people.
@@ -89,8 +87,7 @@ def count_layers(names: Iterable[str], prefix: str) -> int:
 
 @dataclass(frozen=True)
 class ViTSizes:
-    """
-    Sizes of a ViT, as its tensors' shapes and the options tell.
+    """Sizes of a ViT, as its tensors' shapes and the options tell.
 
     Attributes:
         config_values (`dict[str, int]`): Those that a configuration of Transformers has, by their keys there.
@@ -114,8 +111,7 @@ def vit_sizes(
     mlp: str,
     head_width: int,
 ) -> ViTSizes:
-    """
-    The sizes of the ViT that a checkpoint holds.
+    """The sizes of the ViT that a checkpoint holds.
 
     Args:
         patches, positions: Names of the patch embedding's kernel and of the position embeddings.
@@ -176,8 +172,7 @@ def chunk(index: int, chunks: int) -> Callable[[torch.Tensor], torch.Tensor]:
 def check(
     rules: Rules, tensors: Mapping[str, StoredTensor], shapes: Mapping[str, tuple[int, ...]], ignored: Iterable[str]
 ) -> list[str]:
-    """
-    Prove that `rules` make every tensor of a model with the given `shapes` out of `tensors`, each used, before anything is read.
+    """Prove that `rules` make every tensor of a model with the given `shapes` out of `tensors`, each used, before anything is read.
 
     Returns:
         The published names that are left over and expected to be.

@@ -27,8 +27,7 @@ INDEXES = {"model.safetensors.index.json": "model.safetensors", "pytorch_model.b
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """
-    One tensor of a checkpoint, not read yet.
+    """One tensor of a checkpoint, not read yet.
 
     Attributes:
         file (`Path`): The file that holds it.
@@ -44,8 +43,7 @@ class StoredTensor:
     load: Callable[[], torch.Tensor]
 
     def read(self) -> torch.Tensor:
-        """
-        The tensor, mapped from the file: its bytes are read when they are used.
+        """The tensor, mapped from the file: its bytes are read when they are used.
 
         Raises:
             ConversionError: If it is not what the file states, or holds NaN or infinity.
@@ -65,8 +63,7 @@ class StoredTensor:
 
 
 def read_tensors(source: Path) -> dict[str, StoredTensor]:
-    """
-    The tensors of a file (`.pt`, `.bin`, `.safetensors`) or of a folder that holds `model.safetensors` or `pytorch_model.bin`, in shards
+    """The tensors of a file (`.pt`, `.bin`, `.safetensors`) or of a folder that holds `model.safetensors` or `pytorch_model.bin`, in shards
     or not. Bare state dicts, `{"state_dict": ...}`, `{"module": ...}` and a `module.` in front of every name are unwrapped.
 
     Raises:

@@ -19,8 +19,7 @@ BLOCK = 2**16
 
 
 class Connection(BaseHTTPRequestHandler):
-    """
-    What a request and its answer need.
+    """What a request and its answer need.
 
     Attributes:
         hub: the stand-in.

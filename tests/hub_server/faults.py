@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Fault:
-    """
-    What goes wrong with the next `times` requests that match: a status, or a connection that ends after some bytes of the body, or that
+    """What goes wrong with the next `times` requests that match: a status, or a connection that ends after some bytes of the body, or that
     stops there (`reached` is set) until `release` is.
     """
 

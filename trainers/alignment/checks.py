@@ -24,8 +24,7 @@ _ROWS_AT_A_TIME = 10_000
 
 
 def train_only(model: nn.Module, trained: Iterable[nn.Parameter]) -> None:
-    """
-    Freeze all of `model` but the `trained` parameters.
+    """Freeze all of `model` but the `trained` parameters.
 
     Raises:
         ValueError: If one of these is in half precision, where steps as small as the learning rate's are lost to rounding.
@@ -48,8 +47,7 @@ def proclip_of(model: nn.Module) -> ProCLIPModel:
 
 
 def trained_with_peft(model: nn.Module, freeze_vision: bool) -> list[nn.Parameter]:
-    """
-    What stage 2 trains of a model with PEFT adapters: the adapters, and what its configuration saves with them.
+    """What stage 2 trains of a model with PEFT adapters: the adapters, and what its configuration saves with them.
 
     Raises:
         ValueError: If the model would not save its logit scale, or an adapter is where this stage trains nothing.
@@ -89,8 +87,7 @@ def check_store(
 
 
 def check_texts(name: str, store: Any, dataset: Any, reader: str = "text") -> None:
-    """
-    Check that all captions of `dataset` are in `store`, by their keys alone, so that a training does not fail hours later at a missing one.
+    """Check that all captions of `dataset` are in `store`, by their keys alone, so that a training does not fail hours later at a missing one.
 
     Lists, datasets of the `datasets` library and [`PairRows`] are checked, without decoding images. Others are not, as their images would have
     to be decoded, and neither is a store that is no [`TextEmbeddingStore`].
@@ -127,8 +124,7 @@ def _captions(dataset: Any, reader: str) -> Iterator[list[str]] | None:
 
 
 def refuse_sharding(accelerator: Accelerator) -> None:
-    """
-    Raises ValueError under FSDP and DeepSpeed.
+    """Raises ValueError under FSDP and DeepSpeed.
 
     torch's FSDP2 and DeepSpeed take no parameter without dimensions, which the logit scale is. Besides, the loss reads it outside of the
     model's forward pass, it is clamped in place after a step, and the EMA teacher follows whole parameters. See docs/training_at_scale.md.

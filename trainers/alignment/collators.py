@@ -16,8 +16,7 @@ IMAGE_INPUTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes")  # of 
 
 
 class InheritanceCollator:
-    """
-    Batches of stage 1: each text as embedded by both text encoders.
+    """Batches of stage 1: each text as embedded by both text encoders.
 
     Args:
         text_store: the LLM's embeddings; only `lookup(list[str]) -> (N, hidden_size)` is used.
@@ -43,8 +42,7 @@ class InheritanceCollator:
 
 
 class ContrastiveTuningCollator:
-    """
-    Batches of stage 2: images and the LLM's embeddings of their captions.
+    """Batches of stage 2: images and the LLM's embeddings of their captions.
 
     Args:
         text_store: the LLM's embeddings; only `lookup(list[str]) -> (N, hidden_size)` is used.

@@ -13,8 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 def set_input_statistics(model: ProCLIPModel, text_store: Any) -> None:
-    """
-    Set mean and standard deviation of the text store in an adapter that standardises its input and has none yet.
+    """Set mean and standard deviation of the text store in an adapter that standardises its input and has none yet.
 
     Raises:
         ValueError: If the adapter also projects directions of languages out or has anchors, which do not follow from the store alone.
@@ -37,8 +36,7 @@ def set_input_statistics(model: ProCLIPModel, text_store: Any) -> None:
 
 
 def fit_input_statistics(model: ProCLIPModel, text_store: Any, texts: Mapping[str, Sequence[str]]) -> None:
-    """
-    Fit what `adapter_input_norm="standardize"` does to texts of several languages, each of which counts the same.
+    """Fit what `adapter_input_norm="standardize"` does to texts of several languages, each of which counts the same.
 
     Mean and standard deviation are over all languages. With `adapter_language_directions` the directions in which the languages' means differ
     most are projected out of the standardised embeddings ("language information removal"): what is left of a text says less of its language.
@@ -74,8 +72,7 @@ def fit_input_statistics(model: ProCLIPModel, text_store: Any, texts: Mapping[st
 
 
 def set_anchors(model: ProCLIPModel, text_store: Any, texts: Sequence[str]) -> None:
-    """
-    Set the texts that the adapter pulls others to: its `adapter_num_anchors` anchors.
+    """Set the texts that the adapter pulls others to: its `adapter_num_anchors` anchors.
 
     Take texts that stage 1 trains on, in the language of CLIP's text encoder, enough to cover everything that is to be distinguished. Each
     costs `4 * hidden_size` bytes in the checkpoint. Call this after the adapter's input statistics are set, which decide what is near.

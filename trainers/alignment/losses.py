@@ -10,8 +10,7 @@ from .config import AlignmentConfig
 def distillation_loss(
     student: torch.Tensor, teacher: torch.Tensor, args: AlignmentConfig
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """
-    lambda_ins L_ins + lambda_struct L_struct over the joined batch of all processes (ProCLIP, arXiv 2510.18795, method): L_stage1 for
+    """lambda_ins L_ins + lambda_struct L_struct over the joined batch of all processes (ProCLIP, arXiv 2510.18795, method): L_stage1 for
     text embeddings, lambda L_reg of stage 2 for image embeddings.
 
     Args:

@@ -26,8 +26,7 @@ _LOGIT_SCALE = "base_model.model.logit_scale"
 
 
 class ProCLIPPeftModel(PeftModel):
-    r"""
-    As [`peft.get_peft_model`] of a [`ProCLIPModel`]: PEFT's adapters on the modules that `peft_config` names, on the image encoder
+    r"""As [`peft.get_peft_model`] of a [`ProCLIPModel`]: PEFT's adapters on the modules that `peft_config` names, on the image encoder
     (`vision_model`), on the LLM (`text_model`) or on both. The text adapter is trained beside them and saved with them (PEFT's
     `modules_to_save`), and so is the logit scale, which PEFT alone would leave out, as it is a parameter without a module.
 
@@ -68,8 +67,7 @@ class ProCLIPPeftModel(PeftModel):
     def save_pretrained(
         self, save_directory: str | os.PathLike, *args: Any, push_to_hub: bool = False, **kwargs: Any
     ) -> None:
-        """
-        Saves as [`peft.PeftModel.save_pretrained`] does, with the logit scale, a card, and `training.json` where a trainer recorded its stages.
+        """Saves as [`peft.PeftModel.save_pretrained`] does, with the logit scale, a card, and `training.json` where a trainer recorded its stages.
         With `push_to_hub` the folder is published too, to `repo_id` (by default its name). Raises ValueError if a trained weight is NaN or
         infinite.
         """
@@ -112,8 +110,7 @@ class ProCLIPPeftModel(PeftModel):
         token: str | None = None,
         **card: Any,
     ) -> str | None:
-        """
-        Publishes what `save_pretrained` writes, in one commit, as `proclip publish` does.
+        """Publishes what `save_pretrained` writes, in one commit, as `proclip publish` does.
 
         Args:
             repo_id: `owner/name`, or the name alone of a repository of your own.

@@ -17,8 +17,7 @@ _RECORDED = ("pooling", "prompt_template", "instruction")
 
 
 def check_made_by_llm(name: str, store: Any, model: ProCLIPModel, processor: Any = None) -> None:
-    """
-    Compare what made the embeddings of `store` with the LLM of `model`, which need not be loaded, and with `processor` if it is a
+    """Compare what made the embeddings of `store` with the LLM of `model`, which need not be loaded, and with `processor` if it is a
     [`ProCLIPProcessor`]. Warns once of what cannot be compared. A store that is none of ours may hold what it likes.
 
     Raises:
@@ -73,8 +72,7 @@ def text_encoder_of(store: Any) -> dict[str, Any] | None:
 
 
 def check_made_by_teacher(name: str, store: Any, model: ProCLIPModel) -> None:
-    """
-    Raises ValueError if `store` holds embeddings of an LLM, which no image encoder was trained with. Warns if it was made by a CLIP of
+    """Raises ValueError if `store` holds embeddings of an LLM, which no image encoder was trained with. Warns if it was made by a CLIP of
     another name than the image encoder's.
     """
     store = _files_of(store)

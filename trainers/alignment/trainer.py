@@ -32,8 +32,7 @@ from .store_identity import check_made_by_llm, text_encoder_of
 
 
 class AlignmentTrainer(StageTrainer):
-    """
-    The part of a stage's trainer that is not its loss.
+    """The part of a stage's trainer that is not its loss.
 
     - Only `trained` parameters of the model are trained; all others are frozen.
     - Captions and order of the rows depend on seed and epoch only; `train_dataset` may be a [`PairStream`], for which `max_steps` counts.
@@ -151,8 +150,7 @@ class AlignmentTrainer(StageTrainer):
         super()._save(output_dir, state_dict)
 
     def create_model_card(self, **kwargs: Any) -> None:
-        """
-        Write `README.md` to `output_dir`, from what was saved there: [`~hub_cards.model_card`], or [`~hub_cards.adapter_card`] of PEFT adapters.
+        """Write `README.md` to `output_dir`, from what was saved there: [`~hub_cards.model_card`], or [`~hub_cards.adapter_card`] of PEFT adapters.
 
         Args:
             kwargs: Passed to that function, such as `license` and `datasets`. `model_name` is accepted too.
@@ -180,8 +178,7 @@ class AlignmentTrainer(StageTrainer):
             return super().get_eval_dataloader(eval_dataset)
 
     def _real_rows(self, rows: int) -> int:
-        """
-        How many of this process's `rows` are not repeated; sets `_joined_rows` to the number over all processes. accelerate fills up a last
+        """How many of this process's `rows` are not repeated; sets `_joined_rows` to the number over all processes. accelerate fills up a last
         batch that is not dropped with rows from the beginning, so that every process has equally many.
         """
         loaders, world_size = self.accelerator.gradient_state, self.args.world_size

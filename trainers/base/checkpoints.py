@@ -1,5 +1,4 @@
-"""
-The checkpoints of a training: complete or not, unchanged or not, and which of them are kept.
+"""The checkpoints of a training: complete or not, unchanged or not, and which of them are kept.
 
 A checkpoint is the folder `checkpoint-<step>`; whatever else lies beside it is none. Its `manifest.json` has size and SHA-256 of every
 other file in it. It is written twice: first without files, which marks a checkpoint that is being written, and last, when all files are on
@@ -67,8 +66,7 @@ def last_written_checkpoint(output_dir: str | Path) -> Path | None:
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str:
-    """
-    The checkpoint of the most steps in `output_dir` that is complete and unchanged. Reads all of its files. One that is not is passed over,
+    """The checkpoint of the most steps in `output_dir` that is complete and unchanged. Reads all of its files. One that is not is passed over,
     with a warning that names the file.
 
     Raises:
@@ -109,8 +107,7 @@ def complete(folder: Path) -> None:
 
 
 def verify(folder: str | Path) -> None:
-    """
-    Check that the checkpoint in `folder` is complete and that its files are those that were written. Reads them all.
+    """Check that the checkpoint in `folder` is complete and that its files are those that were written. Reads them all.
 
     Raises:
         CheckpointError: If it is not; names the file.
@@ -136,8 +133,7 @@ def verify(folder: str | Path) -> None:
 
 
 def check_resumable(folder: str | Path) -> None:
-    """
-    Check that a checkpoint has what a run goes on from, besides the weights: Transformers starts anew, without a word, what is missing.
+    """Check that a checkpoint has what a run goes on from, besides the weights: Transformers starts anew, without a word, what is missing.
 
     Raises:
         CheckpointError: If it has not; names the file.
@@ -159,8 +155,7 @@ def steps_of(folder: str | Path) -> int:
 
 
 def rotate(output_dir: str | Path, keep: int | None, protected: Iterable[str | Path | None] = ()) -> None:
-    """
-    Delete the checkpoints that were written longest ago until `keep` are left (`None`: all), never a `protected` one.
+    """Delete the checkpoints that were written longest ago until `keep` are left (`None`: all), never a `protected` one.
 
     Only `checkpoint-<number>` is counted and deleted; Transformers' own rotation would take `checkpoint-2.bak` too.
     """

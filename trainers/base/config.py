@@ -12,8 +12,7 @@ Refused = dict[str, tuple[tuple[Any, ...], str]]
 
 @dataclass
 class StageArguments(TrainingArguments):
-    """
-    Defaults that differ from [`~transformers.TrainingArguments`] in every stage, and settings that are refused because they would be ignored,
+    """Defaults that differ from [`~transformers.TrainingArguments`] in every stage, and settings that are refused because they would be ignored,
     or would change the loss.
 
     Raises:

@@ -19,8 +19,7 @@ TEXTS = "row_texts"  # key of a batch: the caption of each row, for messages
 
 
 class WithTexts:
-    """
-    Batches of `collator`, with the captions of their rows under [`TEXTS`], so that an error can name them.
+    """Batches of `collator`, with the captions of their rows under [`TEXTS`], so that an error can name them.
 
     Args:
         collator: collator of the batches.
@@ -57,8 +56,7 @@ def trained_weights(model: nn.Module) -> dict[str, torch.Tensor]:
 def explain(
     when: str, loss: torch.Tensor, model: nn.Module, batch: Mapping[str, Any], texts: Sequence[str], process: int
 ) -> str:
-    """
-    Why a batch gave a loss or a gradient that is not finite, as one line. Reads all weights and gradients, so call it only then.
+    """Why a batch gave a loss or a gradient that is not finite, as one line. Reads all weights and gradients, so call it only then.
 
     Args:
         when: what was being done, such as "step 3".

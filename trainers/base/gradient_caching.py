@@ -31,8 +31,7 @@ def cached_backward(
     accelerator: Accelerator,
     model: nn.Module,
 ) -> torch.Tensor:
-    """
-    Does what `loss = loss_fn(*embed(whole batch)); accelerator.backward(loss)` does, in the memory of one micro-batch.
+    """Does what `loss = loss_fn(*embed(whole batch)); accelerator.backward(loss)` does, in the memory of one micro-batch.
 
     Gradients are added to `.grad` of the parameters and averaged over the processes, as by any backward pass, also those of parameters that
     only `loss_fn` uses, such as a logit scale. Autocast and float16's gradient scaling happen in here: call it outside

@@ -29,8 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class Publisher:
-    """
-    Sends what [`publish`] sends of a folder (checkpoint, processor, code and card in one commit) to one repository, made if it is not there.
+    """Sends what [`publish`] sends of a folder (checkpoint, processor, code and card in one commit) to one repository, made if it is not there.
 
     Args:
         args: `hub_model_id` (by default the name of `output_dir`), `hub_token`, `hub_private_repo` (private unless `False`), `hub_revision`
@@ -77,8 +76,7 @@ class Publisher:
         return publish(folder, self.repo_id, **settings)
 
     def publish_checkpoint(self, folder: Path, step: int) -> Future:
-        """
-        Send a checkpoint in the background, from links to its files, as it may be rotated away meanwhile; with `hub_strategy="checkpoint"` or
+        """Send a checkpoint in the background, from links to its files, as it may be rotated away meanwhile; with `hub_strategy="checkpoint"` or
         "all_checkpoints" also what a training resumes from.
         """
         links = folder.with_name(f"{_LINKS}{step}")

@@ -16,8 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 class StreamReader(TrainerCallback):
-    """
-    Reads this process's share of a [`PairStream`], and keeps in each checkpoint how far it has come.
+    """Reads this process's share of a [`PairStream`], and keeps in each checkpoint how far it has come.
 
     accelerate, which would read all rows in one process and send them to the others, or let every process read all rows and drop most, has
     no part in it. As a callback it reports the share of the steps that is done as the epoch, and at the end the rows that were passed over.
@@ -40,8 +39,7 @@ class StreamReader(TrainerCallback):
         self._loader: StreamLoader | None = None
 
     def open(self, collate: Any, checkpoint: str | None) -> StreamLoader:
-        """
-        The batches, from the beginning or from where the `checkpoint` was written.
+        """The batches, from the beginning or from where the `checkpoint` was written.
 
         Raises:
             FileNotFoundError: If the checkpoint does not say how far this process had read the stream.

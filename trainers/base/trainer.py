@@ -24,8 +24,7 @@ from .streams import StreamReader, refuse_streams
 
 
 class StageTrainer(Trainer):
-    """
-    A Trainer that
+    """A Trainer that
 
     - stops at the first loss or gradient that is NaN or infinite, and saves no such weights (gradients that overflow because of float16's
       loss scale are skipped by the scaler, as usual);
@@ -83,8 +82,7 @@ class StageTrainer(Trainer):
     # Training
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """
-        As [`~transformers.Trainer.train`].
+        """As [`~transformers.Trainer.train`].
 
         Args:
             resume_from_checkpoint: a checkpoint's folder, or `True` for the last one in `output_dir` that is complete and unchanged: others are
@@ -217,8 +215,7 @@ class StageTrainer(Trainer):
     # Publishing
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """
-        As Trainer, private by default.
+        """As Trainer, private by default.
 
         Raises:
             ValueError: If what would be sent later could not be, see [`Publisher`].
@@ -236,8 +233,7 @@ class StageTrainer(Trainer):
         private: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """
-        Save model, processor and card to `output_dir`, and [`publish`] it.
+        """Save model, processor and card to `output_dir`, and [`publish`] it.
 
         Args:
             commit_message, token, revision, private: As [`~transformers.Trainer.push_to_hub`].

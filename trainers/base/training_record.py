@@ -32,8 +32,7 @@ _PACKAGES = ("proclip-transformers", "transformers", "torch")
 
 
 def training_record(trainer: Trainer, stage: str, rows: DrawnCaptions | PairStream, finished: bool) -> dict[str, Any]:
-    """
-    What `trainer` has done so far and with which settings, as JSON.
+    """What `trainer` has done so far and with which settings, as JSON.
 
     Args:
         stage: Name of the stage, in words.

@@ -16,8 +16,7 @@ from trainers.text_store.token_batches import TokenRow, length_sorted_batches, p
 
 
 class CaptionPairs(EpochDataset):
-    """
-    Rows of captions as pairs: two of an image's captions are drawn in each epoch, in random order (LLM2CLIP, arXiv 2411.04997: two
+    """Rows of captions as pairs: two of an image's captions are drawn in each epoch, in random order (LLM2CLIP, arXiv 2411.04997: two
     captions of one image are positives). The draw depends on seed, epoch and row only, as in [`DrawnCaptions`], so a resumed run and a run
     on another number of processes see the same pairs. Plain-text pairs follow after the captions and keep their order.
 
@@ -70,8 +69,7 @@ class CaptionPairs(EpochDataset):
 
 
 class OneSourceBatches(Sampler[int]):
-    """
-    Row numbers in an order in which every joined batch holds either captions or plain text, as in the training of LLM2CLIP and LLM2Vec
+    """Row numbers in an order in which every joined batch holds either captions or plain text, as in the training of LLM2CLIP and LLM2Vec
     (E5Data: batches of one data set, rows that do not fill one left out, batches shuffled): texts of two sources are too easy to tell
     apart. The order depends on the pairs' seed and epoch only.
 
@@ -130,8 +128,7 @@ def count_batches(
 
 
 class CaptionPairCollator:
-    """
-    Batches of stage 0: the texts' tokens in micro-batches of similar length, and the keys by which false negatives are recognised.
+    """Batches of stage 0: the texts' tokens in micro-batches of similar length, and the keys by which false negatives are recognised.
 
     Args:
         tokenizer: A [`TextTokenizer`], which applies the prompt template.
@@ -165,8 +162,7 @@ class CaptionPairCollator:
 
 
 class TextTokenizer:
-    """
-    Tokenizes texts in the LLM's prompt template, each with or without an instruction.
+    """Tokenizes texts in the LLM's prompt template, each with or without an instruction.
 
     Args:
         tokenizer: The LLM's.
@@ -212,8 +208,7 @@ def micro_batches(
     token_budget: int | None = None,
     packed: bool = False,
 ) -> tuple[list[dict[str, Any]], torch.Tensor]:
-    """
-    Token rows in micro-batches of similar length, the longest first, each padded on the left to its own longest text only, or packed.
+    """Token rows in micro-batches of similar length, the longest first, each padded on the left to its own longest text only, or packed.
 
     Args:
         max_texts, token_budget: Most texts and most padded tokens of a micro-batch; a single text may have more tokens.
@@ -231,8 +226,7 @@ def micro_batches(
 
 
 def pair_keys(pairs: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-    """
-    The keys of a batch of pairs for `caption_contrastive_loss`. A document also fits another row's query if both rows have the same id, or if
+    """The keys of a batch of pairs for `caption_contrastive_loss`. A document also fits another row's query if both rows have the same id, or if
     its text equals the query or the query's own document. A hard negative fits only by its text.
     """
     ids = [stable_hash(f"id {pair['id']}") for pair in pairs]

@@ -9,8 +9,7 @@ from .lora import LoraTrainingArguments
 
 @dataclass
 class CaptionContrastiveConfig(LoraTrainingArguments):
-    r"""
-    Arguments of [`CaptionContrastiveTrainer`]: those of [`~transformers.TrainingArguments`] and the following.
+    r"""Arguments of [`CaptionContrastiveTrainer`]: those of [`~transformers.TrainingArguments`] and the following.
 
     Args:
         lora_r (`int`, defaults to 16), lora_alpha (`int`, defaults to 32), lora_dropout (`float`, defaults to 0.05):

@@ -21,8 +21,7 @@ class _PassThrough(nn.Module):
 
 
 class FrozenLayerStates:
-    """
-    The hidden states that enter decoder layer `num_layers` of an LLM, for every text that was filled in.
+    """The hidden states that enter decoder layer `num_layers` of an LLM, for every text that was filled in.
 
     They are kept in memory: a token takes hidden size x bytes of the LLM's dtype, so a million short captions take about 100 GB for an LLM of
     size 4,096 in bfloat16. This is meant for texts that are read many times, where the time of the lower layers matters.
@@ -52,8 +51,7 @@ class FrozenLayerStates:
 
     @torch.no_grad()
     def fill(self, rows: Sequence[TokenRow], token_budget: int) -> None:
-        """
-        Compute the states of texts, each once, in batches of similar length and at most `token_budget` padded tokens.
+        """Compute the states of texts, each once, in batches of similar length and at most `token_budget` padded tokens.
 
         Args:
             rows: The texts' tokens; "input_ids" identifies a text.
@@ -80,8 +78,7 @@ class FrozenLayerStates:
         self.text_model.train(was_training)
 
     def lookup(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """
-        The states of a padded batch, `(batch_size, sequence_length, hidden_size)`, on the device of `input_ids` and 0 on padding.
+        """The states of a padded batch, `(batch_size, sequence_length, hidden_size)`, on the device of `input_ids` and 0 on padding.
 
         Raises:
             KeyError: If a text was not filled in.

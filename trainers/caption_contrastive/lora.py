@@ -39,8 +39,7 @@ class LoraTrainingArguments(StageArguments):
 
 
 def add_lora(text_model: PreTrainedModel, args: LoraTrainingArguments) -> Any:
-    """
-    The LLM with a fresh LoRA, initialised from `args.seed`, on every linear layer of its last `lora_num_layers` decoder layers, as a
+    """The LLM with a fresh LoRA, initialised from `args.seed`, on every linear layer of its last `lora_num_layers` decoder layers, as a
     `PeftModel`. The LLM itself is changed: the LoRA is inserted into its layers. Its weights are frozen; those of the LoRA are float32 if the
     LLM is in half precision.
 

@@ -23,8 +23,7 @@ def caption_contrastive_loss(
     document_keys: torch.Tensor | None = None,
     negative_keys: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """
-    Cross entropy of finding each query's own document among all documents, by cosine: query i belongs to document i; all other documents and
+    """Cross entropy of finding each query's own document among all documents, by cosine: query i belongs to document i; all other documents and
     all hard negatives are wrong (LLM2CLIP, arXiv 2411.04997, run_supervised.py; LLM2Vec's HardNegativeNLLLoss).
 
     One direction only, as in those: it is drawn which of two captions is the query, so both directions are trained.
@@ -58,8 +57,7 @@ def global_caption_contrastive_loss(
     document_keys: torch.Tensor | None = None,
     negative_keys: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """
-    `caption_contrastive_loss` over the joined batch of all ranks, each with its own queries against the gathered documents.
+    """`caption_contrastive_loss` over the joined batch of all ranks, each with its own queries against the gathered documents.
 
     Args and errors as there, with the local rows. The ranks may have different numbers of rows, but either all or none of them have negatives.
 

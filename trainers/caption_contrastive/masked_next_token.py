@@ -31,8 +31,7 @@ from .lora import LoraTrainingArguments, add_lora
 
 @dataclass
 class MaskedNextTokenConfig(LoraTrainingArguments):
-    r"""
-    Arguments of [`MaskedNextTokenTrainer`]: those of [`~transformers.TrainingArguments`] and the following.
+    r"""Arguments of [`MaskedNextTokenTrainer`]: those of [`~transformers.TrainingArguments`] and the following.
 
     Args:
         mask_probability (`float`, defaults to 0.2): Share of the tokens to predict (LLM2CLIP).
@@ -79,8 +78,7 @@ def mask_tokens(
     masking: str = "bert",
     generator: torch.Generator | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Mask tokens that are to be predicted.
+    """Mask tokens that are to be predicted.
 
     Args:
         input_ids: int64, any shape.
@@ -108,8 +106,7 @@ def mask_tokens(
 
 
 def masked_next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """
-    Cross entropy of each masked token given the hidden state before it. The very first token has none before it and does not count.
+    """Cross entropy of each masked token given the hidden state before it. The very first token has none before it and does not count.
 
     Args:
         logits: `(batch_size, sequence_length, vocab_size)`.
@@ -125,8 +122,7 @@ def masked_next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.
 
 
 class MaskedTexts(Dataset):
-    """
-    Rows of texts as masked tokens. Masks, and the choice among several captions, depend on seed, epoch and row only, so a resumed run sees the
+    """Rows of texts as masked tokens. Masks, and the choice among several captions, depend on seed, epoch and row only, so a resumed run sees the
     same ones.
 
     Args:
@@ -179,8 +175,7 @@ class MaskedTexts(Dataset):
 
 
 class MaskedNextTokenTrainer(StageTrainer):
-    r"""
-    Trains a LoRA on an LLM with bidirectional attention to predict masked tokens. It saves the LoRA of the *base model*, as
+    r"""Trains a LoRA on an LLM with bidirectional attention to predict masked tokens. It saves the LoRA of the *base model*, as
     [`CaptionContrastiveTrainer`] does: load it on `AutoModel`, or merge it with `proclip convert LLM OUT --lora FOLDER`.
 
     Args:

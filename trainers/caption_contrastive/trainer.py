@@ -32,8 +32,7 @@ from .losses import caption_contrastive_loss, global_caption_contrastive_loss
 
 
 class CaptionContrastiveTrainer(StageTrainer):
-    r"""
-    Trains a LoRA on an LLM with bidirectional attention: by the cosine of their pooled embeddings, a caption must find the other caption of
+    r"""Trains a LoRA on an LLM with bidirectional attention: by the cosine of their pooled embeddings, a caption must find the other caption of
     its image among the captions of other images (LLM2CLIP, arXiv 2411.04997).
 
     Args:
@@ -115,8 +114,7 @@ class CaptionContrastiveTrainer(StageTrainer):
         self.add_callback(SetEpoch(self.pairs))
 
     def merge(self) -> PreTrainedModel:
-        """
-        The LLM with the LoRA merged into its weights, as a plain model of Transformers; save it with `save_pretrained`. A [`ProCLIPModel`] that
+        """The LLM with the LoRA merged into its weights, as a plain model of Transformers; save it with `save_pretrained`. A [`ProCLIPModel`] that
         was passed in has it as its `text_model`. Call this last: the trainer's model is no longer a PEFT model. Raises ValueError if a merged
         weight is NaN or infinite, as float16's may be.
         """
@@ -212,8 +210,7 @@ class CaptionContrastiveTrainer(StageTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """
-        Caption-to-caption retrieval over the whole evaluation set, and the loss in batches of `per_device_eval_batch_size` pairs.
+        """Caption-to-caption retrieval over the whole evaluation set, and the loss in batches of `per_device_eval_batch_size` pairs.
 
         Returns:
             `{"eval_caption_r@1": ..., "eval_loss": ..., ...}`, for several datasets with their names in the keys; also logged.

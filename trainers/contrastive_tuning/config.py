@@ -15,8 +15,7 @@ _METHODS = ("proclip", "llm2clip", "lit")
 def batch_invariant_weights(
     lambda_: float = PUBLISHED_LAMBDA, per_device_batch: int = PUBLISHED_BATCH, distance: str = "squared"
 ) -> tuple[float, float]:
-    """
-    The two weights with which `reduction="mean"` and `structure_distance="squared"` give the loss that a single weight gives on sums over a
+    """The two weights with which `reduction="mean"` and `structure_distance="squared"` give the loss that a single weight gives on sums over a
     batch, lambda (L_ins + L_struct) (ProCLIP, arXiv 2510.18795, method).
 
     The sum over N pairs is N times their mean; the sum over the pairs of pairs is N (N - 1) / 2 times theirs.
@@ -37,8 +36,7 @@ def batch_invariant_weights(
 
 @dataclass
 class ContrastiveTuningConfig(AlignmentConfig):
-    r"""
-    Arguments of [`ContrastiveTuningTrainer`]: those of [`~transformers.TrainingArguments`] and the following.
+    r"""Arguments of [`ContrastiveTuningTrainer`]: those of [`~transformers.TrainingArguments`] and the following.
 
     Args:
         method (`"proclip"`, `"llm2clip"` or `"lit"`, defaults to `"proclip"`):

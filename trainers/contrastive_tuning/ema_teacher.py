@@ -17,8 +17,7 @@ EMA_FILE = "ema_teacher.safetensors"
 
 
 class EMATeacher:
-    """
-    E_I*: starts as a copy of the image encoder E_I (vision tower and projection) and is updated to
+    """E_I*: starts as a copy of the image encoder E_I (vision tower and projection) and is updated to
     E_I* = decay * E_I* + (1 - decay) * E_I after every optimizer step (ProCLIP, arXiv 2510.18795, method; the published code has none).
 
     It is in eval mode, has no gradient, and is no part of the model: its weights are a file of their own in a checkpoint.
@@ -56,8 +55,7 @@ class EMATeacher:
         write_safetensors(Path(folder) / EMA_FILE, state, {"format": "pt"})
 
     def load(self, folder: str | Path) -> None:
-        """
-        Read what `save` wrote.
+        """Read what `save` wrote.
 
         Raises:
             FileNotFoundError: If the file is not in `folder`; names the remedy.

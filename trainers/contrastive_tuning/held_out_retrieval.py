@@ -11,8 +11,7 @@ from trainers.evaluation import retrieval_recall
 
 
 class AllCaptionsCollator:
-    """
-    Batches of `collator`, with the stored embeddings of all captions of their rows.
+    """Batches of `collator`, with the stored embeddings of all captions of their rows.
 
     Args:
         collator: makes training batches, which read the first caption of a row.

@@ -27,8 +27,7 @@ MAX_LOG_LOGIT_SCALE = math.log(100)  # CLIP, arXiv 2103.00020
 
 
 class ContrastiveTuningTrainer(AlignmentTrainer):
-    r"""
-    Trains image encoder E_I, text adapter A and logit scale on images with captions, by
+    r"""Trains image encoder E_I, text adapter A and logit scale on images with captions, by
     L_stage2 = L_info + lambda_ins L_ins(v, v*) + lambda_struct L_struct(v, v*) (ProCLIP, arXiv 2510.18795, method, stage 2): the contrastive
     loss over the joined batch of all processes, with the image embeddings v regularised towards the embeddings v* of an EMA copy of the image
     encoder. LLM2CLIP and LiT are settings of it: [`ContrastiveTuningConfig`]`.method`.
@@ -117,8 +116,7 @@ class ContrastiveTuningTrainer(AlignmentTrainer):
         self.text_store, self._held_out = text_store, HeldOutRetrieval()
 
     def embed(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """
-        v, from `pixel_values (batch_size, 3, height, width)` and the image encoder's other inputs, and t, from `llm_embeds (batch_size,
+        """v, from `pixel_values (batch_size, 3, height, width)` and the image encoder's other inputs, and t, from `llm_embeds (batch_size,
         hidden_size)`; t alone if E_I is frozen.
         """
         if self.args.freeze_vision:

@@ -38,8 +38,7 @@ _MOST_BYTES = 1 << 30  # of a field
 
 @dataclass(frozen=True)
 class TarShard:
-    """
-    A shard.
+    """A shard.
 
     Attributes:
         path: path of the file.
@@ -66,8 +65,7 @@ class TarShard:
         )
 
     def rows(self, columns: list[str] | None = None) -> Iterator[Placed]:
-        """
-        The rows in their order: each a field's content under its name, those of images as `{"bytes", "path"}`, and "__key__".
+        """The rows in their order: each a field's content under its name, those of images as `{"bytes", "path"}`, and "__key__".
 
         Raises:
             ValueError: If the archive is damaged or was cut short, also at the end of a row; names it.
@@ -115,9 +113,7 @@ class TarShard:
         return parse_json(text, "it") if kind == "json" else text
 
     def _members(self, columns: list[str] | None) -> Iterator[tuple[tarfile.TarInfo, str, str, bytes | None]]:
-        """
-        The members that are fields of rows, up to the archive's end: each with its row's key, its field and, of those `columns`, its content.
-        """
+        """The members that are fields of rows, up to the archive's end: each with its row's key, its field and, of those `columns`, its content."""
         try:
             with ExitStack() as opened:
                 file: IO[bytes] = opened.enter_context(open(self.path, "rb"))

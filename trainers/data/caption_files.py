@@ -48,8 +48,7 @@ def is_karpathy(content: Any) -> bool:
 
 
 def karpathy_rows(content: dict[str, Any], path: str, split: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """
-    The images of Karpathy's `dataset_*.json` that belong to `split` ("train+restval" joins two; None: all), each with its captions.
+    """The images of Karpathy's `dataset_*.json` that belong to `split` ("train+restval" joins two; None: all), each with its captions.
 
     Raises:
         ValueError: If the file is not made like that, or has no such split (says which it has); names it.

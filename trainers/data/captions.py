@@ -10,8 +10,7 @@ from .epochs import EpochDataset
 
 
 class DrawnCaptions(EpochDataset):
-    """
-    Rows whose "text" is one caption: from a list of captions, one is drawn for each row and epoch (ProCLIP, arXiv 2510.18795, Table 8: "one
+    """Rows whose "text" is one caption: from a list of captions, one is drawn for each row and epoch (ProCLIP, arXiv 2510.18795, Table 8: "one
     drawn at random per sample per epoch"; the published code draws without a seed). The draw is a function of seed, epoch and row alone, so
     a resumed run and a run with another number of processes or data workers sees the same captions. So is "teacher_text", by a draw of its
     own, in rows that have it.
@@ -49,8 +48,7 @@ class DrawnCaptions(EpochDataset):
 
 
 def draw_captions(row: Mapping[str, Any], name: str, seed: int, epoch: int, key: int | str) -> dict[str, str]:
-    """
-    One caption for each reader that the row has captions for: "text", and in rows that have it "teacher_text".
+    """One caption for each reader that the row has captions for: "text", and in rows that have it "teacher_text".
 
     Args:
         row, name: As for [`captions_of`].
@@ -71,8 +69,7 @@ def draw_caption(captions: Sequence[str], seed: int, epoch: int, row: int | str)
 
 
 def captions_of(row: Mapping[str, Any], name: str, reader: str = "text") -> list[str]:
-    """
-    The captions of a row, at least one.
+    """The captions of a row, at least one.
 
     Args:
         row: with "text" and perhaps "teacher_text", each a caption or a list of captions.

@@ -54,8 +54,7 @@ def read_rows(shards: Sequence[Shard], columns: list[str]) -> Iterator[dict[str,
 
 
 def copied_rows(shards: Sequence[Shard], columns: list[str]) -> datasets.Dataset:
-    """
-    The same rows by number, copied once into the cache of `datasets` (`HF_DATASETS_CACHE`).
+    """The same rows by number, copied once into the cache of `datasets` (`HF_DATASETS_CACHE`).
 
     The files are hashed at every opening, and what they hold decides which copy is theirs. A copy that was interrupted is made again; of
     several processes one makes it and the others wait.

@@ -28,8 +28,7 @@ class NamedFiles(Protocol):
     """What rows may name: a [`DataFolder`] or [`HubFiles`]."""
 
     def find(self, name: str) -> Path | bytes:
-        """
-        The file that a row calls `name`, or its content.
+        """The file that a row calls `name`, or its content.
 
         Raises:
             OSError: If there is no such file.
@@ -39,8 +38,7 @@ class NamedFiles(Protocol):
 
 @dataclass(frozen=True)
 class DataFolder:
-    """
-    A folder of files that rows name by relative or absolute paths.
+    """A folder of files that rows name by relative or absolute paths.
 
     People write relative paths in three ways: as seen from the folder, as seen from the file with the rows, and with the folder's own name first.
     The first of these by which the first row's file is found holds for all rows, see [`settled`].
@@ -105,8 +103,7 @@ class LocalFiles:
 
 @dataclass(frozen=True)
 class HubFiles:
-    """
-    The files of a dataset on the Hub: in its repository, from which a stream reads them, or where the library keeps what it fetched.
+    """The files of a dataset on the Hub: in its repository, from which a stream reads them, or where the library keeps what it fetched.
 
     Attributes:
         repository: name of the dataset.

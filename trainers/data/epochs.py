@@ -25,8 +25,7 @@ class EpochDataset(Dataset):
 
 
 class SetEpoch(TrainerCallback):
-    """
-    Tells a dataset the epoch that begins. accelerate calls set_epoch of a dataset only where its sampler has none, and not on several
+    """Tells a dataset the epoch that begins. accelerate calls set_epoch of a dataset only where its sampler has none, and not on several
     processes.
     """
 

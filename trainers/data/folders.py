@@ -35,8 +35,7 @@ _NO_DATA = ("thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "system volume
 
 
 def list_files(folder: str | Path) -> list[str]:
-    """
-    The files of `folder` and all folders in it, relative to it, in the order of their paths; without hidden ones (`._a.jpg`, `.DS_Store`),
+    """The files of `folder` and all folders in it, relative to it, in the order of their paths; without hidden ones (`._a.jpg`, `.DS_Store`),
     `__MACOSX` and the like. Links out of the folder are left out with a warning.
 
     Raises:
@@ -92,8 +91,7 @@ def split_of(file: str, *, names: bool) -> str | None:
 
 
 def files_of_split(files: Sequence[str], split: str, where: str, *, names: bool) -> list[str]:
-    """
-    Those of `files` that belong to `split`.
+    """Those of `files` that belong to `split`.
 
     A folder called `train`, `val`, `validation2017` and so on is a split with all that is in it, and with `names` so is a file whose name has such
     a word (`cc3m-train-0001.tar`). Where nothing tells, all is "train". Of other names, a folder at the top is a split.
@@ -131,8 +129,7 @@ def files_of_split(files: Sequence[str], split: str, where: str, *, names: bool)
 
 
 def declared_files(folder: Path, config: str | None, split: str) -> list[str] | None:
-    """
-    The patterns of files that the folder's README.md states for `split`, as data sets on the Hub do; None if it states nothing.
+    """The patterns of files that the folder's README.md states for `split`, as data sets on the Hub do; None if it states nothing.
 
     Raises:
         ValueError: If what it states cannot be read, or it has no such configuration or split; names it.
@@ -173,8 +170,7 @@ def _by_split(files: Any, readme: Path) -> dict[str, list[str]]:
 
 
 def matching_files(files: Sequence[str], patterns: Sequence[str], where: str) -> list[str]:
-    """
-    Those of `files`, relative paths, that fit a pattern: `*` is part of a name, `**` any folders. FileNotFoundError if none does.
+    """Those of `files`, relative paths, that fit a pattern: `*` is part of a name, `**` any folders. FileNotFoundError if none does.
 
     Only what was found in the folder is matched, so that a pattern from somebody else reaches nothing else and takes no long time.
     """
@@ -205,8 +201,7 @@ def _without_folders(places: set[int], pattern: Sequence[str]) -> set[int]:
 
 
 def captions_beside(images: Sequence[str], files: Sequence[str], where: str) -> dict[str, list[str | None]]:
-    """
-    What lies beside `images`, `a.txt` or `a.jpg.txt` beside `a.jpg`: columns "image", "text" (the file with captions, `.txt` or else `.caption`) and
+    """What lies beside `images`, `a.txt` or `a.jpg.txt` beside `a.jpg`: columns "image", "text" (the file with captions, `.txt` or else `.caption`) and
     "json".
 
     A column that would be empty is left out. Captions beside which there is no image of a kind that is read are counted in a warning.

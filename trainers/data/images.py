@@ -12,8 +12,7 @@ from .data_folder import NamedFiles
 
 
 def decode_stored_image(value: Any, files: NamedFiles | None = None) -> Image.Image:
-    """
-    The image that a row holds, as [`~modeling_proclip.images.decode_image`] decodes it everywhere.
+    """The image that a row holds, as [`~modeling_proclip.images.decode_image`] decodes it everywhere.
 
     Args:
         value: an image of Pillow, the bytes of a file, the name of one, or `{"bytes": ..., "path": ...}` as `datasets` gives undecoded images.

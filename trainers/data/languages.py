@@ -8,8 +8,7 @@ from .epochs import EpochDataset
 
 
 class BalancedLanguages(EpochDataset):
-    """
-    As many rows an epoch as `rows` has, in turn of each language: of a large language a part is shown, another one every epoch, and a small
+    """As many rows an epoch as `rows` has, in turn of each language: of a large language a part is shown, another one every epoch, and a small
     one's rows are repeated. Which rows depends on seed and epoch alone. Pass it as `train_dataset`.
 
     Args:

@@ -35,8 +35,7 @@ class BrokenRow(ValueError):
 
 @dataclass
 class SkippedRows:
-    """
-    How many rows were read, and which of them could not be used.
+    """How many rows were read, and which of them could not be used.
 
     Attributes:
         rows: read, broken ones included.
@@ -94,8 +93,7 @@ class SkippedRows:
 
 
 def texts_of(row: Mapping[str, Any], rows: RawRows, reader: str = "text") -> list[str]:
-    """
-    The captions of an undecoded row, as they are written; those of white space only are left out.
+    """The captions of an undecoded row, as they are written; those of white space only are left out.
 
     Args:
         reader: "text", or "teacher_text" for what the teacher of stage 1 reads: in a row without one that is its captions.
@@ -127,8 +125,7 @@ def texts_of(row: Mapping[str, Any], rows: RawRows, reader: str = "text") -> lis
 
 
 def good_texts(rows: RawRows, source: PairSource, reader: str = "text") -> Iterator[str]:
-    """
-    All captions of `rows` for `reader`, see [`texts_of`], as they come. Rows without a caption are passed over and counted.
+    """All captions of `rows` for `reader`, see [`texts_of`], as they come. Rows without a caption are passed over and counted.
 
     Raises:
         ValueError: If there are more of them than the source bears.
@@ -149,8 +146,7 @@ def good_texts(rows: RawRows, source: PairSource, reader: str = "text") -> Itera
 
 
 def read_row(row: Mapping[str, Any], rows: RawRows) -> dict[str, Any]:
-    """
-    `{"image": image, "text": [captions]}` of an undecoded row; `{"text": [captions]}` where images are not read. Of a source with
+    """`{"image": image, "text": [captions]}` of an undecoded row; `{"text": [captions]}` where images are not read. Of a source with
     `teacher_text_columns` the row has "teacher_text" as well.
 
     Raises:
@@ -169,9 +165,7 @@ def read_row(row: Mapping[str, Any], rows: RawRows) -> dict[str, Any]:
 
 
 def row_key(row: Mapping[str, Any], rows: RawRows) -> str:
-    """
-    What tells an undecoded row from others, wherever in a stream it comes: a hash of its captions and of its image's bytes or file name.
-    """
+    """What tells an undecoded row from others, wherever in a stream it comes: a hash of its captions and of its image's bytes or file name."""
     image = _undecoded(row, rows) if rows.image_columns else None
     if isinstance(image, Mapping):
         image = image.get("bytes") or image.get("path")
@@ -201,8 +195,7 @@ def _undecoded(row: Mapping[str, Any], rows: RawRows) -> Any:
 
 
 class PairRows(Dataset):
-    """
-    Rows `{"image": image (PIL, RGB), "text": [captions]}` by number; `{"text": [captions]}` where images are not read.
+    """Rows `{"image": image (PIL, RGB), "text": [captions]}` by number; `{"text": [captions]}` where images are not read.
 
     A broken row must not shift the batches that come after it, so another one stands in for it: the row whose number is drawn by seed, the
     broken row's number and attempt alone, whatever was read before.

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class PairSource:
-    """
-    Where images with captions are, and how to read them.
+    """Where images with captions are, and how to read them.
 
     Attributes:
         source: a folder, a file, a pattern of files (`shards/*.tar`) or the name of a dataset on the Hub. Of a folder or file are read:

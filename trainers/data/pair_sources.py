@@ -24,8 +24,7 @@ _PEEKED = 100  # rows that are looked at before all are read
 
 @dataclass
 class RawRows:
-    """
-    An opened source.
+    """An opened source.
 
     Attributes:
         name: name of the source, for messages.
@@ -53,8 +52,7 @@ class RawRows:
 
 
 def open_rows(source: PairSource, *, images: bool = True, streaming: bool | None = None) -> RawRows:
-    """
-    Opens `source`.
+    """Opens `source`.
 
     Args:
         source: what to read.

@@ -19,8 +19,7 @@ _READ_AHEAD = 16  # rows that `datasets` hands over at a time
 
 
 class Position(NamedTuple):
-    """
-    How far a reader of a stream has come: everything that is needed to go on from there.
+    """How far a reader of a stream has come: everything that is needed to go on from there.
 
     Attributes:
         epoch: that it is in.
@@ -44,8 +43,7 @@ class Part(NamedTuple):
 
 
 class StreamedRow(NamedTuple):
-    """
-    A row of a stream.
+    """A row of a stream.
 
     Attributes:
         row: `{"image", "text"}`.
@@ -59,8 +57,7 @@ class StreamedRow(NamedTuple):
 
 
 def parts_of_reader(num_shards: int, reader: int, num_readers: int, seed: int, epoch: int) -> list[Part]:
-    """
-    What one of several readers reads in an epoch. Over all readers, that is every row once.
+    """What one of several readers reads in an epoch. Over all readers, that is every row once.
 
     The shards are put in an order drawn by seed and epoch and dealt out whole. Those that are left over, fewer than readers, are shared: each
     is read by several readers, which take its rows in turn. So readers have the same share, to one shard, and none reads much that it
@@ -78,8 +75,7 @@ def parts_of_reader(num_shards: int, reader: int, num_readers: int, seed: int, e
 
 
 class PairStream(IterableDataset):
-    """
-    Rows `{"image": image (PIL, RGB), "text": [captions]}` as they come; `{"text": [captions]}` where images are not read.
+    """Rows `{"image": image (PIL, RGB), "text": [captions]}` as they come; `{"text": [captions]}` where images are not read.
 
     One iteration is one epoch of one process, split over the DataLoader's workers if there are any. Shards (files) are shuffled by seed and
     epoch and dealt out to the readers (processes times workers). Each reader gathers `shuffle_buffer_size` rows, undecoded, shuffles these, gives
@@ -131,8 +127,7 @@ class PairStream(IterableDataset):
     def read_epoch(
         self, position: Position, reader: int, num_readers: int, skipped: SkippedRows
     ) -> Iterator[StreamedRow]:
-        """
-        The rest of an epoch, from `position` on, for one of `num_readers` readers.
+        """The rest of an epoch, from `position` on, for one of `num_readers` readers.
 
         Args:
             position: where to go on; `Position(epoch)` for a whole epoch.

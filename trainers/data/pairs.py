@@ -12,8 +12,7 @@ from .pair_stream import PairStream
 
 
 def open_pairs(source: PairSource, seed: int = 0, *, images: bool = True) -> Dataset[dict[str, Any]]:
-    """
-    Opens `source` for training.
+    """Opens `source` for training.
 
     Args:
         source: what to read.
@@ -33,8 +32,7 @@ def open_pairs(source: PairSource, seed: int = 0, *, images: bool = True) -> Dat
 
 
 def iter_texts(source: PairSource, reader: str = "text") -> Iterator[str]:
-    """
-    All captions of `source`, or with `reader` "teacher_text" all that the teacher of stage 1 reads, in the order of its files, without decoding or
+    """All captions of `source`, or with `reader` "teacher_text" all that the teacher of stage 1 reads, in the order of its files, without decoding or
     (where the format allows it) reading images. Rows without a caption are passed over.
 
     Raises:

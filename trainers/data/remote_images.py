@@ -37,8 +37,7 @@ for _handler in (
 
 
 def fetch_image(address: str) -> bytes:
-    """
-    What is at `address`, fetched by one request.
+    """What is at `address`, fetched by one request.
 
     Raises:
         OSError: If it cannot be had within 20 seconds.

@@ -39,8 +39,7 @@ _NO_TABLES = ("readme", "license", "dataset_info", "dataset_dict", "state.json",
 
 @dataclass
 class FoundRows:
-    """
-    Rows that were found and not read yet: those of `shards`, or of `table`.
+    """Rows that were found and not read yet: those of `shards`, or of `table`.
 
     Attributes:
         name: name of the source, for messages.
@@ -59,8 +58,7 @@ class FoundRows:
     num_images: int = 0
 
     def columns(self, wanted: Sequence[str] = ()) -> list[str]:
-        """
-        Names of the columns.
+        """Names of the columns.
 
         Raises:
             ValueError: If one of the files has no column `wanted` that the first one has; names it.
@@ -122,8 +120,7 @@ def _undecoded(table: Any) -> Any:
 
 @dataclass(frozen=True)
 class ImageTable:
-    """
-    A table whose rows name image files as seen from its own folder, and give them as seen from a folder above.
+    """A table whose rows name image files as seen from its own folder, and give them as seen from a folder above.
 
     Attributes:
         table: the file.
@@ -182,8 +179,7 @@ class ImageTable:
 
 
 def find_rows(source: PairSource, *, streaming: bool, any_split: bool = False) -> FoundRows:
-    """
-    Finds the rows of `source`.
+    """Finds the rows of `source`.
 
     Args:
         source: what to read. Of its columns, only the name of the image's and those of texts are looked at.

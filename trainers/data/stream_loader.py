@@ -13,8 +13,7 @@ from .pair_stream import PairStream, Position
 
 
 class StreamLoader:
-    """
-    Endless batches of a [`PairStream`]: after an epoch the next one begins, within the same batch, so every process has as many batches as
+    """Endless batches of a [`PairStream`]: after an epoch the next one begins, within the same batch, so every process has as many batches as
     every other one, whatever their shards hold. A row of several captions shows one of them, drawn by seed, epoch and the row's content
     alone.
 
@@ -72,8 +71,7 @@ class StreamLoader:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """
-        The next iteration goes on after the batch at which `state_dict` was called.
+        """The next iteration goes on after the batch at which `state_dict` was called.
 
         Raises:
             ValueError: If the stream was shared by another number of processes or data workers, or its seed or shards have changed.

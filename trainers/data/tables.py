@@ -1,5 +1,4 @@
-"""
-Reads tables, one file at a time: CSV, JSON, Parquet, Arrow, plain texts and published captions files. What would be lost or changed is refused.
+"""Reads tables, one file at a time: CSV, JSON, Parquet, Arrow, plain texts and published captions files. What would be lost or changed is refused.
 
 A caption is text and stays it: nothing in a CSV becomes a number, a date or a missing value.
 """
@@ -31,8 +30,7 @@ _HEAD = 100  # rows that tell which columns a file without a header has
 
 @dataclass(frozen=True)
 class TableFile:
-    """
-    A file of rows.
+    """A file of rows.
 
     Attributes:
         path: path of the file. Its ending tells its kind, see `KINDS`.
@@ -83,8 +81,7 @@ class TableFile:
         return datasets.Features({name: datasets.Value("string") if plain else datasets.Json() for name in columns})
 
     def rows(self, columns: list[str] | None = None) -> Iterator[Placed]:
-        """
-        The rows in their order; those of Parquet and Arrow files with `columns` only.
+        """The rows in their order; those of Parquet and Arrow files with `columns` only.
 
         Raises:
             OSError: If the file cannot be read.

@@ -16,8 +16,7 @@ _MARKS = {
 
 
 def read_lines(path: str | Path) -> Iterator[str]:
-    r"""
-    The lines of a file, each with its "\n", "\r\n" or "\r".
+    r"""The lines of a file, each with its "\n", "\r\n" or "\r".
 
     Raises:
         FileNotFoundError: If there is no such file, or it is a pipe or a device, which could be waited for without an end.

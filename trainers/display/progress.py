@@ -1,5 +1,4 @@
-"""
-How far a long step is: a bar on a terminal; elsewhere, as in a log file or in continuous integration, a plain line every ten seconds at most.
+"""How far a long step is: a bar on a terminal; elsewhere, as in a log file or in continuous integration, a plain line every ten seconds at most.
 
 Bars and lines go to standard error, what a command has to tell goes to standard output.
 """
@@ -21,8 +20,7 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class Progress:
-    """
-    The progress of one step, shown from `__enter__` to `__exit__`.
+    """The progress of one step, shown from `__enter__` to `__exit__`.
 
     Args:
         title: what is being done, such as "embedding texts".

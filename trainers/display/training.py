@@ -17,8 +17,7 @@ _WIDTH = 10
 
 @contextmanager
 def training_table(trainer: Trainer) -> Iterator[None]:
-    """
-    Show what `trainer` does in this block as a table on standard output, a row every ten seconds at most and one at the end, with a bar below it
+    """Show what `trainer` does in this block as a table on standard output, a row every ten seconds at most and one at the end, with a bar below it
     on a terminal.
     """
     trainer.remove_callback(ProgressCallback)

@@ -121,8 +121,7 @@ def evaluate(
 
 
 def also_folders(output_dir: Path, names: Sequence[str]) -> list[Path]:
-    """
-    Where the results of the models beside model and baseline are: in `also/`, under the last part of the name, or all of it where two share
+    """Where the results of the models beside model and baseline are: in `also/`, under the last part of the name, or all of it where two share
     that part.
 
     Raises:

@@ -7,8 +7,7 @@ from trainers.alignment.config import AlignmentConfig
 
 @dataclass
 class RepresentationInheritanceConfig(AlignmentConfig):
-    r"""
-    Arguments of [`RepresentationInheritanceTrainer`]: those of [`~transformers.TrainingArguments`] and the following.
+    r"""Arguments of [`RepresentationInheritanceTrainer`]: those of [`~transformers.TrainingArguments`] and the following.
 
     Args:
         reduction (`"mean"` or `"sum"`, defaults to `"mean"`):

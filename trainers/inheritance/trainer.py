@@ -16,8 +16,7 @@ from .config import RepresentationInheritanceConfig
 
 
 class RepresentationInheritanceTrainer(AlignmentTrainer):
-    r"""
-    Distils CLIP's text encoder E_T into the text adapter A, on texts alone. The adapter learns to map the LLM's embedding of a text,
+    r"""Distils CLIP's text encoder E_T into the text adapter A, on texts alone. The adapter learns to map the LLM's embedding of a text,
     t = unit(A(G(text))), to CLIP's own embedding of it, e = unit(E_T(text)), by
     L_stage1 = lambda_ins L_ins(t, e) + lambda_struct L_struct(t, e) (ProCLIP, arXiv 2510.18795, method, stage 1).
 

@@ -18,8 +18,7 @@ def held_out_concepts() -> list[Concept]:
 
 
 class HeldOutNames:
-    """
-    Finds names of `concepts` in texts of any language, whatever their case.
+    """Finds names of `concepts` in texts of any language, whatever their case.
 
     A name counts where it stands between other letters only in Chinese, Japanese and Korean: "gato" is in "gato negro", but not in "gatos".
 

@@ -106,8 +106,7 @@ class Task:
 
 
 def make_task(size: Size, seed: int) -> Task:
-    """
-    Draw the task. Images and captions of `alignment`, `test` and `inheritance_texts` come from streams of their own, so that a change
+    """Draw the task. Images and captions of `alignment`, `test` and `inheritance_texts` come from streams of their own, so that a change
     of one size leaves the others as they were.
     """
     concepts = load_concepts(size.concepts)

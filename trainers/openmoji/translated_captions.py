@@ -7,8 +7,7 @@ from .images import BACKGROUNDS, PLACES, SIZES, Concept, View
 
 @dataclass(frozen=True)
 class Phrases:
-    """
-    What a caption says of a view, in one language. The name stands apart, as its gender and number are not known.
+    """What a caption says of a view, in one language. The name stands apart, as its gender and number are not known.
 
     Attributes:
         template: With {name}, {size}, {place} and {background}.

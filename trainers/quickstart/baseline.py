@@ -10,8 +10,7 @@ from .run import FRESH_ADAPTER, Quickstart
 
 
 def train_llm2clip(output_dir: Path, size: str = "full", seed: int = 0) -> Path:
-    """
-    Train LLM2CLIP as `proclip quickstart` does, with the same data, steps and seed, and save the checkpoint.
+    """Train LLM2CLIP as `proclip quickstart` does, with the same data, steps and seed, and save the checkpoint.
 
     Args:
         output_dir: The quickstart's: its embedded texts are reused, or made if they are missing.

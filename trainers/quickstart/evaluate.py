@@ -20,8 +20,7 @@ def embed_images(model: torch.nn.Module, pixel_values: torch.Tensor, batch_size:
 
 
 def score(task: Task, image_embeds: torch.Tensor, embed_texts: Callable[[list[str]], torch.Tensor]) -> dict[str, Any]:
-    """
-    One row of the quickstart's table, all fractions.
+    """One row of the quickstart's table, all fractions.
 
     Zero-shot is over all concepts, on images of the seen and of the unseen ones; by language it is over `task.language_concepts`.
 
@@ -57,8 +56,7 @@ def zero_shot_by_language(
     languages: Sequence[str] = LANGUAGES,
     shown: Sequence[int] | None = None,
 ) -> dict[str, float]:
-    """
-    Zero-shot top-1 by language over the concepts `indices`, on the test images of those of them that are `shown`, by default all; other
+    """Zero-shot top-1 by language over the concepts `indices`, on the test images of those of them that are `shown`, by default all; other
     arguments as for [`score`].
     """
     concepts = torch.tensor([image.concept for image in task.test])

@@ -20,8 +20,7 @@ GEMMA3_TUNING_ADAPTER = _ASSETS / "gemma3-caption-contrastive"
 
 @dataclass(frozen=True)
 class GGUFWeights:
-    """
-    An LLM in a GGUF file that installed packages carry.
+    """An LLM in a GGUF file that installed packages carry.
 
     Attributes:
         title: The LLM's name in messages.
@@ -63,8 +62,7 @@ GEMMA3 = GGUFWeights(
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """
-    One choice of `proclip quickstart --llm`.
+    """One choice of `proclip quickstart --llm`.
 
     Attributes:
         weights: The LLM.
@@ -102,8 +100,7 @@ LANGUAGE_MODELS = {
 
 
 def unpack_language_model(folder: Path, dtype: torch.dtype, weights: GGUFWeights = SMOLLM2) -> None:
-    """
-    Write an LLM and its tokenizer to `folder` as a plain Transformers checkpoint, unless it is there.
+    """Write an LLM and its tokenizer to `folder` as a plain Transformers checkpoint, unless it is there.
 
     Raises:
         ImportError: If a package with the weights is not installed; says how to install them.
@@ -155,8 +152,7 @@ def _assemble(weights: GGUFWeights, parts: list[Path], target: Path) -> None:
 
 
 def merge_tuning(language_model: Path, folder: Path, adapter: Path = TUNING_ADAPTER) -> None:
-    """
-    Write the LLM in `language_model` with a LoRA of stage 0 merged into it to `folder`, unless it is there.
+    """Write the LLM in `language_model` with a LoRA of stage 0 merged into it to `folder`, unless it is there.
 
     Args:
         adapter: By default the one that comes with the package: see its README.md.

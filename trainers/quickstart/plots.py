@@ -26,8 +26,7 @@ def _save(figure: plt.Figure, path: Path) -> None:
 
 
 def plot_losses(curves: Mapping[str, Sequence[tuple[int, float]]], path: Path) -> None:
-    """
-    One panel a training run.
+    """One panel a training run.
 
     Args:
         curves: Title of the run -> its (step, loss) points.
@@ -48,8 +47,7 @@ def plot_losses(curves: Mapping[str, Sequence[tuple[int, float]]], path: Path) -
 def plot_languages(
     by_model: Mapping[str, Mapping[str, float]], names: Mapping[str, str], chance: float, path: Path
 ) -> None:
-    """
-    Zero-shot accuracy by language, a bar for each model.
+    """Zero-shot accuracy by language, a bar for each model.
 
     Args:
         by_model: Model -> language -> top-1 accuracy as a fraction.
@@ -80,8 +78,7 @@ def plot_languages(
 def plot_retrieval(
     rows: Sequence[tuple[str, Sequence[tuple[Image.Image, bool]], Sequence[tuple[Image.Image, bool]]]], path: Path
 ) -> None:
-    """
-    Caption by caption, the first images that CLIP and ProCLIP find; the right one is framed in green.
+    """Caption by caption, the first images that CLIP and ProCLIP find; the right one is framed in green.
 
     Args:
         rows: (caption, CLIP's images, ProCLIP's images); an image comes with whether it is the caption's own.

@@ -55,8 +55,7 @@ def write_plots(
     curves: Mapping[str, Sequence[tuple[int, float]]],
     rankings: Mapping[str, Sequence[Sequence[int]]],
 ) -> None:
-    """
-    Write `loss_curves.png`, `languages.png` and `retrieval.png` to `folder`.
+    """Write `loss_curves.png`, `languages.png` and `retrieval.png` to `folder`.
 
     Args:
         folder: Where to.

@@ -48,8 +48,7 @@ FRESH_ADAPTER: dict[str, Any] = {"adapter_learning_rate": 1e-3}
 
 
 def quickstart(output_dir: Path, size: str = "full", seed: int = 0, llm: str = "plain") -> dict[str, Any]:
-    """
-    Align an LLM with a small CLIP by ProCLIP and by its baselines, print the table and write everything to `output_dir`.
+    """Align an LLM with a small CLIP by ProCLIP and by its baselines, print the table and write everything to `output_dir`.
 
     Args:
         output_dir: Gets `proclip/` (checkpoint and card), `results.json` and three plots; and what a second run need not do again:
@@ -82,8 +81,7 @@ def quickstart(output_dir: Path, size: str = "full", seed: int = 0, llm: str = "
 
 
 class Quickstart:
-    """
-    One run; `run` reads top to bottom. Arguments as for [`quickstart`].
+    """One run; `run` reads top to bottom. Arguments as for [`quickstart`].
 
     Args:
         adapter: Fields of [`ProCLIPConfig`] for the text adapter.

@@ -50,8 +50,7 @@ _VERSIONS_OF = ("proclip-transformers", "torch", "transformers", "accelerate", "
 
 
 class Curriculum(RecipeProgress):
-    """
-    Runs a recipe, on one or several processes (`accelerate launch`).
+    """Runs a recipe, on one or several processes (`accelerate launch`).
 
     Args:
         recipe: checked, as [`load_recipe`] gives it.
@@ -61,8 +60,7 @@ class Curriculum(RecipeProgress):
     """
 
     def run(self, stage: str | None = None) -> Path:
-        """
-        Run or resume the stages, or one of them.
+        """Run or resume the stages, or one of them.
 
         Args:
             stage: run this stage only; the stages before it must be finished.

@@ -12,8 +12,7 @@ class RecipeError(ValueError):
 
 
 def read_recipe(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
-    """
-    Merge the settings of a recipe file, of the recipes that it builds on, and of the command line. Nothing is checked yet.
+    """Merge the settings of a recipe file, of the recipes that it builds on, and of the command line. Nothing is checked yet.
 
     `base: other.yaml` (relative to the recipe's own file), or a list of such, names recipes to build on. A later base overrides an earlier
     one, the recipe overrides its bases, and the command line overrides the recipe. Mappings are merged key by key; any other value, a list

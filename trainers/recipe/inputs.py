@@ -68,8 +68,7 @@ def is_local(source: PairSource) -> bool:
 
 
 def data_files(source: PairSource, *, images: bool) -> list[Path]:
-    """
-    The local files that decide what is read from `source`: the files or the whole folder that it names, and with `images` also the image
+    """The local files that decide what is read from `source`: the files or the whole folder that it names, and with `images` also the image
     files that rows name.
     """
     path, files = Path(source.source), list[Path]()
@@ -140,8 +139,7 @@ def describe_model(name_or_path: str | Path, revision: str | None) -> Json:
 
 
 def find_commits(recipe: Recipe, known: Json) -> Json:
-    """
-    The commits of the Hub repositories that the recipe names: those in `known`, and the current ones of other repositories.
+    """The commits of the Hub repositories that the recipe names: those in `known`, and the current ones of other repositories.
 
     Returns:
         Key of the recipe -> `{"name", "revision", "commit"}`; the commit is None of a dataset for which it cannot be found out: `datasets` may

@@ -18,8 +18,7 @@ from .steps import STAGE_0
 
 @dataclass(frozen=True)
 class StagePlan:
-    """
-    One stage.
+    """One stage.
 
     Attributes:
         name: the stage.
@@ -50,8 +49,7 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class StorePlan:
-    """
-    One text store.
+    """One text store.
 
     Attributes:
         name: "llm" or "teacher".
@@ -78,8 +76,7 @@ class StorePlan:
 
 
 def plan_stages(curriculum: RecipeProgress) -> list[StagePlan]:
-    """
-    The stages of a recipe, in their order. Rows that the recipe does not number are counted, which for a large dataset means to open it.
+    """The stages of a recipe, in their order. Rows that the recipe does not number are counted, which for a large dataset means to open it.
 
     Raises:
         RecipeError: If a stage was run with another recipe or other files, or its rows do not fill a batch.
@@ -124,8 +121,7 @@ def _plan_stage(curriculum: RecipeProgress, name: str) -> StagePlan:
 
 
 def _steps_per_epoch(curriculum: RecipeProgress, name: str) -> float | None:
-    """
-    Optimizer steps of one pass over the rows, as the Trainer counts them: whole batches, and a smaller one at the end unless it is dropped. A
+    """Optimizer steps of one pass over the rows, as the Trainer counts them: whole batches, and a smaller one at the end unless it is dropped. A
     stream has no end of an epoch, so its last batch goes on into the next pass.
     """
     rows, plain = curriculum.rows_of(name), curriculum.plain_rows_of(name)

@@ -54,8 +54,7 @@ _MAY_CHANGE_IN_A_STAGE = (
 
 
 class RecipeProgress(RecipeSteps):
-    """
-    The steps of a recipe, and what of them is done.
+    """The steps of a recipe, and what of them is done.
 
     Args:
         recipe: checked, as [`load_recipe`] gives it.
@@ -78,8 +77,7 @@ class RecipeProgress(RecipeSteps):
         return read_record(self.output_dir / COMMITS)
 
     def state_of(self, step: str) -> str:
-        """
-        "finished", "begun" or "to do". Reads all files that decide the step's result, unless this process has read them before.
+        """ "finished", "begun" or "to do". Reads all files that decide the step's result, unless this process has read them before.
 
         Raises:
             RecipeError: If the step was begun or finished with another recipe or other files, or its result was changed later; names what differs.
@@ -200,8 +198,7 @@ class RecipeProgress(RecipeSteps):
 
 
 def read_record(path: Path) -> Json:
-    """
-    The JSON object in a file of the output directory; empty if there is no such file.
+    """The JSON object in a file of the output directory; empty if there is no such file.
 
     Raises:
         RecipeError: If it holds something else; names the file.

@@ -44,8 +44,7 @@ ELSEWHERE = {
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
-    """
-    The two encoders and what joins them.
+    """The two encoders and what joins them.
 
     Attributes:
         vision: folder or Hub name of the CLIP, SigLIP or ProCLIP checkpoint that gives the image encoder.
@@ -87,8 +86,7 @@ class ModelSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
-    """
-    The training data.
+    """The training data.
 
     Attributes:
         train: images with captions.
@@ -117,8 +115,7 @@ class DataSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class StoreSettings:
-    """
-    A text store, built before the first stage that reads it.
+    """A text store, built before the first stage that reads it.
 
     Attributes:
         path: its folder; by default within `output_dir`. A path outside lets several recipes share one store.
@@ -131,8 +128,7 @@ class StoreSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class LLMStoreSettings(StoreSettings):
-    """
-    The LLM's text store.
+    """The LLM's text store.
 
     Attributes:
         on_the_fly: embed texts during training instead of all of them before, for more texts than the disk can hold. The LLM then stays in
@@ -144,8 +140,7 @@ class LLMStoreSettings(StoreSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class TextStores:
-    """
-    The two text stores.
+    """The two text stores.
 
     Attributes:
         llm: the LLM's embeddings, before the adapter.
@@ -160,8 +155,7 @@ class TextStores:
 
 @dataclass(frozen=True, kw_only=True)
 class StageSettings:
-    """
-    One stage.
+    """One stage.
 
     Attributes:
         global_batch_size: rows of one optimizer step, over all processes.
@@ -182,8 +176,7 @@ class StageSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """
-    A whole curriculum. Relative paths in it are relative to the directory that `proclip train` is started in.
+    """A whole curriculum. Relative paths in it are relative to the directory that `proclip train` is started in.
 
     Attributes:
         output_dir: gets a folder for every stage, the text stores and the resolved recipe.
@@ -214,8 +207,7 @@ class Recipe:
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """
-    Read and check a recipe. Nothing that it names is opened.
+    """Read and check a recipe. Nothing that it names is opened.
 
     Args:
         path: a .yaml file.
@@ -273,8 +265,7 @@ def _stage(name: str, values: Any, path: str) -> StageSettings:
 
 
 def derived_arguments(name: str, stage: StageSettings, num_processes: int) -> dict[str, Any]:
-    """
-    The trainer settings of a stage that follow from its global batch, the number of processes and the published lambda.
+    """The trainer settings of a stage that follow from its global batch, the number of processes and the published lambda.
 
     Raises:
         RecipeError: If the processes cannot share the global batch evenly.

@@ -51,8 +51,7 @@ def teacher(steps: RecipeSteps) -> tuple[PreTrainedModel, Any]:
 
 
 def llm_trainer(steps: RecipeSteps, stage: str) -> MaskedNextTokenTrainer | CaptionContrastiveTrainer:
-    """
-    The trainer of a stage that tunes the LLM.
+    """The trainer of a stage that tunes the LLM.
 
     Raises:
         RecipeError: If masked tokens are to be predicted by an LLM whose files have no language-modelling head.

@@ -22,8 +22,7 @@ ON_THE_FLY_TEXTS = 10_000
 
 
 class RecipeSteps:
-    """
-    The steps of a recipe on one or several processes: the preparation, and the stages. A step is named as its folder in `output_dir` is.
+    """The steps of a recipe on one or several processes: the preparation, and the stages. A step is named as its folder in `output_dir` is.
 
     Args:
         recipe: checked, as [`load_recipe`] gives it.

@@ -46,8 +46,7 @@ class UpdateSummary:
 
 @dataclass(frozen=True)
 class _Read:
-    """
-    A file that was read: its content hash, and where that is new the image as the model takes it and what is kept of it, or why there is none.
+    """A file that was read: its content hash, and where that is new the image as the model takes it and what is kept of it, or why there is none.
     Decoded, the photographs of a step would take gigabytes.
     """
 
@@ -61,8 +60,7 @@ class _Read:
 def index_folder(
     path: Path, folder: Path, model: str, encoder: Encoder, batch_size: int = 32, progress: bool = False
 ) -> tuple[ImageIndex, UpdateSummary]:
-    """
-    Bring the index at `path` up to date with the images in `folder`; it is made if it is not there. Stopped in the middle, it keeps what was
+    """Bring the index at `path` up to date with the images in `folder`; it is made if it is not there. Stopped in the middle, it keeps what was
     done, and the same call does the rest.
 
     Args:

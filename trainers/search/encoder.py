@@ -10,8 +10,7 @@ from .table import SETTINGS_FILE, ImageIndex
 
 
 def load_encoder(index: Path, model: str | None, device: str | None) -> tuple[Encoder, str]:
-    """
-    Load `model`, or by default the one that the index was made by, and say where it came from (folders as absolute paths).
+    """Load `model`, or by default the one that the index was made by, and say where it came from (folders as absolute paths).
 
     Raises:
         ValueError: If no model is given for a new index.

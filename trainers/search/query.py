@@ -79,8 +79,7 @@ def search(
     columns: Sequence[str] = COLUMNS,
     exact: bool = False,
 ) -> list[dict[str, Any]]:
-    """
-    The images nearest to `embedding`, best first.
+    """The images nearest to `embedding`, best first.
 
     Args:
         embedding: `(p,)`, of unit length.

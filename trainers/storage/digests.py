@@ -13,8 +13,7 @@ _SETTLED = 1.0  # seconds: a file that changed later than that may change again 
 
 
 def file_digest(path: str | os.PathLike) -> str:
-    """
-    The SHA-256 of a file's content, in hexadecimal digits.
+    """The SHA-256 of a file's content, in hexadecimal digits.
 
     A process reads a file once as long as its device, inode, size, and times of modification and of change stay the same. The time of change cannot
     be set by a program, so a file that was replaced under an old time of modification (`rsync -t`, `tar x`, `cp -p`) is read again.

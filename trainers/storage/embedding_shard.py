@@ -1,5 +1,4 @@
-"""
-Files of embeddings that are kept and read again: each row with its key, and with a checksum that is compared whenever the row is read.
+"""Files of embeddings that are kept and read again: each row with its key, and with a checksum that is compared whenever the row is read.
 
 A shard is a safetensors file with `embeds` (n, dim), `keys` (n, 2) int64, `checksums` (n,) int64, and in its metadata the BLAKE2b hashes of
 `embeds` and `keys`. A checksum belongs to an embedding and its key, so a row that belongs to another key is found as a flipped bit is. It is
@@ -25,8 +24,7 @@ _BLOCK = 4096  # rows read at a time where all are read
 
 
 class EmbeddingShard(MappedSafetensors):
-    """
-    An open shard. Opening it reads the header only.
+    """An open shard. Opening it reads the header only.
 
     Args:
         path: the file.

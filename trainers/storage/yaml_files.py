@@ -1,5 +1,4 @@
-"""
-Settings in YAML files, checked key by key against dataclasses: recipes, manifests and suites of benchmarks, and what a card is to say.
+"""Settings in YAML files, checked key by key against dataclasses: recipes, manifests and suites of benchmarks, and what a card is to say.
 
 Such files come from other people too: one of hostile size or depth, or that is no file at all, is refused in one line and soon, as are an
 unknown key, a missing one and a value of another type.
@@ -46,8 +45,7 @@ _UNKNOWN = "unexpected_keyword_argument"
 
 
 class _Loader(yaml.SafeLoader):
-    """
-    YAML as people read it: 4e-4 is a number (YAML 1.1 takes it for text), 2024-01-01 is text, and a key that is given twice is an error. Aliases
+    """YAML as people read it: 4e-4 is a number (YAML 1.1 takes it for text), 2024-01-01 is text, and a key that is given twice is an error. Aliases
     are refused: a few lines of them stand for as many values as one likes, or for one that holds itself.
     """
 
@@ -95,8 +93,7 @@ _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping
 
 
 def read_yaml(path: str | Path) -> Any:
-    """
-    The value of a YAML file.
+    """The value of a YAML file.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -119,8 +116,7 @@ def read_yaml(path: str | Path) -> Any:
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """
-    The value of a YAML text.
+    """The value of a YAML text.
 
     Raises:
         ValueError: If it is not YAML, gives a key twice or one that is not text, has an alias, or is nested more than `MAX_DEPTH` deep. Begins
@@ -147,8 +143,7 @@ NOT_IN_FILE = BeforeValidator(_refuse)
 
 
 def build(kind: type[T], values: Any, where: str) -> T:
-    """
-    The dataclass `kind` with the fields `values`, dataclasses in it too.
+    """The dataclass `kind` with the fields `values`, dataclasses in it too.
 
     Args:
         values: as [`read_yaml`] gives them.
@@ -163,8 +158,7 @@ def build(kind: type[T], values: Any, where: str) -> T:
 
 
 def check_fields(kind: type, values: Mapping[str, Any], where: str, *, known: Iterable[str] = ()) -> None:
-    """
-    Check that `values` has keys and types of the dataclass `kind`, without making one.
+    """Check that `values` has keys and types of the dataclass `kind`, without making one.
 
     Args:
         known: more names to propose for a key that is misspelled.

@@ -107,8 +107,7 @@ def build_store(
     dtype: str,
     progress: bool,
 ) -> BuildSummary:
-    """
-    Embeds those `texts` of a share that are not stored yet, and writes them as shards.
+    """Embeds those `texts` of a share that are not stored yet, and writes them as shards.
 
     Args:
         writer: writer of the store, which is locked.
@@ -162,8 +161,7 @@ def estimate(
     dtype: str,
     num_processes: int,
 ) -> str:
-    """
-    A line that says what embedding `num_texts` will take, estimated from a sample.
+    """A line that says what embedding `num_texts` will take, estimated from a sample.
 
     Raises:
         OSError: If the disk has no room for them; tells how much is there and how much is needed.

@@ -212,8 +212,7 @@ def encoder_fingerprint(model: torch.nn.Module, processor: Any) -> dict[str, Any
 
 
 def tokenization_values(model: torch.nn.Module, processor: Any) -> dict[str, Any]:
-    """
-    What makes tokens of a text, as JSON; of a ProCLIP also without its LLM.
+    """What makes tokens of a text, as JSON; of a ProCLIP also without its LLM.
 
     Returns:
         "prompt_template", "instruction", "max_length" (tokens), "tokenizer" (see [`tokenizer_values`]) and "tokens_sha256", of the tokens
@@ -265,8 +264,7 @@ def _packs(model: torch.nn.Module, device: torch.device, packed: bool | None) ->
 
 
 def _rotary_boundary(text_tower: torch.nn.Module, rows: Sequence[TokenRow]) -> int | None:
-    """
-    The length beyond which an LLM has other rotary frequencies. It chooses them by the longest text of a batch (LongRoPE), so that shorter texts
+    """The length beyond which an LLM has other rotary frequencies. It chooses them by the longest text of a batch (LongRoPE), so that shorter texts
     must not be in one with longer ones. ValueError if they depend on all texts that came before (dynamic).
     """
     config = getattr(text_tower, "config", None)  # a module of your own need not have one

@@ -15,8 +15,7 @@ _ADDED = ("model_dtype", "config", "tokenizer", "encoding", "versions")
 
 
 def check_same_encoder(path: Path, settings: Mapping[str, Any], dtype: str, fingerprint: Mapping[str, Any]) -> None:
-    """
-    Raises ValueError if the store at `path` was made by another encoder than the one with this `fingerprint`, or holds another dtype.
+    """Raises ValueError if the store at `path` was made by another encoder than the one with this `fingerprint`, or holds another dtype.
 
     Args:
         settings: "dtype" and "fingerprint" of the store.
@@ -31,8 +30,7 @@ def check_same_encoder(path: Path, settings: Mapping[str, Any], dtype: str, fing
 
 
 def check_fingerprint(name: str, there: Mapping[str, Any], here: Mapping[str, Any], remedy: str) -> None:
-    """
-    Compares what a store was made by with what is expected `here`, field by field. Warns once of what cannot be compared.
+    """Compares what a store was made by with what is expected `here`, field by field. Warns once of what cannot be compared.
 
     Args:
         name: name of the store, for messages.

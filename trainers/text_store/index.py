@@ -38,7 +38,8 @@ class StaleIndexError(ValueError):
 
 @dataclass
 class Index:
-    """
+    """The keys of a store in order, and where their rows are.
+
     Attributes:
         keys: `(2, N)` int64: the halves of every key, sorted by the first and then by the second.
         rows: `(N,)` int64: the row of each, counted over all shards in order.
@@ -54,8 +55,7 @@ class Index:
     checksum: str = ""
 
     def find(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """
-        Row and checksum of each of `keys (n, 2)`, -1 and 0 where it is missing: two arrays `(n,)` int64. Before a key is called missing for
+        """Row and checksum of each of `keys (n, 2)`, -1 and 0 where it is missing: two arrays `(n,)` int64. Before a key is called missing for
         the first time the whole index is compared with its checksum.
 
         Raises:

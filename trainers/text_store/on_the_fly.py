@@ -21,8 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class OnTheFlyStore:
-    """
-    A [`TextEmbeddingStore`] with the model that made it: `lookup` embeds texts that are missing instead of refusing them. Trainers take it as
+    """A [`TextEmbeddingStore`] with the model that made it: `lookup` embeds texts that are missing instead of refusing them. Trainers take it as
     `text_store`.
 
     What is embedded here is kept in memory, the most recently used texts of it, and not written: many processes and data workers

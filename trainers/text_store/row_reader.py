@@ -17,8 +17,7 @@ from .layout import INDEX_REMEDY, open_shard
 
 
 class RowReader:
-    """
-    The rows of `shards`, counted over all of them in order. Several threads may read at the same time.
+    """The rows of `shards`, counted over all of them in order. Several threads may read at the same time.
 
     Rows are read from the files, not through a memory map: that is a microsecond a row, and what was read does not stay in the memory of the
     process, where a map of a large store would fill it.
@@ -36,8 +35,7 @@ class RowReader:
         return int(self._starts[-1])
 
     def read(self, rows: np.ndarray, keys: np.ndarray, checksums: np.ndarray) -> torch.Tensor:
-        """
-        The embeddings of some rows, each compared with its checksum; in shards without checksums, by its key alone.
+        """The embeddings of some rows, each compared with its checksum; in shards without checksums, by its key alone.
 
         Args:
             rows: `(n,)`, counted over all shards.
@@ -114,10 +112,7 @@ class _OpenFiles:
 
 
 class _OpenFile:
-    """
-    Attributes:
-        descriptor: open as long as this object is held.
-    """
+    """A file whose `descriptor` is open as long as this object is held."""
 
     def __init__(self, path: Path):
         self.descriptor = os.open(path, os.O_RDONLY)

@@ -17,8 +17,7 @@ def length_sorted_batches(
     max_texts: int | None = None,
     boundary: int | None = None,
 ) -> Iterator[list[int]]:
-    """
-    Numbers of rows, the longest first, cut into batches.
+    """Numbers of rows, the longest first, cut into batches.
 
     Args:
         token_budget: most padded tokens of a batch (texts times the longest of them); a single text may have more.

@@ -29,8 +29,7 @@ _SAME = 0.99
 
 @dataclass
 class Verification:
-    """
-    What [`verify_store`] found.
+    """What [`verify_store`] found.
 
     Attributes:
         num_shards, num_texts: that were read, damaged ones left out.
@@ -55,8 +54,7 @@ def verify_store(
     num_compared: int = 64,
     progress: bool = True,
 ) -> Verification:
-    """
-    Reads all of the store at `path` and checks that embeddings and keys are those that were written, that every number is finite, that no text
+    """Reads all of the store at `path` and checks that embeddings and keys are those that were written, that every number is finite, that no text
     is there twice, and that the index has the place of each key. It changes nothing, except that a missing index is made.
 
     Args:

@@ -113,8 +113,7 @@ class Encoder:
         return state_sha256(self.model.state_dict())
 
     def identity(self) -> dict[str, Any]:
-        """
-        "name", "kind" and "weights_sha256" for the results; of a ProCLIP also "own_weights_sha256": of all but the LLM, in float32, which a
+        """ "name", "kind" and "weights_sha256" for the results; of a ProCLIP also "own_weights_sha256": of all but the LLM, in float32, which a
         checkpoint's files can be held against wherever its LLM is.
         """
         identity = {"name": self.name, "kind": self.kind, "weights_sha256": self.weights_sha256}

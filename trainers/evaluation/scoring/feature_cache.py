@@ -85,8 +85,7 @@ class FeatureCache:
         write_file(self.path / name, shard_content(embeds.contiguous(), keys))
 
     def blocks(self, keys: np.ndarray, size: int = 4096) -> Iterator[torch.Tensor]:
-        """
-        The embeddings of `keys (N, 2)` in their order, `size` at a time: `(n, dim)` float32.
+        """The embeddings of `keys (N, 2)` in their order, `size` at a time: `(n, dim)` float32.
 
         Raises:
             KeyError: If one is not there.
