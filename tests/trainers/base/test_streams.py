@@ -151,6 +151,7 @@ def _rank(rank: int, port: int, folder: Path) -> None:
     assert_same_bits(training_state(resumed), training_state(whole))
     (folder / f"{rank}.json").write_text(json.dumps(whole.kept))
     torch.save(training_state(whole), folder / f"{rank}.pt")
+    os._exit(0)  # as in test_distributed.py
 
 
 def test_two_processes_share_a_stream(tmp_path):
