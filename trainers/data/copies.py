@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,11 +13,13 @@ from filelock import FileLock
 
 from trainers.display.progress import track
 from trainers.storage.digests import file_digest
-from trainers.storage.files import replacing
+from trainers.storage.files import replacing, write_file
 
 from .archives import BROKEN
 from .tables import Placed
 
+
+logger = logging.getLogger(__name__)
 
 # Of a row: where it is, for messages.
 PLACE = "__place__"
@@ -56,8 +59,8 @@ def read_rows(shards: Sequence[Shard], columns: list[str]) -> Iterator[dict[str,
 def copied_rows(shards: Sequence[Shard], columns: list[str]) -> datasets.Dataset:
     """The same rows by number, copied once into the cache of `datasets` (`HF_DATASETS_CACHE`).
 
-    The files are hashed at every opening, and what they hold decides which copy is theirs. A copy that was interrupted is made again; of
-    several processes one makes it and the others wait.
+    Files and copy are hashed at every opening: what the files hold decides which copy is theirs, and a copy that was interrupted or has changed
+    since it was written is made again. Of several processes one makes it and the others wait.
 
     Raises:
         OSError: If the disk is full, or a file cannot be read.
@@ -81,16 +84,33 @@ def rows_in_memory(columns: Mapping[str, list[Any]]) -> datasets.Dataset:
 
 
 def _copy(shards: Sequence[Shard], columns: list[str], features: datasets.Features) -> Path:
-    """The copy of some shards, made if it is not there."""
+    """The copy of some shards, made if it is not there or is no longer what was written."""
     identity = [_VERSION, columns, features.to_dict(), [[repr(shard), file_digest(shard.path)] for shard in shards]]
     name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
     path = Path(datasets.config.HF_DATASETS_CACHE) / "proclip" / f"{name}.arrow"
-    if not path.exists():
+    if not _is_sound(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
-            if not path.exists():
+            if not _is_sound(path):
+                if _digest_file(path).exists():
+                    logger.warning(
+                        "%s, a copy of %s, is missing or has changed: making it again", path, shards[0].name
+                    )
                 _write(path, shards, columns, features)
+                write_file(_digest_file(path), file_digest(path).encode())
     return path
+
+
+def _is_sound(path: Path) -> bool:
+    """Whether a copy is there and is what was written. One of an earlier release, without a digest, is not."""
+    try:
+        return file_digest(path) == _digest_file(path).read_text()
+    except FileNotFoundError:
+        return False
+
+
+def _digest_file(path: Path) -> Path:
+    return path.with_suffix(".sha256")
 
 
 def _write(path: Path, shards: Sequence[Shard], columns: list[str], features: datasets.Features) -> None:

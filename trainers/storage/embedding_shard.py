@@ -1,7 +1,7 @@
 """Files of embeddings that are kept and read again: each row with its key, and with a checksum that is compared whenever the row is read.
 
 A shard is a safetensors file with `embeds` (n, dim), `keys` (n, 2) int64, `checksums` (n,) int64, and in its metadata the BLAKE2b hashes of
-`embeds` and `keys`. A checksum belongs to an embedding and its key, so a row that belongs to another key is found as a flipped bit is. It is
+`embeds` and `keys`, and what made them: a shard that was copied from the folder of another encoder is found by that. A checksum belongs to an embedding and its key, so a row that belongs to another key is found as a flipped bit is. It is
 of a row rather than of a file or a block, because a store of many gigabytes is opened at once and looked up in at random; it takes 8 bytes
 on the disk and a fraction of a microsecond (XXH3, which runs at the speed of memory).
 """
@@ -31,6 +31,8 @@ class EmbeddingShard(MappedSafetensors):
         dtype: "float32", "float16" or "bfloat16", of the embeddings.
         dim: their size; None accepts any.
         remedy: what to do if the file is damaged, for messages.
+        made_by: the hash of what makes the embeddings of this folder; None accepts any, and so does a shard of an earlier release, which does not
+            say.
 
     Attributes:
         num_rows, dim: from the header.
@@ -38,10 +40,10 @@ class EmbeddingShard(MappedSafetensors):
         blake2b: the hashes of "embeds" and "keys" that were written with them.
 
     Raises:
-        DamagedFileError: If the file is cut short, or holds other tensors, shapes or dtypes.
+        DamagedFileError: If the file is cut short, holds other tensors, shapes or dtypes, or was made by something else.
     """
 
-    def __init__(self, path: Path, dtype: str, dim: int | None, remedy: str):
+    def __init__(self, path: Path, dtype: str, dim: int | None, remedy: str, made_by: str | None = None):
         super().__init__(
             path, {"embeds": (DTYPES[dtype], 2), "keys": ("I64", 2)}, remedy, optional={"checksums": ("I64", 1)}
         )
@@ -56,17 +58,20 @@ class EmbeddingShard(MappedSafetensors):
             raise self.damaged(
                 f"embeds {self.shape('embeds')} and keys {self.shape('keys')} do not fit embeddings of size {self.dim}"
             )
-        self.blake2b = self._read_hashes()
+        facts = self._read_facts()
+        self.blake2b = {name: facts[name] for name in ("embeds", "keys")}
+        if made_by is not None and facts.get("made_by", made_by) != made_by:
+            raise self.damaged("its embeddings were made by another encoder than those of this folder")
         self._keys_are_sound = False
 
-    def _read_hashes(self) -> dict[str, str]:
+    def _read_facts(self) -> dict[str, str]:
         try:
-            hashes = dict(json.loads(self.metadata["blake2b"]))
+            facts = dict(json.loads(self.metadata["blake2b"]))
         except (KeyError, ValueError, TypeError):
-            hashes = {}
-        if hashes.keys() != {"embeds", "keys"}:
+            facts = {}
+        if not facts.keys() >= {"embeds", "keys"}:
             raise self.damaged("it has no checksums")
-        return hashes
+        return facts
 
     def read_keys(self) -> np.ndarray:
         """All keys `(num_rows, 2)`, compared with their hash when they are read first."""
@@ -116,12 +121,13 @@ class EmbeddingShard(MappedSafetensors):
         return None
 
 
-def shard_content(embeds: torch.Tensor, keys: np.ndarray) -> bytes:
-    """The file of a shard with `embeds (n, dim)` and `keys (n, 2)` int64. Equal contents have equal bytes."""
+def shard_content(embeds: torch.Tensor, keys: np.ndarray, made_by: str) -> bytes:
+    """The file of a shard with `embeds (n, dim)` and `keys (n, 2)` int64, made by what has the hash `made_by`. Equal contents have equal bytes."""
     keys = np.array(keys, dtype=np.int64)
     tensors = {"embeds": embeds, "keys": torch.from_numpy(keys)}
     # One entry: safetensors orders several at random.
-    metadata = {"blake2b": json.dumps({name: blake2b(tensor) for name, tensor in tensors.items()})}
+    facts = {**{name: blake2b(tensor) for name, tensor in tensors.items()}, "made_by": made_by}
+    metadata = {"blake2b": json.dumps(facts)}
     checksums = torch.from_numpy(row_checksums(embeds, keys))
     return save({**tensors, "checksums": checksums}, metadata=metadata)
 

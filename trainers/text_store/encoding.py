@@ -36,9 +36,6 @@ _PADDED_TO_FULL_LENGTH = ("siglip", "siglip2")
 # Raised when our own code (template, tokenisation, pooling) gives other embeddings of the same text than the release before.
 ENCODING_VERSION = 1
 
-# Fields of a fingerprint that say where the text model came from. They decide no embedding: a model that was moved is still the same.
-PROVENANCE = ("model", "revision", "text_model_sha256")
-
 # The "pooling" of a model with two towers, whose projected embeddings are stored.
 OF_TWO_TOWERS = "get_text_features"
 
@@ -169,7 +166,7 @@ def encoder_fingerprint(model: torch.nn.Module, processor: Any) -> dict[str, Any
     Returns:
         - "model" and "revision": where the text model came from; "text_model_sha256": for a ProCLIP, the hash of the LLM's files, whatever
           dtype it was loaded in, as its checkpoints record it. These three tell people and trainers which model it was, and are not
-          compared ([`PROVENANCE`]).
+          compared ([`~trainers.text_store.layout.PROVENANCE`]).
         - "model_dtype": see [`text_dtype`]; "weights_sha256": the hash of the text model's weights in that dtype, see [`module_sha256`].
         - "config": the values of its configuration, see [`config_values`].
         - "pooling", and what [`tokenization_values`] says of `processor`.

@@ -6,12 +6,7 @@ from typing import Any
 
 from modeling_proclip.identity import differences
 
-from .encoding import PROVENANCE
-from .layout import warn_once
-
-
-# What the fingerprints of earlier releases did not record.
-_ADDED = ("model_dtype", "config", "tokenizer", "encoding", "versions")
+from .layout import ADDED, PROVENANCE, warn_once
 
 
 def check_same_encoder(path: Path, settings: Mapping[str, Any], dtype: str, fingerprint: Mapping[str, Any]) -> None:
@@ -39,7 +34,7 @@ def check_fingerprint(name: str, there: Mapping[str, Any], here: Mapping[str, An
     Raises:
         ValueError: If they differ; names the fields with both values.
     """
-    unknown = [field for field in _ADDED if field in here and field not in there]
+    unknown = [field for field in ADDED if field in here and field not in there]
     compared = [field for field in {**there, **here} if field not in (*PROVENANCE, *unknown, "versions")]
     of_store, of_encoder = ({field: side[field] for field in compared if field in side} for side in (there, here))
     changes = list(differences(of_store, of_encoder))

@@ -1,9 +1,10 @@
 """The directory of a text store: its shards, its settings, and the locks by which several processes fill it at the same time."""
 
+import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from itertools import count
@@ -27,6 +28,10 @@ SHARD_REMEDY = (
 )
 INDEX_REMEDY = "Delete this file: it is made anew when the store is used"
 LOCKS = "locks"
+# Fields of a fingerprint that say where the text model came from. They decide no embedding: a model that was moved is still the same.
+PROVENANCE = ("model", "revision", "text_model_sha256")
+# Fields that earlier releases did not record.
+ADDED = ("model_dtype", "config", "tokenizer", "encoding", "versions")
 _WRITER = re.compile(r"writer-(\d+)-of-(\d+)")
 
 
@@ -35,9 +40,15 @@ def shard_paths(path: Path) -> list[Path]:
     return sorted(path.glob("shard-*.safetensors"), key=lambda file: (len(file.name), file.name))
 
 
-def open_shard(path: Path, dim: int, dtype: str) -> EmbeddingShard:
-    """The shard at `path`; ValueError if it does not fit a store of this `dim` and `dtype`."""
-    return EmbeddingShard(path, dtype, dim, SHARD_REMEDY)
+def open_shard(path: Path, dim: int, dtype: str, fingerprint: Mapping[str, Any] | None = None) -> EmbeddingShard:
+    """The shard at `path`; ValueError if it does not fit a store of this `dim`, `dtype` and `fingerprint` (None: of any)."""
+    return EmbeddingShard(path, dtype, dim, SHARD_REMEDY, None if fingerprint is None else _hash_of(fingerprint))
+
+
+def _hash_of(fingerprint: Mapping[str, Any]) -> str:
+    """The hash of what every release records of an encoder, wherever that came from."""
+    deciding = {key: value for key, value in fingerprint.items() if key not in (*PROVENANCE, *ADDED)}
+    return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
 
 
 def read_settings(path: Path) -> dict[str, Any] | None:
@@ -103,10 +114,12 @@ class Writer:
 
     def write_shard(self, embeds: torch.Tensor, keys: np.ndarray) -> None:
         """Writes `embeds (n, dim)` with `keys (n, 2)` as the next shard, or as the first that is missing: one deleted because it was damaged
-        comes back in its place."""
+        comes back in its place. After [`write_settings`]."""
+        settings = read_settings(self.path)
+        assert settings is not None
         temporary = self.path / (self.name + TEMPORARY_SUFFIX)
         with writing(temporary, self.path / "shard") as file:
-            file.write(shard_content(embeds, keys))
+            file.write(shard_content(embeds, keys, _hash_of(settings["fingerprint"])))
         with store_lock(self.path):
             taken = {file.name for file in shard_paths(self.path)}
             name = next(

@@ -4,7 +4,7 @@ A store is a directory:
 
     store.json                 format version, dim, dtype and the fingerprint of what made the embeddings
     shard-00000.safetensors    `embeds` (n, dim) and `keys` (n, 2) int64, the hashes of the n texts, in the order in which the texts came;
-                               `checksums` (n,) int64 of each embedding with its key
+                               `checksums` (n,) int64 of each embedding with its key; in the metadata, a hash of the fingerprint
     ...
     index.safetensors          `keys` (2, N) int64 sorted, and `rows` (N,) int64: where each embedding is, counted over all shards in order
     locks/                     what the processes that write it tell each other
@@ -71,7 +71,9 @@ class TextEmbeddingStore:
         self.dtype: torch.dtype = getattr(torch, settings["dtype"])
         self.fingerprint: dict[str, Any] = settings["fingerprint"]
         self.build_summary: BuildSummary | None = None
-        self.shards = [open_shard(file, self.dim, settings["dtype"]) for file in shard_paths(self.path)]
+        self.shards = [
+            open_shard(file, self.dim, settings["dtype"], self.fingerprint) for file in shard_paths(self.path)
+        ]
         self._reader = RowReader(self.shards, self.dim, self.dtype)
         old = sum(not shard.has_checksums for shard in self.shards)
         if old:

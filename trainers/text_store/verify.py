@@ -74,7 +74,7 @@ def verify_store(
     sound: list[EmbeddingShard] = []
     for file in track(shard_paths(path), "verifying the store", "shards", shown=progress):
         try:
-            shard = open_shard(file, settings["dim"], settings["dtype"])
+            shard = open_shard(file, settings["dim"], settings["dtype"], settings["fingerprint"])
             problem = _problem_of_shard(shard)
         except ValueError as error:
             found.problems.append(str(error))

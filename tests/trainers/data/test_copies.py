@@ -121,6 +121,36 @@ def test_a_copy_that_was_interrupted_is_made_again(tmp_path, cache, monkeypatch)
     assert [shard.name for shard in made] == ["c.csv"]
 
 
+def _cut_between_batches(content: bytes) -> bytes:
+    """The first of several batches, which Arrow reads as a sound stream."""
+    return content[: content.rfind(b"\xff\xff\xff\xff", 0, len(content) - 20)]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[: len(content) // 2],
+        _cut_between_batches,
+        lambda content: content.replace(b"caption 17", b"caption 97"),
+        lambda content: b"",
+    ],
+    ids=["cut short", "cut between batches", "other bytes", "empty"],
+)
+def test_a_copy_that_was_damaged_is_made_again(tmp_path, cache, monkeypatch, caplog, damage):
+    texts = [f"caption {i}" for i in range(1500)]
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    source = PairSource(source=str(file))
+    open_pairs(source, images=False)
+    (copy,) = cache.rglob("*.arrow")
+    sound = copy.read_bytes()
+    copy.unlink()  # what this process has mapped stays
+    copy.write_bytes(damage(sound))
+    rows = open_pairs(source, images=False)
+    assert [rows[i]["text"] for i in range(len(rows))] == [[text] for text in texts]
+    assert copy.read_bytes() == sound and "is missing or has changed: making it again" in caplog.text
+
+
 def test_many_files_share_copies(tmp_path, cache):
     for number in range(150):
         (tmp_path / f"{number:03d}.jsonl").write_text(json.dumps({"text": f"text {number}"}))

@@ -143,6 +143,25 @@ def test_an_index_of_another_store(path, encoder, tmp_path):
     assert torch.equal(TextEmbeddingStore(path).lookup(TEXTS), RIGHT)
 
 
+@pytest.mark.parametrize("name", ["shard-00001.safetensors", "shard-00003.safetensors"])
+def test_a_shard_of_another_encoder_s_store(path, encoder, tmp_path, name):
+    """Every row of it is sound by itself: the same texts, embedded by another model."""
+    encoder.fingerprint |= {"model": "moved", "weights_sha256": "11"}
+    encoder.build(TEXTS, tmp_path / "other", shard_size=16)
+    shutil.copy(tmp_path / "other" / "shard-00001.safetensors", path / name)
+    with pytest.raises(DamagedFileError, match=f"{name} is damaged: its embeddings were made by another encoder"):
+        TextEmbeddingStore(path)
+
+
+def test_a_shard_of_the_same_encoder_s_store_is_welcome(path, encoder, tmp_path):
+    encoder.fingerprint |= {"model": "moved"}
+    encoder.build(["another text"], tmp_path / "other", shard_size=16)
+    shutil.copy(tmp_path / "other" / "shard-00000.safetensors", path / "shard-00003.safetensors")
+    assert torch.equal(
+        TextEmbeddingStore(path).lookup(["another text", *TEXTS])[1:], RIGHT
+    ) and "another text" in TextEmbeddingStore(path)
+
+
 @pytest.mark.parametrize("has_read", [False, True])
 def test_a_shard_that_is_rebuilt_under_a_reader(path, encoder, has_read):
     reader = TextEmbeddingStore(path)

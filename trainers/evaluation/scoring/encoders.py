@@ -16,7 +16,6 @@ from modeling_proclip import ProCLIPModel
 from modeling_proclip.identity import config_values, library_versions, own_weights_sha256, state_sha256
 from trainers.compute.dtypes import ModelDtype, loading_dtype
 from trainers.text_store.encoding import (
-    PROVENANCE,
     EncodedBatch,
     count_truncated,
     embeddings_of,
@@ -24,6 +23,7 @@ from trainers.text_store.encoding import (
     encoder_fingerprint,
     text_dtype,
 )
+from trainers.text_store.layout import PROVENANCE
 
 
 # Raised when our own code decodes images or prepares them for the model in another way than the release before.

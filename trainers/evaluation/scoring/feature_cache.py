@@ -3,7 +3,7 @@
 A cache is a directory `<images|texts>-<hash of the fingerprint>/` with `cache.json`, which says what made the embeddings, and shards of
 at most 512 rows, each written whole or not at all. An embedding is found by the hash of the text, or of the bytes of the image's file:
 what several benchmarks, languages or prompts share is computed once, and so is an image that is in a data set twice. Every row has a
-checksum, which is compared when it is read: see [`EmbeddingShard`].
+checksum, which is compared when it is read, and every shard says which fingerprint it is of: see [`EmbeddingShard`].
 """
 
 import hashlib
@@ -40,7 +40,8 @@ class FeatureCache:
 
     def __init__(self, folder: Path, kind: str, fingerprint: dict[str, Any], rank: int = 0):
         text = json.dumps(fingerprint, sort_keys=True, ensure_ascii=False)
-        self.path = folder / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        self._hash = hashlib.sha256(text.encode()).hexdigest()
+        self.path = folder / f"{kind}-{self._hash[:16]}"
         self.rank = rank
         self._fingerprint = fingerprint
         self._shards: dict[str, EmbeddingShard] = {}
@@ -61,7 +62,7 @@ class FeatureCache:
         """Opens the shards that were written since, by this process or by others."""
         for file in sorted(self.path.glob("shard-*.safetensors")):
             if file.name not in self._shards:
-                shard = self._shards[file.name] = EmbeddingShard(file, "float32", None, _REMEDY)
+                shard = self._shards[file.name] = EmbeddingShard(file, "float32", None, _REMEDY, self._hash)
                 if not shard.has_checksums:
                     raise shard.damaged("it has no checksums")
         self._order = list(self._shards.values())
@@ -82,7 +83,7 @@ class FeatureCache:
         number = len(taken)
         while (name := f"shard-{self.rank:04d}-{number:06d}.safetensors") in taken:
             number += 1
-        write_file(self.path / name, shard_content(embeds.contiguous(), keys))
+        write_file(self.path / name, shard_content(embeds.contiguous(), keys, self._hash))
 
     def blocks(self, keys: np.ndarray, size: int = 4096) -> Iterator[torch.Tensor]:
         """The embeddings of `keys (N, 2)` in their order, `size` at a time: `(n, dim)` float32.

@@ -77,6 +77,16 @@ def test_two_shards_that_exchanged_their_names_are_still_right(cache):
     assert torch.equal(read(cache), EMBEDS.flip(0))
 
 
+def test_a_shard_of_another_encoder_s_cache_is_refused(cache):
+    other = FeatureCache(cache.path.parent, "images", {"by": "another test"})
+    other.prepare()
+    other.add(KEYS[:3], EMBEDS[:3] + 1)
+    (shard,) = other.path.glob("shard-*")
+    shard.replace(cache.path / "shard-0001-000000.safetensors")
+    with pytest.raises(DamagedFileError, match="shard-0001-000000.safetensors is damaged: .* by another encoder"):
+        read(cache)
+
+
 def test_a_shard_without_checksums_is_refused(cache):
     file = cache.path / "shard-0000-000000.safetensors"
     tensors = load_file(file)
