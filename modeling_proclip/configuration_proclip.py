@@ -81,6 +81,9 @@ class ProCLIPConfig(PreTrainedConfig):
         logit_scale_init_value (`float`, defaults to ln(1 / 0.07)): Start of the logit scale, as its logarithm (CLIP, arXiv 2103.00020).
         logit_bias_init_value (`float`, *optional*):
             Start of a bias that is added to the logits, for SigLIP's sigmoid loss (-10 in arXiv 2303.15343). None: the model has none.
+        matryoshka_dims (`list[int]`, *optional*):
+            Sizes of the shorter embeddings that the model was trained for: its first so many dimensions are an embedding by themselves, once
+            brought to unit length (arXiv 2205.13147). The trainers write it; `truncate_dim` takes any size.
         text_model_name_or_path (`str`, *optional*): Where the LLM came from. A lean checkpoint loads it from there.
         text_model_revision (`str`, *optional*): Commit of that repository.
         text_model_sha256 (`str`, *optional*): Content hash of the LLM's weights; see [`weights_sha256`]. A lean checkpoint refuses any other.
@@ -124,6 +127,7 @@ class ProCLIPConfig(PreTrainedConfig):
     text_pooling: Literal["mean", "weighted_mean", "last_token", "eos_token", "bos_token"] = "mean"
     logit_scale_init_value: int | float = 2.6592600769815985
     logit_bias_init_value: int | float | None = None
+    matryoshka_dims: list[int] | None = None
     text_model_name_or_path: str | None = None
     text_model_revision: str | None = None
     text_model_sha256: str | None = None
@@ -189,6 +193,11 @@ class ProCLIPConfig(PreTrainedConfig):
             raise ValueError(
                 f"ProCLIPConfig.adapter_anchor_threshold is a cosine, at least -1 and at most 1, got {self.adapter_anchor_threshold}."
             )
+        for dim in self.matryoshka_dims or ():
+            if not 0 < dim <= self.projection_dim:
+                raise ValueError(
+                    f"ProCLIPConfig.matryoshka_dims must be from 1 to projection_dim ({self.projection_dim}), got {dim}."
+                )
         if not math.isfinite(self.logit_scale_init_value):
             raise ValueError(
                 f"ProCLIPConfig.logit_scale_init_value is a logarithm and must be finite, got {self.logit_scale_init_value}."

@@ -44,6 +44,7 @@ _NO_EFFECT = {
     "is_causal",  # ProCLIP sets it
     "label2id",
     "logit_scale_init_value",
+    "matryoshka_dims",
     "name_or_path",
     "num_labels",
     "output_attentions",

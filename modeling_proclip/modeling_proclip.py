@@ -170,6 +170,7 @@ class ProCLIPModel(ProCLIPPreTrainedModel):
         pixel_values: torch.FloatTensor,
         pixel_attention_mask: torch.Tensor | None = None,
         spatial_shapes: torch.LongTensor | None = None,
+        truncate_dim: int | None = None,
         **kwargs: Any,
     ) -> tuple | BaseModelOutputWithPooling:
         r"""Args:
@@ -178,14 +179,16 @@ class ProCLIPModel(ProCLIPPreTrainedModel):
                 For towers that keep an image's aspect ratio (SigLIP2 NaFlex), whose `pixel_values` are
                 `(batch_size, max_num_patches, num_channels * patch_size ** 2)`: 1 on patches, 0 on padding.
             spatial_shapes (`torch.LongTensor` of shape `(batch_size, 2)`, *optional*): For the same towers, rows and columns of patches.
+            truncate_dim (`int`, *optional*): Return only the first so many dimensions; see [`ProCLIPConfig`]`.matryoshka_dims`.
             kwargs: Arguments of the image encoder, such as `interpolate_pos_encoding` or `output_hidden_states`.
 
         Returns:
-            `BaseModelOutputWithPooling`; `pooler_output` `(batch_size, projection_dim)` is the embedding, not normalised.
+            `BaseModelOutputWithPooling`; `pooler_output` `(batch_size, truncate_dim or projection_dim)` is the embedding, not normalised.
 
         Raises:
-            ValueError: If the image encoder does not pool.
+            ValueError: If the image encoder does not pool, or `truncate_dim` is not from 1 to `projection_dim`.
         """
+        self._check_truncate_dim(truncate_dim)
         shapes = {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
         kwargs.update({name: value for name, value in shapes.items() if value is not None})
         outputs = self.vision_model(pixel_values=pixel_values, return_dict=True, **kwargs)
@@ -197,7 +200,15 @@ class ProCLIPModel(ProCLIPPreTrainedModel):
             )
         if self.config.vision_projection:
             outputs.pooler_output = self.visual_projection(pooled.to(self.visual_projection.weight.dtype))
+        outputs.pooler_output = outputs.pooler_output[:, :truncate_dim]
         return outputs
+
+    def _check_truncate_dim(self, truncate_dim: int | None) -> None:
+        if truncate_dim is not None and not 0 < truncate_dim <= self.config.projection_dim:
+            raise ValueError(
+                f"truncate_dim={truncate_dim}, but this model's embeddings have {self.config.projection_dim} dimensions: give 1 to "
+                f"{self.config.projection_dim}."
+            )
 
     def get_llm_embeds(
         self,
@@ -257,6 +268,7 @@ class ProCLIPModel(ProCLIPPreTrainedModel):
         attention_mask: torch.LongTensor | None = None,
         token_type_ids: torch.LongTensor | None = None,
         llm_embeds: torch.FloatTensor | None = None,
+        truncate_dim: int | None = None,
         **kwargs: Any,
     ) -> tuple | BaseModelOutputWithPooling:
         r"""Args:
@@ -264,15 +276,18 @@ class ProCLIPModel(ProCLIPPreTrainedModel):
                 From [`ProCLIPProcessor`].
             llm_embeds (`torch.FloatTensor` of shape `(batch_size, text_config.hidden_size)`, *optional*):
                 Stored embeddings of the LLM, in place of tokens.
+            truncate_dim (`int`, *optional*): Return only the first so many dimensions; see [`ProCLIPConfig`]`.matryoshka_dims`.
             kwargs: Arguments of the LLM, such as `output_hidden_states`.
 
         Returns:
-            `BaseModelOutputWithPooling`; `pooler_output` `(batch_size, projection_dim)` is the embedding, not normalised. With `llm_embeds`
-            it is all there is.
+            `BaseModelOutputWithPooling`; `pooler_output` `(batch_size, truncate_dim or projection_dim)` is the embedding, not normalised. With
+            `llm_embeds` it is all there is.
 
         Raises:
-            ValueError: Unless exactly one of `input_ids` and `llm_embeds` is given, or if it is of another dtype or shape.
+            ValueError: Unless exactly one of `input_ids` and `llm_embeds` is given, if it is of another dtype or shape, or if `truncate_dim` is
+                not from 1 to `projection_dim`.
         """
+        self._check_truncate_dim(truncate_dim)
         if (input_ids is None) == (llm_embeds is None):
             raise ValueError("Give either input_ids or llm_embeds.")
         if llm_embeds is not None:
@@ -282,9 +297,9 @@ class ProCLIPModel(ProCLIPPreTrainedModel):
                     f"llm_embeds must be of shape (batch_size, {hidden_size}), got {tuple(llm_embeds.shape)}: they are made with this model's own "
                     "LLM, by get_llm_embeds or `proclip embed`."
                 )
-            return BaseModelOutputWithPooling(pooler_output=self.text_adapter(llm_embeds))
+            return BaseModelOutputWithPooling(pooler_output=self.text_adapter(llm_embeds)[:, :truncate_dim])
         outputs = self._run_text_model(input_ids, attention_mask, token_type_ids, **kwargs)
-        outputs.pooler_output = self.text_adapter(outputs.pooler_output)
+        outputs.pooler_output = self.text_adapter(outputs.pooler_output)[:, :truncate_dim]
         return outputs
 
     @can_return_tuple
@@ -298,6 +313,7 @@ class ProCLIPModel(ProCLIPPreTrainedModel):
         return_loss: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        truncate_dim: int | None = None,
         **kwargs: Any,
     ) -> tuple | ProCLIPOutput:
         r"""Images, texts, or both. See [`~ProCLIPModel.get_image_features`] and [`~ProCLIPModel.get_text_features`] for the inputs.
@@ -305,10 +321,12 @@ class ProCLIPModel(ProCLIPPreTrainedModel):
         Args:
             return_loss (`bool`, *optional*): Return the symmetric InfoNCE loss; the i-th image and the i-th text are a pair.
             output_attentions, output_hidden_states (`bool`, *optional*): Return those of both towers, in their outputs.
+            truncate_dim (`int`, *optional*): Compare only the first so many dimensions; see [`ProCLIPConfig`]`.matryoshka_dims`.
             kwargs: Arguments of the image encoder, such as `interpolate_pos_encoding`.
 
         Raises:
-            ValueError: If neither modality is given, or there is no pair for every item of a loss.
+            ValueError: If neither modality is given, there is no pair for every item of a loss, or `truncate_dim` is not from 1 to
+                `projection_dim`.
 
         Example:
 
@@ -325,6 +343,7 @@ class ProCLIPModel(ProCLIPPreTrainedModel):
         if not (has_text or has_image):
             raise ValueError("Give pixel_values, or input_ids or llm_embeds, or both sides.")
         both = {
+            "truncate_dim": truncate_dim,
             "output_attentions": output_attentions,
             "output_hidden_states": output_hidden_states,
             "return_dict": True,

@@ -36,6 +36,10 @@ def test_unknown_keys_are_refused(key, suggestion):
 @pytest.mark.parametrize(
     "values, message",
     [
+        (
+            {"projection_dim": 8, "matryoshka_dims": [4, 9]},
+            "matryoshka_dims must be from 1 to projection_dim .8., got 9",
+        ),
         ({"projection_dim": 0}, "projection_dim must be positive, got 0"),
         ({"adapter_expansion": -1}, "adapter_expansion must be positive"),
         ({"adapter_expansion": math.nan}, "adapter_expansion must be positive"),

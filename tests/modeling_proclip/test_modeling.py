@@ -91,6 +91,29 @@ def test_either_modality_and_stored_embeddings(inputs):
 
 
 @torch.no_grad()
+def test_shorter_embeddings(inputs):
+    model = tiny.model()
+    texts = {name: inputs[name] for name in TEXT_INPUTS}
+    whole, llm_embeds = model(**inputs), model.get_llm_embeds(**texts)
+    for dim in (5, model.config.projection_dim):
+        for features in (
+            model.get_text_features(**texts, truncate_dim=dim),
+            model.get_text_features(llm_embeds=llm_embeds, truncate_dim=dim),
+        ):
+            torch.testing.assert_close(features.pooler_output, whole.text_model_output.pooler_output[:, :dim])
+        images = model.get_image_features(inputs["pixel_values"], truncate_dim=dim)
+        torch.testing.assert_close(images.pooler_output, whole.vision_model_output.pooler_output[:, :dim])
+        shorter = model(**inputs, truncate_dim=dim)
+        for name in ("text_embeds", "image_embeds"):
+            torch.testing.assert_close(shorter[name], F.normalize(whole[name][:, :dim], dim=-1))
+        expected = model.logit_scale.exp() * shorter.image_embeds @ shorter.text_embeds.T
+        torch.testing.assert_close(shorter.logits_per_image, expected)
+    for dim in (0, -1, model.config.projection_dim + 1):
+        with pytest.raises(ValueError, match=f"truncate_dim={dim}, but this model's embeddings have 16 dimensions"):
+            model(**inputs, truncate_dim=dim)
+
+
+@torch.no_grad()
 def test_tuples_and_outputs_of_the_towers(inputs):
     model = tiny.model()
     outputs = model(**inputs, output_hidden_states=True)

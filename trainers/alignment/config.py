@@ -21,6 +21,7 @@ class AlignmentConfig(StageArguments):
     lambda_ins: float | None = None
     lambda_struct: float | None = None
     gradient_caching_batch_size: int | None = None
+    matryoshka_dims: list[int] | None = None
 
     refused = Refused(
         StageArguments.refused,
@@ -54,8 +55,19 @@ class AlignmentConfig(StageArguments):
                 f"{self.gradient_caching_batch_size}: a cached step has one whole batch, per_device_train_batch_size, which may be as large "
                 "as you like; leave gradient_accumulation_steps at 1."
             )
+        if self.matryoshka_dims is not None:
+            self._check_matryoshka_dims(self.matryoshka_dims)
         if not self.dataloader_drop_last and self.world_size > 1 and not self.accelerator_config.even_batches:
             raise ValueError(
                 "even_batches=False with dataloader_drop_last=False: some processes would have no last batch, and the others would wait for "
                 "them. Leave even_batches True: the rows that it repeats to fill the last batch do not count in the loss."
             )
+
+    @staticmethod
+    def _check_matryoshka_dims(dims: list[int]) -> None:
+        if not isinstance(dims, (list, tuple)) or not dims or not all(type(dim) is int and dim > 0 for dim in dims):
+            raise ValueError(
+                f"matryoshka_dims must list the sizes of the shorter embeddings, such as [256, 128, 64], or be None; it is {dims!r}."
+            )
+        if len(set(dims)) < len(dims):
+            raise ValueError(f"matryoshka_dims names a size twice: {dims}.")

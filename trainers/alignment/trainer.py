@@ -1,5 +1,6 @@
 """What stages 1 and 2 share: the loss of a batch with or without cached gradients, evaluation, what is logged, and what the card says."""
 
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -15,11 +16,12 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import has_length
 
 from hub_cards import adapter_card, model_card
-from modeling_proclip import ProCLIPModel
+from modeling_proclip import ProCLIPConfig, ProCLIPModel
 from trainers.base.finite import TEXTS, WithTexts
 from trainers.base.gradient_caching import cached_backward
 from trainers.base.trainer import StageTrainer, replaced
 from trainers.base.training_record import training_record
+from trainers.compute.precision import unit_length
 from trainers.data.captions import DrawnCaptions
 from trainers.data.epochs import SetEpoch
 from trainers.data.pair_stream import PairStream
@@ -31,6 +33,9 @@ from .input_statistics import set_input_statistics
 from .store_identity import check_made_by_llm, text_encoder_of
 
 
+logger = logging.getLogger(__name__)
+
+
 class AlignmentTrainer(StageTrainer):
     """The part of a stage's trainer that is not its loss.
 
@@ -40,6 +45,7 @@ class AlignmentTrainer(StageTrainer):
     - Checkpoints leave the LLM out, which takes no part.
     - With `gradient_caching_batch_size` a batch stays in the host's memory and goes through the model one micro-batch at a time; the
       gradients are those of the whole batch.
+    - With `matryoshka_dims` the first dimensions of the embeddings are trained as embeddings by themselves.
     - With `dataloader_drop_last=False` the last batch is smaller, on several processes too: what fills it up there does not count.
     - The loss's parts are logged beside the loss, averaged over steps and processes as it is, and the samples per second.
     - Settings, steps and losses of the stage are kept in the model's configuration, and its card is rendered from them.
@@ -57,8 +63,15 @@ class AlignmentTrainer(StageTrainer):
         """The embeddings `(batch_size, projection_dim)` that they are compared with and that are not trained."""
         raise NotImplementedError
 
-    def loss_of(self, embeds: tuple[torch.Tensor, ...], frozen: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """This process's share of the loss `()` of the joined batch: the mean of the shares over the processes is that loss."""
+    def loss_of(
+        self, embeds: tuple[torch.Tensor, ...], frozen: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """This process's share of the loss `()` of the joined batch, and its parts `()` to log. The mean of the shares over the processes is that
+        loss.
+
+        Args:
+            embeds, frozen: `(batch_size, dim)`, unit length: what `embed` and `embed_frozen` gave, or a prefix of it.
+        """
         raise NotImplementedError
 
     def __init__(
@@ -86,6 +99,7 @@ class AlignmentTrainer(StageTrainer):
         self._joined_rows = 0  # of the batch at hand, of all processes
         super().__init__(model=model, args=args, train_dataset=self.rows, eval_dataset=eval_dataset, **kwargs)
         refuse_sharding(self.accelerator)
+        self._prefixes = self._shorter_dims(proclip_of(model).config)
         self._earlier_stages = model.config.training or []
         self._check_sizes()
         hidden_size = model.config.text_config.hidden_size
@@ -118,6 +132,20 @@ class AlignmentTrainer(StageTrainer):
                 "per_device_train_batch_size."
             )
 
+    def _shorter_dims(self, config: ProCLIPConfig) -> list[int]:
+        """Of `matryoshka_dims` those below the whole size, which counts anyway. Raises ValueError if one is above it."""
+        dims = self.args.matryoshka_dims or []
+        if dims and max(dims) > config.projection_dim:
+            raise ValueError(
+                f"matryoshka_dims={dims}, but this model's embeddings have {config.projection_dim} dimensions: leave out what is larger."
+            )
+        if config.matryoshka_dims and not dims:
+            logger.warning(
+                f"This model was trained for embeddings of {config.matryoshka_dims} dimensions too, and without matryoshka_dims this stage is "
+                "not: its checkpoints name no such sizes."
+            )
+        return [dim for dim in dims if dim < config.projection_dim]
+
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """As Trainer, for matrices only: logit scale and class embedding do not decay, as in the published code."""
         matrices = {name for name, parameter in model.named_parameters() if parameter.ndim >= 2}
@@ -144,6 +172,7 @@ class AlignmentTrainer(StageTrainer):
             if self._text_encoder is not None:
                 record["text_encoder"] = self._text_encoder
             self.model.config.training = [*self._earlier_stages, record]
+            proclip_of(self.model).config.matryoshka_dims = self.args.matryoshka_dims
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         self._record_training(finished=not self.is_in_train)
@@ -201,7 +230,7 @@ class AlignmentTrainer(StageTrainer):
         frozen, embeds = self.embed_frozen(model, inputs), self.embed(model, inputs)
         real = self._real_rows(len(embeds[0]))
         embeds, frozen = tuple(side[:real] for side in embeds), tuple(side[:real] for side in frozen)
-        loss = self.loss_of(embeds, frozen)
+        loss = self._nested_loss(embeds, frozen)
         return (loss, (*embeds, *frozen)) if return_outputs else loss
 
     def loss_and_gradients(
@@ -222,10 +251,20 @@ class AlignmentTrainer(StageTrainer):
         return cached_backward(
             lambda part: self.embed(model, send_to_device(part, device)),
             parts,
-            lambda *embeds: self.loss_of(tuple(side[:real] for side in embeds), frozen),
+            lambda *embeds: self._nested_loss(tuple(side[:real] for side in embeds), frozen),
             accelerator=self.accelerator,
             model=model,
         )
+
+    def _nested_loss(self, embeds: tuple[torch.Tensor, ...], frozen: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """`loss_of` of the whole embeddings, plus that of each prefix of `matryoshka_dims`, brought to unit length; keeps the parts for the log."""
+        loss, parts = self.loss_of(embeds, frozen)
+        for dim in self._prefixes:
+            prefixes = (tuple(unit_length(side[:, :dim]) for side in sides) for sides in (embeds, frozen))
+            parts[f"prefix_{dim}_loss"], _ = self.loss_of(*prefixes)
+            loss = loss + parts[f"prefix_{dim}_loss"]
+        self.record(**parts)
+        return loss
 
     def prediction_step(
         self,

@@ -62,6 +62,11 @@ class ContrastiveTuningConfig(AlignmentConfig):
             Rows of a micro-batch. The batch of `per_device_train_batch_size` rows stays in the host's memory and goes through the model this
             many rows at a time, twice; loss and gradients are those of the whole batch ([`cached_backward`], arXiv 2101.06983). One device
             can train with the papers' batch size in the memory of a micro-batch.
+        matryoshka_dims (`list[int]`, *optional*):
+            Sizes of shorter embeddings to train at the same time (Matryoshka, arXiv 2205.13147): the first so many dimensions of every embedding,
+            brought to unit length. The loss is the sum of L_stage2 over the whole embedding and over each of these prefixes, with
+            weight 1 each (eq. 1 with c_m = 1, section 4.1; the default of sentence-transformers too). Logged as `prefix_64_loss` and so on, and
+            recorded in the model's configuration. Costs the loss once more for each size, which is little beside the encoders.
 
     Defaults that differ from [`~transformers.TrainingArguments`]. ProCLIP, arXiv 2510.18795, Table 8: `per_device_train_batch_size` 512,
     `learning_rate` 1e-5, `lr_scheduler_type` "cosine", `weight_decay` 0.05, `adam_beta2` 0.98, `adam_epsilon` 1e-6, `num_train_epochs`

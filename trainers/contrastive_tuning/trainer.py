@@ -54,7 +54,8 @@ class ContrastiveTuningTrainer(AlignmentTrainer):
         FileNotFoundError: On resuming from a checkpoint without the EMA teacher.
 
     Logged: `loss`, `info_nce_loss` or `sigmoid_loss`, `instance_loss` and `structure_loss` (without their weights), `logit_scale` (the
-    multiplier itself), `logit_bias` with the sigmoid loss, `grad_norm`, `learning_rate`, `samples_per_second`.
+    multiplier itself), `logit_bias` with the sigmoid loss, `prefix_64_loss` and so on of `matryoshka_dims`, `grad_norm`, `learning_rate`,
+    `samples_per_second`.
 
     Example:
 
@@ -137,21 +138,22 @@ class ContrastiveTuningTrainer(AlignmentTrainer):
         with self.accelerator.autocast():
             return (self.ema.embed(**image_inputs(batch)),)
 
-    def loss_of(self, embeds: tuple[torch.Tensor, ...], frozen: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    def loss_of(
+        self, embeds: tuple[torch.Tensor, ...], frozen: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """L_stage2."""
         images, texts = (*frozen, *embeds) if self.args.freeze_vision else embeds
         logit_scale = self.model.logit_scale.exp()
         if self.args.loss == "sigmoid":
             loss = global_sigmoid_loss(images, texts, logit_scale, self.model.logit_bias)
-            self.record(sigmoid_loss=loss, logit_scale=logit_scale, logit_bias=self.model.logit_bias)
+            parts = {"sigmoid_loss": loss, "logit_scale": logit_scale, "logit_bias": self.model.logit_bias}
         else:
             loss = global_info_nce_loss(images, texts, logit_scale)
-            self.record(info_nce_loss=loss, logit_scale=logit_scale)
+            parts = {"info_nce_loss": loss, "logit_scale": logit_scale}
         if self.ema is not None:
-            distillation, parts = distillation_loss(images, frozen[0], self.args)
-            loss = loss + distillation
-            self.record(**parts)
-        return loss
+            distillation, of_distillation = distillation_loss(images, frozen[0], self.args)
+            loss, parts = loss + distillation, parts | of_distillation
+        return loss, parts
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """As in stage 1, with all captions of an image."""

@@ -39,7 +39,8 @@ class RepresentationInheritanceTrainer(AlignmentTrainer):
         ValueError: If a store's embeddings do not fit the model, the adapter is in half precision, or a dataset is shorter than a batch.
         KeyError: If a text is not in a store; names it.
 
-    Logged: `loss`, `instance_loss` and `structure_loss` (without their weights), `grad_norm`, `learning_rate`.
+    Logged: `loss`, `instance_loss` and `structure_loss` (without their weights), `prefix_64_loss` and so on of `matryoshka_dims`, `grad_norm`,
+    `learning_rate`.
 
     Example:
 
@@ -96,9 +97,9 @@ class RepresentationInheritanceTrainer(AlignmentTrainer):
         """e, from `teacher_embeds (batch_size, projection_dim)`."""
         return (unit_length(batch["teacher_embeds"]),)
 
-    def loss_of(self, embeds: tuple[torch.Tensor, ...], frozen: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    def loss_of(
+        self, embeds: tuple[torch.Tensor, ...], frozen: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """L_stage1."""
         (student,), (teacher,) = embeds, frozen
-        loss, parts = distillation_loss(student, teacher, self.args)
-        self.record(**parts)
-        return loss
+        return distillation_loss(student, teacher, self.args)

@@ -44,6 +44,8 @@ CASES = {
         tuning_trainer,
         {"loss": "sigmoid", "logit_bias_init_value": -3.0, "moved_teacher": True, **AS_PUBLISHED, **UNEVEN},
     ),
+    "stage-1 nested": (inheritance_trainer, {"matryoshka_dims": [5, 2], **SHORT}),
+    "stage-2 nested uneven": (tuning_trainer, {"matryoshka_dims": [5, 2], "moved_teacher": True, **UNEVEN}),
     "lit uneven": (tuning_trainer, {"method": "lit", **UNEVEN}),
 }
 # Rows of a micro-batch: 4 and 2 of six rows, 2 and 1 of three, 1 and 1 of two.

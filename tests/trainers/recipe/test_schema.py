@@ -172,6 +172,16 @@ def test_a_stage_that_is_null_is_left_out(tmp_path):
     assert list(load_recipe(write(tmp_path, text)).stages) == ["contrastive_tuning"]
 
 
+def test_both_stages_take_shorter_embeddings(tmp_path):
+    stages = "stages: {inheritance: {global_batch_size: 4}, contrastive_tuning: {global_batch_size: 4}}"
+    text = MINIMAL.split("stages:")[0] + stages
+    settings = [f"stages.{stage}.matryoshka_dims=[64, 32]" for stage in ("inheritance", "contrastive_tuning")]
+    recipe = load_recipe(write(tmp_path, text), settings)
+    assert [stage.arguments for stage in recipe.stages.values()] == [{"matryoshka_dims": [64, 32]}] * 2
+    message = refused(tmp_path, text, "stages.inheritance.matryoshka_dims=[64, small]")
+    assert "stages.inheritance.matryoshka_dims" in message
+
+
 def test_stages_are_in_the_order_of_the_curriculum(tmp_path):
     text = MINIMAL + "  contrastive_tuning: {global_batch_size: 8}\n"
     text = text.replace("  inheritance: {global_batch_size: 256}\n", "") + "  inheritance: {global_batch_size: 256}\n"
