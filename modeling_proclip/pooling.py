@@ -33,7 +33,8 @@ def pool_tokens(
         return hidden_states[rows, attended.int().argmax(dim=1)]
     pooled = attended if token_type_ids is None else attended & token_type_ids.to(hidden_states.device).bool()
     # The reference averages padding too where a row has nothing to pool; all its real tokens are the sensible reading.
-    pooled = torch.where(pooled.any(dim=1, keepdim=True), pooled, attended).float()
+    # By logic, as onnxruntime has no `where` for booleans.
+    pooled = (pooled | (attended & ~pooled.any(dim=1, keepdim=True))).float()
     weights = pooled if pooling == "mean" else pooled.cumsum(dim=1) * pooled
     weights = weights / weights.sum(dim=1, keepdim=True)
     return torch.bmm(weights[:, None], hidden_states.float())[:, 0].to(hidden_states.dtype)
