@@ -42,8 +42,8 @@ def decode_image(source: Image.Image | bytes | str | os.PathLike) -> Image.Image
         `PIL.Image.Image` of mode "RGB", in memory, without metadata.
 
     Raises:
-        BrokenImage: If it is missing, damaged or of an unknown format, holds floats or values beyond 16 bits, has no pixels, more than 89
-            million, or one side more than 200 times as long as the other.
+        BrokenImage: If it is missing, damaged, of an unknown format or a program (EPS), holds floats or values beyond 16 bits, has no
+            pixels, more than 89 million, or one side more than 200 times as long as the other.
     """
     try:
         if isinstance(source, Image.Image):
@@ -65,6 +65,8 @@ def decode_image(source: Image.Image | bytes | str | os.PathLike) -> Image.Image
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.format == "EPS":
+        raise BrokenImage("an EPS file is a program, which is not run: save the image as PNG or JPEG")
     _check_size(*image.size)
     image.load()
     method = _UPRIGHT.get(_orientation(image))

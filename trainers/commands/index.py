@@ -42,7 +42,7 @@ def index(
     from trainers.search.build import index_folder
     from trainers.search.encoder import load_encoder
     from trainers.search.export import export_index
-    from trainers.search.folder import Folder
+    from trainers.search.folder import Folder, printable
 
     Folder(folder)  # refused before the model is loaded
     encoder, name = load_encoder(output, model, device)
@@ -54,7 +54,7 @@ def index(
     )
     shown = summary.unreadable if list_unreadable else summary.unreadable[:_SHOWN]
     for path, reason in shown:
-        typer.echo(f"  unreadable: {path}: {reason}")
+        typer.echo(f"  unreadable: {printable(path)}: {printable(reason)}")
     if len(shown) < len(summary.unreadable):
         typer.echo(f"  and {len(summary.unreadable) - len(shown):,} more: --list-unreadable names them all")
     if export is not None:

@@ -45,6 +45,7 @@ def search(
     """
     from trainers.search.build import check_model
     from trainers.search.encoder import load_encoder
+    from trainers.search.folder import printable
     from trainers.search.query import Question, describe
     from trainers.search.query import search as run
     from trainers.search.table import ImageIndex
@@ -65,6 +66,6 @@ def search(
         )
         return
     for row in results:
-        typer.echo(f"{row['score']:7.4f}  {row['path']}")
+        typer.echo(f"{row['score']:7.4f}  {printable(row['path'])}")
     if not results:
         typer.echo(f"no image of {index} meets the conditions" if where else f"{index} has no images", err=True)

@@ -18,15 +18,15 @@ from trainers.evaluation.scoring.encoders import Encoder, join_images
 
 from .folder import Folder, ImageFile
 from .image_facts import caption_of, checksum, date_taken, thumbnail
-from .table import SETTINGS_FILE, ImageIndex, any_of, only_writer
+from .table import SETTINGS_FILE, ImageIndex, any_of, check_place, only_writer
 
 
 # Images of a step that is on the disk as a whole: what a killed run can lose.
 STEP_SIZE = 256
 # From so many images on, a search goes through an approximate index. Below, comparing with every embedding takes milliseconds.
 APPROXIMATE_FROM = 50_000
-# A file of more bytes is not read: cameras' raw files are a tenth of it.
-MAX_FILE_BYTES = 1 << 30
+# What changes an embedding by a rounding, and no search: an index outlives updates of the libraries.
+_ROUNDING = ("device", "dtype", "versions")
 _OF_CONTENT = ["checksum", "width", "height", "taken", "thumbnail", "embedding"]
 
 
@@ -71,12 +71,14 @@ def index_folder(
 
     Raises:
         NotADirectoryError: If there is no such folder.
+        FileExistsError: If `path` holds other files.
         ValueError: If the index is of another folder, was made by another model (names what differs), or is being written by another process.
     """
     folder = Folder(folder).root.resolve()
+    check_place(path)
     with only_writer(path):
         if (path / SETTINGS_FILE).exists():
-            index = ImageIndex(path)
+            index = ImageIndex(path, to_write=True)
             if index.folder != folder:
                 raise ValueError(f"{path} is the index of {index.folder}, not of {folder}: give another --output")
             check_model(index, encoder)
@@ -87,14 +89,15 @@ def index_folder(
 
 
 def identity_of(encoder: Encoder) -> dict[str, Any]:
-    """What decides an image's embedding, but for the device and the dtype it is computed in, whose rounding does not change a search."""
-    return {name: value for name, value in encoder.image_fingerprint().items() if name not in ("device", "dtype")}
+    """What decides an image's embedding, but for [`_ROUNDING`]."""
+    return {name: value for name, value in encoder.image_fingerprint().items() if name not in _ROUNDING}
 
 
 def check_model(index: ImageIndex, encoder: Encoder) -> None:
     """ValueError if `encoder` does not make the embeddings of `index`; names what differs."""
     identity, recorded = identity_of(encoder), index.settings["identity"]
-    differing = sorted(name for name in {*identity, *recorded} if identity.get(name) != recorded.get(name))
+    names = {*identity, *recorded}.difference(_ROUNDING)
+    differing = sorted(name for name in names if identity.get(name) != recorded.get(name))
     if differing:
         raise ValueError(
             f"{index.path} was made by another model than {encoder.name} (they differ in {', '.join(differing)}): give the model that made it, "
@@ -132,7 +135,7 @@ class _Update:
         self.index.remove(self.index.images, gone)
         self.index.remove(self.index.unreadable, [path for path in unreadable if path not in present])
         self.summary.removed = len(gone)
-        self._finish(bool(waiting or gone))
+        self._finish()
         return self.summary
 
     def _read(self, files: Sequence[ImageFile]) -> Iterator[list[_Read]]:
@@ -154,9 +157,7 @@ class _Update:
     def _read_one(self, file: ImageFile, decode: bool = False) -> _Read:
         """Reads a file, and decodes it where its content is not in the index."""
         try:
-            if file.signature[0] > MAX_FILE_BYTES:
-                return _Read(file, reason=f"it has {file.signature[0]:,} bytes, more than {MAX_FILE_BYTES:,}")
-            data = (self.index.folder / file.path).read_bytes()
+            data = self.folder.read(file)
             content = checksum(data)
             if content in self.checksums and not decode:
                 return _Read(file, content)
@@ -219,16 +220,18 @@ class _Update:
         file = self.index.file_columns(read.file.path, read.file.signature)
         return {**file, **content, "caption": caption, "words": words}
 
-    def _finish(self, changed: bool) -> None:
-        """Merges the small files of the steps, and makes the indexes of words and, from [`APPROXIMATE_FROM`] images on, of embeddings."""
+    def _finish(self) -> None:
+        """
+        Merges the small files of the steps, and makes the indexes of words and, from [`APPROXIMATE_FROM`] images on, of embeddings: whatever
+        of it is not done, as the run before may have been killed here.
+        """
         images, summary = self.index.images, self.summary
-        if changed:
-            images.optimize()
-            have = {config.name for config in images.list_indices()}
-            if len(self.index) and "words_idx" not in have:
-                images.create_index("words", config=FTS(stem=False, remove_stop_words=False))
-            if len(self.index) >= APPROXIMATE_FROM and "embedding_idx" not in have:
-                images.create_index("embedding", config=IvfSq(distance_type="cosine"))
+        images.optimize()
+        have = {config.name for config in images.list_indices()}
+        if len(self.index) and "words_idx" not in have:
+            images.create_index("words", config=FTS(stem=False, remove_stop_words=False))
+        if len(self.index) >= APPROXIMATE_FROM and "embedding_idx" not in have:
+            images.create_index("embedding", config=IvfSq(distance_type="cosine"))
         checksums = self.index.rows(images, ["checksum"])["checksum"].to_pylist()
         summary.total, summary.duplicates = len(checksums), len(checksums) - len(set(checksums))
         summary.num_links = self.folder.num_links

@@ -14,6 +14,7 @@ def load_encoder(index: Path, model: str | None, device: str | None) -> tuple[En
 
     Raises:
         ValueError: If no model is given for a new index.
+        FileNotFoundError: If the folder of the index's model is gone.
     """
     if model is None:
         if not (index / SETTINGS_FILE).exists():
@@ -21,5 +22,7 @@ def load_encoder(index: Path, model: str | None, device: str | None) -> tuple[En
                 f"{index} is a new index: name its model by --model, the folder or Hub name of a ProCLIP, CLIP or SigLIP"
             )
         model = ImageIndex(index).settings["model"]
+        if Path(model).is_absolute() and not Path(model).is_dir():
+            raise FileNotFoundError(f"the model that made {index} is no longer at {model}: say where it is by --model")
     name = str(Path(model).resolve()) if Path(model).is_dir() else model
     return Encoder.load(model, device or ("cuda" if torch.cuda.is_available() else "cpu")), name

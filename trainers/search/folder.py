@@ -1,11 +1,17 @@
 """The image files of a folder, and how a changed one is told from one that was seen before."""
 
+import errno
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
+
+
+# A larger file is not read: cameras' raw files are a tenth of it.
+MAX_FILE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -56,18 +62,45 @@ class Folder:
                     continue
                 file = Path(parent, name)
                 path = file.relative_to(self.root).as_posix()
-                if file.is_symlink():
+                try:
+                    found = file.lstat()
+                except OSError as error:  # deleted meanwhile, or its folder may be listed and not entered
+                    self._note_error(error)
+                    continue
+                if stat.S_ISLNK(found.st_mode):
                     self.num_links += 1
                 elif not _is_text(path):
-                    self.unlisted.append((repr(path), "its name is no valid UTF-8"))
-                elif file.is_file():  # and no pipe or device, which would keep a reader waiting
-                    found = file.stat()
+                    self.unlisted.append((path, "its name is no valid UTF-8"))
+                elif stat.S_ISREG(found.st_mode):  # and no pipe or device, which would keep a reader waiting
                     # The numbers of some file systems have all 64 bits.
                     entry = found.st_ino & (2**63 - 1)
                     yield ImageFile(path, (found.st_size, found.st_mtime_ns, found.st_ctime_ns, entry))
 
+    def read(self, file: ImageFile) -> bytes:
+        """The content of `file`.
+
+        Raises:
+            OSError: If it cannot be read, has become a link or is larger than [`MAX_FILE_BYTES`].
+        """
+        path = self.root / file.path
+        with open(path, "rb", opener=_open_no_link) as opened:
+            if (size := os.fstat(opened.fileno()).st_size) > MAX_FILE_BYTES:
+                raise OSError(errno.EFBIG, f"it has {size:,} bytes, more than {MAX_FILE_BYTES:,}", str(path))
+            return opened.read()
+
     def _note_error(self, error: OSError) -> None:
-        self.unlisted.append((str(error.filename), error.strerror or str(error)))
+        path = os.path.relpath(error.filename, self.root)
+        self.unlisted.append((path, error.strerror or str(error)))
+
+
+def printable(path: str) -> str:
+    """`path` on one line: what moves the cursor, and bytes that are no UTF-8, as escapes."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in path)
+
+
+def _open_no_link(path: str, flags: int) -> int:
+    # Windows has neither flag. O_NONBLOCK: opening a pipe would wait for its writer.
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
 
 
 def _is_text(path: str) -> bool:

@@ -116,10 +116,14 @@ def search(
     try:
         found = query.limit(top).to_list()
     except (ValueError, RuntimeError, OSError) as error:
-        if where is None:
-            raise
         reason = str(error).splitlines()[0].split(", /")[0]  # without the place in the database's own code
-        raise ValueError(f"--where {where!r} is no condition that the index understands: {reason}") from error
+        if "INVERTED index" in reason:
+            raise ValueError(
+                f"{index.path} is not ready for words: repeat `proclip index`, which makes their index last"
+            ) from error
+        if where is None:
+            raise ValueError(f"{index.path} cannot be searched: {reason}") from error
+        raise ValueError(f"--where {where!r:.200} is no condition that the index understands: {reason}") from error
     results = [
         {name: row[name] for name in columns} | {"score": row[score] if words else 1 - row[score]} for row in found
     ]

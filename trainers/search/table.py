@@ -16,7 +16,7 @@ import lancedb
 import pyarrow as pa
 from filelock import FileLock, Timeout
 
-from trainers.storage.files import write_file
+from trainers.storage.files import TEMPORARY_SUFFIX, write_file
 
 
 FORMAT = 1
@@ -54,13 +54,14 @@ class ImageIndex:
 
     Args:
         path: its folder.
+        to_write: make the tables that a run which was killed in its first moments had not made.
 
     Raises:
         FileNotFoundError: If there is no index; says how to make one.
         ValueError: If what is there is no index of this release.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, to_write: bool = False):
         self.path = path
         try:
             self.settings: dict[str, Any] = json.loads((path / SETTINGS_FILE).read_text(encoding="utf-8"))
@@ -77,24 +78,23 @@ class ImageIndex:
                 f"{path} is not an index of this release (format {FORMAT}): delete it and index the folder again"
             )
         database = lancedb.connect(str(path))
-        self.images, self.unreadable = database.open_table("images"), database.open_table("unreadable")
+        if to_write:
+            database.create_table("images", schema=image_schema(self.settings["dim"]), exist_ok=True)
+            database.create_table("unreadable", schema=UNREADABLE_SCHEMA, exist_ok=True)
+        try:
+            self.images, self.unreadable = database.open_table("images"), database.open_table("unreadable")
+        except ValueError as error:
+            raise ValueError(
+                f"{path} lacks a table: repeat `proclip index`, which was stopped at its start"
+            ) from error
 
     @classmethod
     def create(cls, path: Path, folder: Path, model: str, identity: dict[str, Any], dim: int) -> "ImageIndex":
-        """A new, empty index at `path`, which is new or empty. `identity` is what decides an embedding."""
-        if (
-            path.exists()
-            and any(child.name != LOCK_FILE for child in path.iterdir())
-            and not (path / "images.lance").exists()
-        ):
-            raise FileExistsError(f"{path} holds other files: name a folder that is new, empty, or an index")
-        database = lancedb.connect(str(path))
-        database.create_table("images", schema=image_schema(dim), mode="overwrite")
-        database.create_table("unreadable", schema=UNREADABLE_SCHEMA, mode="overwrite")
-        # Last: with it the index is complete.
+        """A new, empty index at `path`. `identity` is what decides an embedding."""
+        # First, so that whoever finds the tables knows that they belong to an index.
         settings = {"format": FORMAT, "folder": str(folder), "model": model, "dim": dim, "identity": identity}
         write_file(path / SETTINGS_FILE, json.dumps(settings, indent=2).encode())
-        return cls(path)
+        return cls(path, to_write=True)
 
     @property
     def folder(self) -> Path:
@@ -137,6 +137,17 @@ def any_of(column: str, values: Sequence[str]) -> str:
     """The SQL expression that holds where `column` is one of `values`."""
     quoted = ", ".join("'" + value.replace("'", "''") + "'" for value in values)
     return f"{column} IN ({quoted})"
+
+
+def check_place(path: Path) -> None:
+    """FileExistsError if there is something at `path` that an index would be written over or among."""
+    if (path / SETTINGS_FILE).exists() or not path.exists():
+        return
+    # A killed run may have left these two.
+    if not path.is_dir() or any(
+        file.name not in (LOCK_FILE, SETTINGS_FILE + TEMPORARY_SUFFIX) for file in path.iterdir()
+    ):
+        raise FileExistsError(f"{path} is a file or holds other files: name a folder that is new, empty, or an index")
 
 
 @contextmanager

@@ -54,6 +54,18 @@ def test_index_then_search():
     assert "does not read the text to its end" in cut.stderr
 
 
+def test_a_model_that_has_moved(folder):
+    run("index", "photos", "--model", "model", "--output", "moved.index")
+    (folder / "model").rename(folder / "other place")
+    try:
+        result = run("search", "moved.index", "a fox", code=1)
+        assert "the model that made moved.index is no longer at" in result.stderr
+        assert "say where it is by --model" in result.stderr
+        run("search", "moved.index", "a fox", "--model", "other place")
+    finally:
+        (folder / "other place").rename(folder / "model")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -7,6 +7,7 @@ from PIL import Image
 
 from tests.trainers.tiny_encoders import tiny_proclip
 from trainers.evaluation.scoring.encoders import Encoder
+from trainers.search.table import ImageIndex
 
 
 COLOURS = ["red", "green", "blue", "white", "black", "yellow", "purple", "orange", "gray", "brown"]
@@ -34,3 +35,9 @@ def photos(tmp_path) -> Path:
     folder = tmp_path / "photos"
     write_photos(folder)
     return folder
+
+
+def contents(index: ImageIndex) -> list[dict]:
+    """All rows in the order of their paths, but for the signatures, which no other copy of the folder shares."""
+    columns = ["path", "checksum", "width", "height", "taken", "caption", "words", "thumbnail", "embedding"]
+    return sorted(index.rows(index.images, columns).to_pylist(), key=lambda row: row["path"])
