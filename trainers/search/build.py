@@ -221,8 +221,7 @@ class _Update:
         return {**file, **content, "caption": caption, "words": words}
 
     def _finish(self) -> None:
-        """
-        Merges the small files of the steps, and makes the indexes of words and, from [`APPROXIMATE_FROM`] images on, of embeddings: whatever
+        """Merges the small files of the steps, and makes the indexes of words and, from [`APPROXIMATE_FROM`] images on, of embeddings: whatever
         of it is not done, as the run before may have been killed here.
         """
         images, summary = self.index.images, self.summary

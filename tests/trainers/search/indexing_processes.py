@@ -1,5 +1,4 @@
-"""
-Indexes a folder in processes of its own, which are killed or stand in each other's way: `python -m tests.trainers.search.indexing_processes
+"""Indexes a folder in processes of its own, which are killed or stand in each other's way: `python -m tests.trainers.search.indexing_processes
 killed|together PHOTOS OUTPUT`. Prints how each ended.
 
 The processes are forked from this one, so that the libraries are imported once. It has not used the database before, whose threads no fork would have.
