@@ -22,8 +22,10 @@ from trainers.base.distributed import gather_with_grad, row_counts, world_size
 from trainers.compute.precision import at_least_float32
 
 
-# Numbers in a block of rows against all columns: 2 MB of float64. A loss and its gradient hold a dozen such blocks.
+# Numbers in a block of rows against all columns; a loss and its gradient hold a dozen such blocks. On a CPU, 2 MB of float64, which stay in
+# its caches; on a GPU, which wants large matrices, 64 MB of float32: all of 4,096 rows against each other.
 BLOCK_ELEMENTS = 2**18
+GPU_BLOCK_ELEMENTS = 2**24
 
 
 def instance_alignment_loss(student: torch.Tensor, teacher: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
@@ -94,7 +96,7 @@ def info_nce_loss(
     images, texts = at_least_float32(image_embeds), at_least_float32(text_embeds)
     rows = len(images)
     labels = torch.arange(rows, device=images.device)
-    if rows * rows > BLOCK_ELEMENTS:
+    if rows * rows > _block_elements(images.device):
         return _info_nce_sum(images, texts, images, texts, labels, logit_scale) / rows
     with torch.autocast(images.device.type, enabled=False):
         logits = logit_scale * (images @ texts.T)
@@ -267,7 +269,7 @@ def _structure_sum(
 ) -> torch.Tensor:
     penalty = F.mse_loss if distance == "squared" else F.smooth_l1_loss
     # Once, and not in every block.
-    dtype = _distance_dtype(student.device)
+    dtype = _distance_dtype(student)
     student_columns, teacher_columns = student_columns.to(dtype), teacher_columns.to(dtype)
 
     def of_block(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -281,7 +283,7 @@ def _structure_sum(
 
 def _sum_over_blocks(of_block: Callable[..., torch.Tensor], num_columns: int, *rows: torch.Tensor) -> torch.Tensor:
     """Sum of `of_block(*blocks)` over blocks of `rows`, with one block's matrix of rows against columns in memory at a time."""
-    block = max(1, BLOCK_ELEMENTS // num_columns)
+    block = max(1, _block_elements(rows[0].device) // num_columns)
     if len(rows[0]) <= block:
         return of_block(*rows)
     blocks = zip(*(side.split(block) for side in rows), strict=True)
@@ -289,25 +291,54 @@ def _sum_over_blocks(of_block: Callable[..., torch.Tensor], num_columns: int, *r
     return sum(checkpoint(of_block, *parts, use_reentrant=False, preserve_rng_state=False) for parts in blocks)
 
 
+def _block_elements(device: torch.device) -> int:
+    return BLOCK_ELEMENTS if device.type == "cpu" else GPU_BLOCK_ELEMENTS
+
+
 def _pairwise_distances(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """Euclidean distances `(num_rows, num_columns)`; 0, with gradient 0, where a row and a column coincide."""
-    # ||a||^2 + ||b||^2 - 2ab cancels for near pairs: at distance 0.01 float32 is off by 0.3 %, as is torch.cdist by
-    # matmul; float64 by 2e-11. With 1,024 rows of 768 a loss and its backward take 160 ms on one CPU core, in float32
-    # 80 ms. torch.pdist is exact too and takes 120 ms, but its backward on CUDA allocates N x N x dim (3 GB here), and
-    # it cannot set local rows against gathered columns. torch.cdist without matmul takes 1,100 ms.
-    dtype = _distance_dtype(rows.device)
+    # With 1,024 rows of 768 a loss and its backward take 160 ms on one CPU core. torch.pdist is exact too and takes 120 ms, but its backward
+    # on CUDA allocates N x N x dim (3 GB here), and it cannot set local rows against gathered columns. torch.cdist without matmul takes
+    # 1,100 ms.
+    dtype = _distance_dtype(rows)
     rows, columns = rows.to(dtype), columns.to(dtype)
     with torch.autocast(rows.device.type, enabled=False):
-        scale = rows.square().sum(1)[:, None] + columns.square().sum(1)
-        squared = scale - 2 * (rows @ columns.T)
+        squared, rounding = _squared_distances(rows, columns)
     # Below the rounding error there is no telling two rows apart, and sqrt has an infinite slope at 0.
-    coincide = squared <= 32 * torch.finfo(dtype).eps * scale
+    coincide = squared <= rounding
     return squared.masked_fill(coincide, 1.0).sqrt().masked_fill(coincide, 0.0)
 
 
-def _distance_dtype(device: torch.device) -> torch.dtype:
-    # Apple's GPUs have no float64: there, pairs nearer than 0.003 count as coinciding.
-    return torch.float32 if device.type == "mps" else torch.float64
+def _distance_dtype(rows: torch.Tensor) -> torch.dtype:
+    """float64 on a CPU, where it takes twice as long as float32. Most GPUs take 64 times as long, and Apple's have none."""
+    return torch.float64 if rows.device.type == "cpu" else rows.dtype
+
+
+def _squared_distances(rows: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Squared distances `(num_rows, num_columns)` of unit-length rows, float32 or float64, and what rounding may leave of one that is 0.
+
+    ||a||^2 + ||b||^2 - 2ab cancels for near pairs: at distance 0.01 float32 is off by 0.5 %, as is torch.cdist by matmul; float64 by 2e-11.
+    In float32 each number is therefore split, a = a' + a'', where a' has 11 bits behind the point: ||a' - b'||^2 is then exact in float32,
+    because all of its terms are multiples of 2^-22, and the rest is small, and so is its rounding. At distance 0.01 that is off by 2e-6, for
+    three matrix products in place of one (tests/trainers/test_losses.py).
+    """
+    if rows.dtype == torch.float64:
+        scale = rows.square().sum(1)[:, None] + columns.square().sum(1)
+        return scale - 2 * (rows @ columns.T), 32 * torch.finfo(rows.dtype).eps * scale
+    (high_rows, low_rows), (high_columns, low_columns) = _split(rows), _split(columns)
+    scale = high_rows.square().sum(1)[:, None] + high_columns.square().sum(1)
+    high = scale - 2 * (high_rows @ high_columns.T)
+    # ||a||^2 - ||a'||^2 = a''(a + a') and ab - a'b' = a''b + a'b''. As a' has no gradient, that of the sum is 2 (a - b), as it should be.
+    squares = (low_rows * (rows + high_rows)).sum(1)[:, None] + (low_columns * (columns + high_columns)).sum(1)
+    products = torch.cat([low_rows, high_rows], dim=1) @ torch.cat([columns, low_columns], dim=1).T
+    return high + (squares - 2 * products), 2**-5 * torch.finfo(rows.dtype).eps * scale
+
+
+def _split(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rows` as a sum: multiples of 2^-11, without gradient, and what is left."""
+    high = (rows.detach() * 2**11).round() / 2**11
+    return high, rows - high
 
 
 def _as_scalar(name: str, value: torch.Tensor | float, like: torch.Tensor) -> torch.Tensor:

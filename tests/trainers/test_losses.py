@@ -204,9 +204,59 @@ def test_coinciding_rows_have_distance_zero_at_any_width():
         assert int((distances == 0).sum()) == 4 * 64
 
 
-def test_distances_avoid_float64_only_where_there_is_none():
-    assert losses._distance_dtype(torch.device("mps")) == torch.float32
-    assert losses._distance_dtype(torch.device("cpu")) == losses._distance_dtype(torch.device("cuda")) == torch.float64
+def test_distances_are_float64_on_a_cpu_only():
+    rows = torch.empty(2, 3)
+    assert losses._distance_dtype(rows) == torch.float64
+    assert losses._distance_dtype(rows.to("meta")) == torch.float32, "as on a GPU"
+    assert losses._distance_dtype(rows.to("meta", torch.float64)) == torch.float64, "as it was given"
+
+
+@pytest.mark.parametrize("dim", [16, 768, 4096])
+@pytest.mark.parametrize(
+    "distance, error, error_of_float32", [(0.001, 1e-3, 0.1), (0.01, 1e-5, 1e-3), (0.1, 1e-6, 1e-5)]
+)
+def test_distances_of_near_pairs_in_float32(dim: int, distance: float, error: float, error_of_float32: float):
+    """Relative errors of the split form that GPUs use, and of the usual one: hundreds of times as large."""
+    rows = unit(128, dim, 1, torch.float64)
+    columns = F.normalize(rows + distance * unit(128, dim, 2, torch.float64), dim=-1).float()
+    rows = rows.float()
+    exact = (rows.double() - columns.double()).norm(dim=1)
+
+    def largest_error(squared: torch.Tensor) -> float:
+        return ((squared.diagonal().clamp(min=0).sqrt() - exact) / exact).abs().max().item()
+
+    usual = rows.square().sum(1)[:, None] + columns.square().sum(1) - 2 * (rows @ columns.T)
+    assert largest_error(losses._squared_distances(rows, columns)[0]) < error
+    assert largest_error(usual) > error_of_float32
+
+
+@pytest.mark.parametrize("distance", ["squared", "smooth_l1"])
+def test_structure_loss_in_float32_equals_that_in_float64(monkeypatch, distance: str):
+    """With near pairs, coinciding ones, and a student that has collapsed: the loss to 1e-6, each gradient to 1e-4 of the largest."""
+    base = unit(24, 768, 1)
+    rows = torch.cat([base, F.normalize(base + 0.01 * unit(24, 768, 2), dim=-1), base[:4], base[:1].repeat(4, 1)])
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        monkeypatch.setattr(losses, "_distance_dtype", lambda rows, dtype=dtype: dtype)
+        student = rows.clone().requires_grad_()
+        loss = structure_alignment_loss(student, unit(len(rows), 768, 3), "sum", distance)
+        results.append((loss.detach(), *torch.autograd.grad(loss, student)))
+    (loss, gradient), (loss_of_float32, gradient_of_float32) = results
+    torch.testing.assert_close(loss_of_float32, loss, rtol=1e-6, atol=0)
+    assert torch.isfinite(gradient_of_float32).all()
+    torch.testing.assert_close(gradient_of_float32, gradient, rtol=0, atol=1e-4 * gradient.abs().max().item())
+
+
+@pytest.mark.parametrize("dim", [16, 768, 4096])
+def test_coinciding_rows_have_distance_zero_in_float32_too(dim: int):
+    rows = unit(64, dim, 1).repeat(2, 1)
+    squared, rounding = losses._squared_distances(rows, rows)
+    assert int((squared <= rounding).sum()) == 4 * 64
+
+
+def test_a_gpu_takes_larger_blocks():
+    cpu, gpu = (losses._block_elements(torch.device(kind)) for kind in ("cpu", "cuda"))
+    assert cpu == losses.BLOCK_ELEMENTS and gpu == losses.GPU_BLOCK_ELEMENTS == 4096**2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
