@@ -19,6 +19,7 @@ from hub_cards import adapter_card, model_card
 from modeling_proclip import ProCLIPConfig, ProCLIPModel
 from trainers.base.finite import TEXTS, WithTexts
 from trainers.base.gradient_caching import cached_backward
+from trainers.base.micro_batches import MicroBatches
 from trainers.base.trainer import StageTrainer, replaced
 from trainers.base.training_record import training_record
 from trainers.compute.precision import unit_length
@@ -242,14 +243,13 @@ class AlignmentTrainer(StageTrainer):
         if size is None or rows <= size:
             return super().loss_and_gradients(model, batch, num_items_in_batch)
         model.train()
-        device = self.accelerator.device
-        parts = [dict(zip(batch, part, strict=True)) for part in zip(*(side.split(size) for side in batch.values()))]
+        parts = MicroBatches(batch, size, self.accelerator.device)
         with torch.no_grad(), self.accelerator.autocast():
-            of_parts = [self.embed_frozen(model, send_to_device(part, device)) for part in parts]
+            of_parts = [self.embed_frozen(model, part) for part in parts]
         real = self._real_rows(rows)
         frozen = tuple(torch.cat(side)[:real] for side in zip(*of_parts, strict=True))
         return cached_backward(
-            lambda part: self.embed(model, send_to_device(part, device)),
+            lambda part: self.embed(model, part),
             parts,
             lambda *embeds: self._nested_loss(tuple(side[:real] for side in embeds), frozen),
             accelerator=self.accelerator,

@@ -11,7 +11,7 @@ It costs one more forward pass, and is exact: both passes see the same random st
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from trainers.compute.precision import at_least_float32
 
 def cached_backward(
     embed: Callable[[Any], tuple[torch.Tensor, ...]],
-    micro_batches: Sequence[Any],
+    micro_batches: Collection[Any],
     loss_fn: Callable[..., torch.Tensor],
     *,
     accelerator: Accelerator,
@@ -40,7 +40,7 @@ def cached_backward(
     Args:
         embed: maps a micro-batch to a tuple of embeddings, each `(rows, dim)`; called twice for every micro-batch, first without and then
             with gradient. It calls `model`, the wrapped one. All of its randomness must come from torch.
-        micro_batches: the batch in parts, one after the other, at least one. Processes may have different numbers of them, except under
+        micro_batches: the batch in parts, one after the other, at least one; they are iterated over twice. Processes may have different numbers of them, except under
             FSDP, whose processes run every forward pass together.
         loss_fn: maps the joined embeddings `(batch_size, dim)`, float32 or float64, to the loss `()`; it may gather them from all
             processes. Called once.

@@ -1,5 +1,6 @@
 """What every stage's trainer does around its loss: a check for NaN and infinity, checkpoints, exact resuming, streams and publishing."""
 
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,7 @@ class StageTrainer(Trainer):
     - resumes from checkpoints that are complete and unchanged, see [`trainers.base.checkpoints`], to the bits of a run that was not
       interrupted; a finished run makes no further step;
     - takes a [`PairStream`] as `train_dataset`, for which `max_steps` says how long to train;
+    - logs `data_wait`, the share of the time since the last log in which it waited for data: near 0 unless reading is the bottleneck;
     - publishes by `push_to_hub` and `hub_strategy` what `proclip publish` does: checkpoint, processor, code and card, private unless
       `hub_private_repo=False`. With `hub_strategy="checkpoint"` or `"all_checkpoints"` whole checkpoints are sent too, optimizer and random
       states (pickles) included.
@@ -46,6 +48,7 @@ class StageTrainer(Trainer):
         self._publisher: Publisher | None = None
         self.push_in_progress: PushInProgress | None = None
         self._checkpoint: str | None = None  # that this run goes on from
+        self._seconds_waiting = self._seconds_computing = 0.0  # since the last log
         super().__init__(*args, **kwargs)
         refuse_streams(self.eval_dataset)
         self._stream: StreamReader | None = None
@@ -111,6 +114,7 @@ class StageTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """As Trainer, by `loss_and_gradients`. Raises ValueError if loss or gradients are not finite."""
+        started = time.perf_counter()
         texts = inputs.pop(TEXTS, ())
         loss = self.loss_and_gradients(model, inputs, num_items_in_batch)
         accumulated = not self.accelerator.sync_gradients
@@ -119,7 +123,15 @@ class StageTrainer(Trainer):
         if not all_finite(loss, gradients):
             why = self._why_not_finite(f"step {self.state.global_step + 1}", loss, model, inputs, texts)
             raise ValueError(f"{why} The weights are still those before this step.")
+        self._seconds_computing += time.perf_counter() - started  # the check has waited for the device
         return loss
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer; counts the seconds that it waits for the data workers."""
+        started = time.perf_counter()
+        batches = super().get_batch_samples(*args, **kwargs)
+        self._seconds_waiting += time.perf_counter() - started
+        return batches
 
     def check_evaluated(self, loss: torch.Tensor, model: nn.Module, batch: Mapping[str, Any], texts: Any) -> None:
         """Raises ValueError if the loss `()` of an evaluation batch is not finite."""
@@ -140,13 +152,17 @@ class StageTrainer(Trainer):
         return epochs, *others, max_steps
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As Trainer, without the mean loss of a run that made no step, which would be 0."""
+        """As Trainer, with the share of time spent waiting for data, and without the mean loss of a run that made no step, which would be 0."""
         if (
             "train_loss" in logs
             and self._checkpoint
             and checkpoints.steps_of(self._checkpoint) == self.state.global_step
         ):
             del logs["train_loss"]
+        seconds = self._seconds_waiting + self._seconds_computing
+        if "loss" in logs and seconds:
+            logs["data_wait"] = round(self._seconds_waiting / seconds, 4)
+            self._seconds_waiting = self._seconds_computing = 0.0
         super().log(logs, start_time)
 
     def get_train_dataloader(self) -> DataLoader | StreamLoader:

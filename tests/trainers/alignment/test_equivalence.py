@@ -93,7 +93,7 @@ def run_case(case: str, caching: bool, folder: Path, world_size: int) -> dict:
     trainer.train()
     logs = [{k: float(v) for k, v in log.items()} for log in trainer.state.log_history if "loss" in log]
     for log in logs:
-        assert log.pop("samples_per_second") > 0
+        assert log.pop("samples_per_second") > 0 and 0 <= log.pop("data_wait") <= 1
     return {"gradients": keep.gradients, "logs": logs, "eval": trainer.evaluate(), "state": training_state(trainer)}
 
 

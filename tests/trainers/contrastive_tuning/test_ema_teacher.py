@@ -35,6 +35,15 @@ def test_recursion_starts_from_the_initial_encoder(decay):
             )
 
 
+def test_an_update_is_one_call_over_all_parameters():
+    model = tiny_model()
+    teacher = EMATeacher(model, 0.9)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        teacher.update(model)
+    names = [event.name for event in profiler.events()]
+    assert names.count("aten::_foreach_lerp_") == 1
+
+
 def test_embeds_as_the_encoder_did_at_the_start():
     model = tiny_model(dropout=0.5)
     pixels = torch.randn(5, 3, 8, 8)

@@ -1,6 +1,7 @@
 """Stage 2 and its baselines: what is trained, on which loss, with which settings, and what is refused."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -119,6 +120,35 @@ def test_first_step_by_hand(tmp_path):
     assert log["loss"] == log["info_nce_loss"] == pytest.approx(expected, rel=1e-5)
     assert log["instance_loss"] == log["structure_loss"] == 0
     assert log["logit_scale"] == pytest.approx(1 / 0.07, rel=1e-5) and log["grad_norm"] > 0
+
+
+def test_the_share_of_time_spent_waiting_for_data_is_logged(tmp_path, monkeypatch):
+    """By a clock that a look at it moves by one second, and reading a row by three."""
+    clock = SimpleNamespace(seconds=0)
+
+    def perf_counter() -> int:
+        clock.seconds += 1
+        return clock.seconds
+
+    class Rows(list):
+        def __getitem__(self, index):
+            clock.seconds += 3
+            return super().__getitem__(index)
+
+    rows = Rows(picture_rows(8))
+    trainer = tuning_trainer(tmp_path, rows=rows, per_device_train_batch_size=4, max_steps=2, logging_steps=2)
+    monkeypatch.setattr("trainers.base.trainer.time", SimpleNamespace(perf_counter=perf_counter))
+    trainer.train()
+    (log,) = [log for log in trainer.state.log_history if "loss" in log]
+    waiting, computing = 2 * (1 + 4 * 3), 2 * 1  # two steps
+    assert log["data_wait"] == pytest.approx(waiting / (waiting + computing), abs=1e-4)
+
+
+def test_the_optimizer_is_fused_and_batches_are_pinned(tmp_path):
+    """Defaults of Transformers, which speed depends on."""
+    trainer = tuning_trainer(tmp_path)
+    assert trainer.create_optimizer().defaults["fused"]
+    assert ContrastiveTuningConfig.__dataclass_fields__["dataloader_pin_memory"].default is True
 
 
 def test_mixed_precision_is_the_same_for_student_and_teacher(tmp_path):
