@@ -315,8 +315,7 @@ def _distance_dtype(rows: torch.Tensor) -> torch.dtype:
 
 
 def _squared_distances(rows: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Squared distances `(num_rows, num_columns)` of unit-length rows, float32 or float64, and what rounding may leave of one that is 0.
+    """Squared distances `(num_rows, num_columns)` of unit-length rows, float32 or float64, and what rounding may leave of one that is 0.
 
     ||a||^2 + ||b||^2 - 2ab cancels for near pairs: at distance 0.01 float32 is off by 0.5 %, as is torch.cdist by matmul; float64 by 2e-11.
     In float32 each number is therefore split, a = a' + a'', where a' has 11 bits behind the point: ||a' - b'||^2 is then exact in float32,

@@ -11,7 +11,7 @@ It costs one more forward pass, and is exact: both passes see the same random st
 """
 
 import contextlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from trainers.compute.precision import at_least_float32
 
 def cached_backward(
     embed: Callable[[Any], tuple[torch.Tensor, ...]],
-    micro_batches: Collection[Any],
+    micro_batches: Iterable[Any],
     loss_fn: Callable[..., torch.Tensor],
     *,
     accelerator: Accelerator,
@@ -40,8 +40,8 @@ def cached_backward(
     Args:
         embed: maps a micro-batch to a tuple of embeddings, each `(rows, dim)`; called twice for every micro-batch, first without and then
             with gradient. It calls `model`, the wrapped one. All of its randomness must come from torch.
-        micro_batches: the batch in parts, one after the other, at least one; they are iterated over twice. Processes may have different numbers of them, except under
-            FSDP, whose processes run every forward pass together.
+        micro_batches: the batch in parts, one after the other, at least one; they are iterated over twice. Processes may have different
+            numbers of them, except under FSDP, whose processes run every forward pass together.
         loss_fn: maps the joined embeddings `(batch_size, dim)`, float32 or float64, to the loss `()`; it may gather them from all
             processes. Called once.
         accelerator: that of the trainer.
@@ -53,8 +53,6 @@ def cached_backward(
     Raises:
         ValueError: If there are no micro-batches, or under DeepSpeed, whose backward pass ends in an optimizer step.
     """
-    if not micro_batches:
-        raise ValueError("There are no micro-batches to train on.")
     refuse_deepspeed(accelerator)
 
     random_states, parts = [], []
@@ -62,6 +60,8 @@ def cached_backward(
         random_states.append(_RandomState(accelerator.device))
         with torch.no_grad(), accelerator.autocast():
             parts.append(embed(micro_batch))
+    if not parts:
+        raise ValueError("There are no micro-batches to train on.")
     after_first_pass = _RandomState(accelerator.device)
 
     # At least float32, so that gradients are not rounded on their way.
@@ -82,7 +82,7 @@ def cached_backward(
     del joined, grads
 
     for i, micro_batch in enumerate(micro_batches):
-        last = i == len(micro_batches) - 1
+        last = i == len(rows) - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(model):
             random_states[i].restore()
             with accelerator.autocast():

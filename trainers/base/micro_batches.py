@@ -7,8 +7,7 @@ from accelerate.utils import send_to_device
 
 
 class MicroBatches:
-    """
-    Parts of a batch on `device`, one after the other, as often as they are iterated over.
+    """Parts of a batch on `device`, one after the other, as often as they are iterated over.
 
     On CUDA a stream of its own copies the next part while the last one is computed, from pinned memory (`dataloader_pin_memory`, which is on by
     default). It costs the memory of a second part.
@@ -23,9 +22,6 @@ class MicroBatches:
         sides = zip(*(side.split(size) for side in batch.values()), strict=True)
         self.parts: Sequence[dict[str, torch.Tensor]] = [dict(zip(batch, part, strict=True)) for part in sides]
         self.device = device
-
-    def __len__(self) -> int:
-        return len(self.parts)
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         return self._copied_ahead() if self.device.type == "cuda" else self._copied()

@@ -16,7 +16,6 @@ def batch(rows: int = 7) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("size, expected", [(3, [3, 3, 1]), (7, [7]), (100, [7])])
 def test_the_parts_are_the_batch(size, expected):
     parts = MicroBatches(batch(), size, torch.device("cpu"))
-    assert len(parts) == len(expected)
     for _ in range(2):  # the forward pass twice
         found = list(parts)
         assert [len(part["pixel_values"]) for part in found] == expected

@@ -136,7 +136,17 @@ def test_a_training_is_a_growing_table(tmp_path, capsys, monkeypatch):
     with training_table(trainer):
         trainer.train()
     header, *table = rows(capsys.readouterr().out)
-    assert header == ["step", "loss", "info nce", "logit scale", "instance", "structure", "data wait", "rows/s", "left"]
+    assert header == [
+        "step",
+        "loss",
+        "info nce",
+        "logit scale",
+        "instance",
+        "structure",
+        "data wait",
+        "rows/s",
+        "left",
+    ]
     assert [row[0] for row in table] == ["1", "2", "3"] and [len(row) for row in table] == [9] * 3
     logs = [log for log in trainer.state.log_history if "info_nce_loss" in log]
     assert [float(row[2]) for row in table] == pytest.approx([log["info_nce_loss"] for log in logs], rel=1e-3)
