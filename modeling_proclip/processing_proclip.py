@@ -114,7 +114,8 @@ class ProCLIPProcessor(ProcessorMixin):
             close = difflib.get_close_matches(key, _OWN_KEYS, n=1, cutoff=0.8)
             if close and key not in _OWN_KEYS:
                 raise TypeError(f"{cls.__name__} has no argument {key!r}; did you mean {close[0]!r}?")
-        unknown = set(processor_dict) - {*_OWN_KEYS, *cls.get_attributes(), "processor_class", "auto_map"}
+        known = {*_OWN_KEYS, *cls.get_attributes(), "processor_class", "auto_map", "chat_template"}
+        unknown = set(processor_dict) - known
         if unknown:
             logger.warning(
                 f"The saved processor has keys that this release does not know: {', '.join(sorted(unknown))}."

@@ -90,7 +90,7 @@ def test_lean_needs_an_llm_that_others_can_find(pair, llm, hub, tmp_path):
 
 
 def test_beside_an_8b_llm_the_vision_side_only_is_foretold_and_sent(hub):
-    """The benchmark with a small image encoder and a short adapter; docs/hub.md has its numbers for ViT-L/14."""
+    """The benchmark with a small image encoder and a short adapter; docs/benchmarks.md has its numbers for ViT-L/14."""
     measure = runpy.run_path(str(REPOSITORY / "benchmarks" / "publish.py"))["measure"]
     found = measure("tiny", adapter_num_layers=0)
     assert found["arrived"] == found["foretold"]

@@ -379,6 +379,15 @@ def test_keys_of_a_later_release(tmp_path, caplog):
         ProCLIPProcessor.from_pretrained(tmp_path, instrucion="Describe:")
 
 
+def test_a_chat_template_is_no_unknown_key(tmp_path, caplog):
+    processor = tiny.processor(prompt_template=tiny.LLAMA3)
+    processor.tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    processor.save_pretrained(tmp_path)
+    assert (tmp_path / "chat_template.jinja").is_file()
+    ProCLIPProcessor.from_pretrained(tmp_path)
+    assert "does not know" not in caplog.text
+
+
 def test_settings_can_be_changed_at_load(tmp_path):
     tiny.processor(prompt_template=tiny.LLAMA3, instruction="Given a sentence").save_pretrained(tmp_path)
     for loader in (AutoProcessor, ProCLIPProcessor):

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, ProgressColumn, Task
 from rich.progress import Progress as Bars
+from rich.table import Column
 from rich.text import Text
 
 
@@ -111,6 +112,9 @@ def duration(seconds: float) -> str:
 
 
 class _Described(ProgressColumn):
+    def get_table_column(self) -> Column:
+        return Column(no_wrap=True)
+
     def render(self, task: Task) -> Text:
         return Text(task.fields["step"].described(task.elapsed or 0.0))
 
@@ -126,7 +130,7 @@ class _Bars:
             # Where standard output is a file, it must stay one while a bar is shown.
             self._bars = Bars(
                 "{task.description}",
-                BarColumn(bar_width=24),
+                BarColumn(bar_width=None, table_column=Column(max_width=24, ratio=1)),  # shrinks on a narrow terminal
                 _Described(),
                 console=Console(stderr=True),
                 transient=True,

@@ -12,7 +12,7 @@ from .progress import SECONDS_BETWEEN_LINES, Progress, duration
 
 # What is logged besides the parts of the loss, and has no column or another place.
 _NO_COLUMN = ("loss", "grad_norm", "learning_rate", "epoch", "samples_per_second")
-_WIDTH = 10
+_WIDTH = 9  # all columns of stage 2 fit into 80 characters
 
 
 @contextmanager

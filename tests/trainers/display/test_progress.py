@@ -70,10 +70,10 @@ def test_durations(seconds, shown):
     assert duration(seconds) == shown
 
 
-def on_a_terminal(command, stdout_too: bool = True, **environment) -> tuple[str, str]:
+def on_a_terminal(command, stdout_too: bool = True, columns: int = 100, **environment) -> tuple[str, str]:
     """What `command` prints to a terminal on standard error, and to standard output if that is a pipe."""
     ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     out = theirs if stdout_too else subprocess.PIPE
     # A command that a test ran in this process has made the libraries quiet.
     variables = {name: value for name, value in os.environ.items() if name not in QUIET_ENVIRONMENT}
@@ -118,6 +118,24 @@ def test_on_a_terminal_bars_come_and_go_and_output_stays_whole(stdout_too):
     assert shown.rstrip().endswith("the end") if stdout_too else printed == "a line of output\nthe end\n"
     assert "\x1b[2K" in shown  # the bars are wiped out
     assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == 1  # and the cursor is there again
+
+
+LONG_TITLE = """
+import time
+from trainers.display.progress import Progress
+with Progress("embedding texts", 1_234_567, "texts") as step:
+    step.note = "loss 0.08623"
+    for _ in range(3):
+        time.sleep(0.15)
+        step.advance(100_000)
+"""
+
+
+@pytest.mark.parametrize("columns", [60, 80])
+def test_a_bar_keeps_to_one_line_of_a_narrow_terminal(columns):
+    shown, _ = on_a_terminal([sys.executable, "-c", LONG_TITLE], columns=columns)
+    assert "of 1,234,567" in shown
+    assert "\x1b[1A" not in shown  # the cursor never goes up a line
 
 
 @pytest.mark.parametrize("variables", [{"TERM": "dumb"}, {"TTY_COMPATIBLE": "0"}])
