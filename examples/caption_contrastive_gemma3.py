@@ -11,8 +11,8 @@ What is trained on, in pairs of an English text and one in another language: the
 their keywords (Unicode CLDR, package `cldr-annotations-full`), and what the stamps of Tux Paint show (Debian package `tuxpaint-stamps-default`).
 One batch in ten pairs two English descriptions of one picture, with a third of another picture of the same thing as hard negative.
 
-What is held out: the 150 concepts by whose names the quickstart compares languages. A text that holds one of their names in any other language,
-as a whole word or phrase (in Chinese, Japanese and Korean anywhere), is left out, and so is an English one that holds their English name.
+What is held out: the 150 concepts by whose names the quickstart compares languages. A text that holds one of their names in any language, English
+among them, is left out: as a whole word or phrase, in Chinese, Japanese and Korean anywhere.
 """
 
 import argparse
@@ -32,8 +32,9 @@ from modeling_proclip import ProCLIPProcessor
 from trainers import CaptionContrastiveConfig, CaptionContrastiveTrainer
 from trainers.base.checkpoints import last_complete_checkpoint
 from trainers.compute.dtypes import native_dtype
-from trainers.openmoji.held_out import HeldOutNames, held_out_concepts
+from trainers.openmoji.held_out import HeldOutNames
 from trainers.openmoji.images import LANGUAGES
+from trainers.openmoji.task import held_out_concepts
 from trainers.quickstart.language_model import GEMMA3, GEMMA3_TUNING_ADAPTER, LANGUAGE_MODELS, unpack_language_model
 
 
@@ -54,29 +55,20 @@ SETTINGS: dict[str, Any] = {
 Texts = dict[str, str]  # language -> text
 
 
-class AllowedTexts:
-    """Tells the texts that may be trained on from those that hold a held-out name."""
-
-    def __init__(self) -> None:
-        concepts = held_out_concepts()
-        self.foreign, self.english = HeldOutNames(concepts), HeldOutNames(concepts, ["en"])
-
-    def allows(self, language: str, text: str) -> bool:
-        if not text or self.foreign.in_text(text):
-            return False
-        return language != "en" or not self.english.in_text(text)
+def held_out_names() -> HeldOutNames:
+    return HeldOutNames(held_out_concepts(), LANGUAGES)
 
 
 def parallel_rows(stamps: Path, cldr: Path) -> list[dict[str, Any]]:
     """Rows `{"text": [English, other language], "id": of the thing}` without held-out names."""
-    allowed = AllowedTexts()
-    things = [*emoji_names(), *cldr_keywords(cldr, allowed), *stamp_captions(stamps)]
+    names = held_out_names()
+    things = [*emoji_names(), *cldr_keywords(cldr, names), *stamp_captions(stamps)]
     return [
         {"text": [texts["en"], texts[language]], "id": key}
         for key, texts in things
-        if "en" in texts and allowed.allows("en", texts["en"])
+        if texts.get("en") and not names.in_text(texts["en"])
         for language in LANGUAGES[1:]
-        if language in texts and texts[language] != texts["en"] and allowed.allows(language, texts[language])
+        if texts.get(language, texts["en"]) != texts["en"] and not names.in_text(texts[language])
         if max(len(texts["en"]), len(texts[language])) <= LONGEST
     ]
 
@@ -94,7 +86,7 @@ def emoji_names() -> Iterator[tuple[str, Texts]]:
                 yield character, {language: data[language].strip(":").replace("_", " ") for language in LANGUAGES}
 
 
-def cldr_keywords(folder: Path, allowed: AllowedTexts) -> Iterator[tuple[str, Texts]]:
+def cldr_keywords(folder: Path, names: HeldOutNames) -> Iterator[tuple[str, Texts]]:
     """The keywords of each emoji, without those that hold a held-out name, joined by commas."""
     annotations = {}
     for language in LANGUAGES:
@@ -106,7 +98,7 @@ def cldr_keywords(folder: Path, allowed: AllowedTexts) -> Iterator[tuple[str, Te
             texts = {}
             for language, of_language in annotations.items():
                 words = of_language.get(character, {}).get("default", [])
-                words = [word for word in words if allowed.allows(language, word)]
+                words = [word for word in words if not names.in_text(word)]
                 if words:
                     texts[language] = ", ".join(words)
             yield character, texts
@@ -129,6 +121,16 @@ def stamp_captions(folder: Path) -> Iterator[tuple[str, Texts]]:
         yield texts["en"].casefold(), texts
 
 
+def description_pairs(seed: int) -> list[dict[str, Any]]:
+    """Two English descriptions of one image, without held-out names."""
+    names = held_out_names()
+    return [
+        row
+        for row in description_rows(trained_concepts(), seed)
+        if not any(names.in_text(text) for text in (*row["text"], row["negative"]))
+    ]
+
+
 def train(output: Path, stamps: Path, cldr: Path, steps: int, seed: int) -> None:
     print(GEMMA3.terms)
     unpack_language_model(output / "llm", native_dtype(), GEMMA3)
@@ -148,7 +150,7 @@ def train(output: Path, stamps: Path, cldr: Path, steps: int, seed: int) -> None
         str(output / "training"),
         max_steps=steps,
         eval_strategy="steps",
-        eval_steps=100,
+        eval_steps=40,
         save_steps=20,
         save_total_limit=3,
         logging_steps=5,
@@ -164,7 +166,7 @@ def train(output: Path, stamps: Path, cldr: Path, steps: int, seed: int) -> None
         rows,
         {language: of_language for language, of_language in evaluation_rows().items() if language in EVALUATED},
         processing_class=processor,
-        plain_text_dataset=description_rows(trained_concepts(), seed),
+        plain_text_dataset=description_pairs(seed),
     )
     trainer.train(resume_from_checkpoint=any((output / "training").glob("checkpoint-*")) or None)
 
@@ -247,7 +249,6 @@ def main():
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
     arguments.output.mkdir(parents=True, exist_ok=True)
     if arguments.what == "export":
         export(arguments.output)

@@ -29,7 +29,7 @@ from trainers import CaptionContrastiveConfig, CaptionContrastiveTrainer
 from trainers.base.checkpoints import last_complete_checkpoint, list_checkpoints
 from trainers.compute.dtypes import native_dtype
 from trainers.openmoji.images import LANGUAGES, Concept, View, long_caption, random_view
-from trainers.openmoji.task import SIZES, make_task
+from trainers.openmoji.task import held_out_concepts
 from trainers.quickstart.evaluate import score, zero_shot_by_language
 from trainers.quickstart.language_model import TUNING_ADAPTER, merge_tuning, unpack_language_model
 from trainers.quickstart.run import ADAPTER, Quickstart
@@ -60,12 +60,6 @@ def all_concepts() -> list[Concept]:
         and all(language in data for language in LANGUAGES)
         and "skin_tone" not in data["en"]
     ]
-
-
-def held_out_concepts() -> list[Concept]:
-    """The 150 concepts by which the quickstart compares languages."""
-    task = make_task(SIZES["full"], seed=0)
-    return [task.concepts[i] for i in task.language_concepts]
 
 
 def trained_concepts() -> list[Concept]:

@@ -6,10 +6,10 @@
 Each call trains ProCLIP (stage 1 and 2, five minutes where the texts are embedded already) and adds a row to `quickstart-output/multilingual.json`: what `proclip quickstart`
 measures, and besides
 
-- `zero_shot_strict`: as `zero_shot_by_language`, without the pictures of concepts whose name in that language stands in a text that stage 1 or 2
+- `zero_shot_strict`: as `zero_shot_by_language`, without the images of concepts whose name in that language stands in a text that stage 1 or 2
   read, as it is an English word too ("koala");
 - `captions`: recall@1 of retrieval by long captions in English and five other languages, from one template each that no training read, among
-  the pictures of the concepts by which languages are compared.
+  the images of the concepts by which languages are compared.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import torch
 from trainers.evaluation import retrieval_recall
 from trainers.openmoji.held_out import HeldOutNames
 from trainers.openmoji.images import LANGUAGES
-from trainers.openmoji.translated_captions import PHRASES, translated_caption
+from trainers.openmoji.translated_captions import PHRASES
 from trainers.quickstart.evaluate import embed_images, score, zero_shot_by_language
 from trainers.quickstart.language_model import LANGUAGE_MODELS
 from trainers.quickstart.run import Quickstart
@@ -33,15 +33,13 @@ def measure(output: Path, llm: str, seed: int, size: str = "full") -> list[dict[
     run = Quickstart(output, size, seed, llm)
     run.draw()
     run.pair_with_llm()
-    pictures = run.task.language_retrieval
-    captions = {"en": [picture.long for picture in pictures]}
-    for language in PHRASES:
-        captions[language] = [translated_caption(run.task.concepts[p.concept], p.view, language) for p in pictures]
+    images = run.task.language_retrieval
+    captions = {language: run.task.long_captions(images, language) for language in ("en", *PHRASES)}
     run.build_stores([caption for of_language in captions.values() for caption in of_language])
 
     def row(model: str, image_embeds: torch.Tensor, embed_texts: Any) -> dict[str, Any]:
-        positions = [run.task.retrieval.index(picture) for picture in pictures]
-        own = torch.arange(len(pictures))
+        positions = [run.task.retrieval.index(image) for image in images]
+        own = torch.arange(len(images))
         return {
             "model": model,
             "llm": llm,
@@ -63,10 +61,9 @@ def measure(output: Path, llm: str, seed: int, size: str = "full") -> list[dict[
 
 
 def strict(run: Quickstart, image_embeds: torch.Tensor, embed_texts: Any) -> dict[str, float]:
-    """Zero-shot by language over all its concepts, on pictures of those whose name stage 1 and 2 have not read in an English text."""
+    """Zero-shot by language over all its concepts, on images of those whose name stage 1 and 2 have not read in an English text."""
     task = run.task
-    texts = [*task.inheritance_texts, *(text for picture in task.alignment for text in (picture.short, picture.long))]
-    read = " | ".join(texts)
+    read = " | ".join(task.training_texts)
     result = {}
     for language in LANGUAGES[1:]:
         unread = [i for i in task.language_concepts if not HeldOutNames([task.concepts[i]], [language]).in_text(read)]

@@ -14,6 +14,7 @@ PARTS = (
     "probe-train",
     "probe-test",
     *(f"language-{code}" for code in "en es pt it fr de id tr ru zh ja ko ar fa".split()),
+    *(f"captions-{code}" for code in "en es pt fr de zh".split()),
 )
 
 
@@ -22,8 +23,8 @@ def openmoji_rows(part: str, size: str = "full", seed: int = 0) -> datasets.Data
 
     Args:
         part: "seen" or "unseen" (`image`, `label` among all concepts), "probe-train" or "probe-test" (the same of all concepts, half of each
-            one's images), "retrieval" (`image`, `caption`) or "language-xx" (`image`, `label`
-            among the concepts that every language names; the class names are in that language).
+            one's images), "retrieval" (`image`, `caption`), "language-xx" (`image`, `label` among the concepts by which languages are
+            compared; the class names are in that language) or "captions-xx" (`image`, `caption` in that language, of the same concepts).
 
     Raises:
         ValueError: If there is no such part.
@@ -43,13 +44,17 @@ def openmoji_rows(part: str, size: str = "full", seed: int = 0) -> datasets.Data
         # Images come view by view: every concept once, then every concept again.
         half = len(images) // 2
         images = images[:half] if part == "probe-train" else images[half:]
+    elif part.startswith("captions-"):
+        images = task.language_retrieval
     else:
         named = set(task.language_concepts)
         images = [image for image in images if image.concept in named]
     columns: dict[str, list[Any]] = {"image": [{"bytes": _png(image), "path": None} for image in draw(task, images)]}
     features: dict[str, Any] = {"image": datasets.Image(decode=False)}
-    if part == "retrieval":
-        columns["caption"] = [image.long for image in images]
+    if part == "retrieval" or part.startswith("captions-"):
+        columns["caption"] = task.long_captions(
+            images, "en" if part == "retrieval" else part.removeprefix("captions-")
+        )
         features["caption"] = datasets.Value("string")
     else:
         language = part.removeprefix("language-") if part.startswith("language-") else "en"

@@ -18,6 +18,7 @@ from .images import (
     render,
     short_caption,
 )
+from .translated_captions import translated_caption
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,18 @@ class Task:
         templates = ZERO_SHOT_TEMPLATES if language == "en" else ("{}",)
         return [[template.format(self.concepts[i].names[language]) for template in templates] for i in indices]
 
+    def long_captions(self, images: list[TaskImage], language: str) -> list[str]:
+        """The long captions of `images` in English or a language of `PHRASES`."""
+        if language == "en":
+            return [image.long for image in images]
+        return [translated_caption(self.concepts[image.concept], image.view, language) for image in images]
+
+    @property
+    def training_texts(self) -> list[str]:
+        """Every text that stage 1 or 2 trains on, without repeats."""
+        captions = [caption for image in self.alignment for caption in (image.short, image.long)]
+        return list(dict.fromkeys([*self.inheritance_texts, *captions]))
+
     def all_texts(self) -> list[str]:
         """Every text that training or testing looks up, without repeats, in a fixed order."""
         texts = list(self.inheritance_texts)
@@ -131,6 +144,12 @@ def make_task(size: Size, seed: int) -> Task:
     texts += [caption for image in captions for caption in (image.short, image.long)]
     texts += [caption for image in alignment for caption in (image.short, image.long)]
     return Task(size, concepts, alignment, test, list(dict.fromkeys(texts)))
+
+
+def held_out_concepts() -> list[Concept]:
+    """The 150 concepts by which the quickstart compares languages. They are the same for every seed."""
+    task = make_task(SIZES["full"], seed=0)
+    return [task.concepts[i] for i in task.language_concepts]
 
 
 def draw(task: Task, images: list[TaskImage]) -> list[Image.Image]:
