@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from trainers.storage.paths import path_inside
 from trainers.storage.yaml_files import parse_yaml
 
 from .text_lines import parse_json, read_lines
@@ -65,6 +66,14 @@ def list_files(folder: str | Path) -> list[str]:
             else:
                 logger.warning("%s is not a file (a pipe, a device or a broken link) and is not read", path)
     return sorted(found)
+
+
+def check_inside(folder: Path, file: str) -> None:
+    """ValueError if a file with rows is a link out of its folder: a folder from somebody else would be read together with files of the user's."""
+    try:
+        path_inside(folder, file)
+    except ValueError as error:
+        raise ValueError(f"{error}, as it is a link: name the file itself, or a pattern of files") from error
 
 
 def is_image(file: str) -> bool:

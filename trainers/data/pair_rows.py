@@ -233,7 +233,10 @@ class PairRows(Dataset):
                     self._known[number] = 1
                     return row
             number = stand_ins.randrange(len(self))
-        raise ValueError(f"{self.rows.name}: {_STAND_INS} rows in turn are broken: {self.skipped()}")
+        skipped = self.skipped()
+        raise ValueError(
+            f"{self.rows.name}: {_STAND_INS} rows in turn are broken: {skipped}. The first: {'; '.join(skipped.examples)}"
+        )
 
     def captions(self, reader: str = "text") -> Iterator[list[str]]:
         """The captions of every row for `reader`, see [`texts_of`], without decoding an image; none of broken rows."""

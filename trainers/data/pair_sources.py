@@ -97,6 +97,15 @@ def read_found(found: FoundRows, source: PairSource, *, images: bool, streaming:
     )
 
 
+def check_captions(found: FoundRows, columns: Sequence[str]) -> None:
+    """ValueError that says how to caption images if the source is a folder of images without captions."""
+    if found.text_files and columns in (["image"], ["image", "label"]):
+        raise ValueError(
+            f"{found.name} holds images but no captions: put a metadata.jsonl there (one line an image: "
+            '{"file_name": "a.jpg", "text": "..."}) or a .txt beside each image, or name the file with the captions'
+        )
+
+
 def missing_column(where: str, column: str, columns: Sequence[str], purpose: str = "") -> ValueError:
     """The error of a column that is not there; proposes the nearest."""
     close = difflib.get_close_matches(column, columns, 1) or difflib.get_close_matches(
@@ -120,11 +129,7 @@ def _check_columns(
         names = " or ".join(map(repr, image_columns))
         there = ", ".join(columns) or "none"
         raise ValueError(f"{found.name} has no column {names} for the images (image_column); its columns are {there}")
-    if found.text_files and columns in (["image"], ["image", "label"]):
-        raise ValueError(
-            f"{found.name} holds images but no captions: put a metadata.jsonl there (one line an image: "
-            '{"file_name": "a.jpg", "text": "..."}) or a .txt beside each image, or name the file with the captions'
-        )
+    check_captions(found, columns)
     for column in text_columns:
         if _head(column, columns) not in columns:
             raise missing_column(found.name, column, columns, " for the captions (text_columns, or --column)")

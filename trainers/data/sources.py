@@ -3,6 +3,7 @@
 import glob
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from .data_folder import DataFolder, HubFiles, NamedFiles, is_address
 from .folders import (
     METADATA,
     captions_beside,
+    check_inside,
     declared_files,
     files_of_split,
     is_image,
@@ -281,6 +283,8 @@ def _folder(source: PairSource, path: Path) -> FoundRows:
         data = files_of_split(data, split, name, names=not images)
     if images:
         return _images(source, path, data, files)
+    for file in data:
+        check_inside(path, file)
     return _shards(source, path.absolute(), [str(path / file) for file in data], data)
 
 
@@ -313,6 +317,13 @@ def _images(source: PairSource, path: Path, images: list[str], files: Sequence[s
     named = DataFolder(root.absolute(), (path.absolute(),), source.remote_images)
     metadata = [file for file in files if os.path.basename(file).lower() in METADATA]
     if metadata:
+        for file in metadata:
+            check_inside(path, file)
+        twice = [folder for folder, count in Counter(map(os.path.dirname, metadata)).items() if count > 1]
+        if twice:
+            raise ValueError(
+                f"{path / twice[0]} has several metadata files ({', '.join(METADATA)}), which may say different things: leave one"
+            )
         below = source.split + os.sep if all(file.startswith(source.split + os.sep) for file in images) else ""
         splits = tuple(dict.fromkeys(split_of(file, names=False) for file in images))
         shards = [

@@ -7,7 +7,7 @@ import datasets
 
 from .pair_rows import good_texts
 from .pair_source import PairSource
-from .pair_sources import read_found
+from .pair_sources import check_captions, read_found
 from .sources import FoundRows, find_rows
 from .tables import TableFile
 
@@ -71,6 +71,7 @@ def _default_column(found: FoundRows) -> str:
     columns = found.columns()
     if not columns:
         raise ValueError(f"{found.name} holds no texts")
+    check_captions(found, columns)
     default = next((name for name in ("text", "caption") if name in columns), None)
     if default is None:
         raise ValueError(

@@ -14,6 +14,13 @@ _MARKS = {
     codecs.BOM_UTF16_BE: "UTF-16",
 }
 
+_OTHER_KINDS = {
+    b"\x1f\x8b": ("a gzip archive", "unpack it"),
+    b"PK\x03\x04": ("a zip archive or a spreadsheet", "unpack it, or save the spreadsheet as CSV in UTF-8"),
+    b"\xd0\xcf\x11\xe0": ("a spreadsheet", "save it as CSV in UTF-8"),
+    b"PAR1": ("a Parquet file", "give it the ending .parquet"),
+}
+
 
 def read_lines(path: str | Path) -> Iterator[str]:
     r"""The lines of a file, each with its "\n", "\r\n" or "\r".
@@ -29,7 +36,7 @@ def read_lines(path: str | Path) -> Iterator[str]:
             for number, line in enumerate(lines, 1):
                 if "\0" in line:
                     encoding = "UTF-16BE" if line.startswith("\0") else "UTF-16LE"
-                    raise _other_encoding(path, f"line {number} holds a zero byte", encoding)
+                    raise _no_text(path, f"line {number} holds a zero byte", encoding)
                 yield line
     except UnicodeDecodeError as error:
         raise _not_utf8(path) from error
@@ -59,22 +66,29 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _not_utf8(path: str | Path) -> ValueError:
-    """Says where `path` stops to be UTF-8."""
+    """Says where `path` stops being UTF-8."""
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
             if number == 1:
                 for mark, encoding in _MARKS.items():
                     if line.startswith(mark):
-                        return _other_encoding(path, f"line 1 begins with the mark of {encoding}", encoding)
+                        return _no_text(path, f"line 1 begins with the mark of {encoding}", encoding)
             try:
                 line.decode()
             except UnicodeDecodeError as error:
                 place = f"line {number}, byte {error.start + 1} is 0x{line[error.start]:02X}"
-                return _other_encoding(path, place, "WINDOWS-1252")
+                return _no_text(path, place, "WINDOWS-1252")
     return ValueError(f"{path} changed while it was read")
 
 
-def _other_encoding(path: str | Path, place: str, encoding: str) -> ValueError:
-    return ValueError(
-        f"{path} is not encoded as UTF-8: {place}. Convert it: iconv -f {encoding} -t UTF-8 {path} > NEW"
-    )
+def _no_text(path: str | Path, place: str, encoding: str) -> ValueError:
+    """The error of a file that is not UTF-8, at `place`: a file of another kind, or a text that is most likely in `encoding`."""
+    with open(path, "rb") as file:
+        head = file.read(8)
+    for mark, (kind, remedy) in _OTHER_KINDS.items():
+        if head.startswith(mark):
+            return ValueError(f"{path} is no text but {kind}: {remedy}")
+    remedy = f"Convert it: iconv -f {encoding} -t UTF-8 {path} > NEW"
+    if encoding == "WINDOWS-1252":  # which any bytes may be
+        remedy += " (WINDOWS-1252 is Western Europe's: give the encoding that it was saved in)"
+    return ValueError(f"{path} is not encoded as UTF-8: {place}. {remedy}")

@@ -265,6 +265,33 @@ def test_captions_that_cannot_be_read_are_broken_rows(tmp_path):
         list(read_texts(tmp_path))
 
 
+@pytest.mark.parametrize("name", ["a.csv", "a.tar", "metadata.csv"])
+def test_rows_that_are_a_link_out_of_the_folder_are_refused(tmp_path, name):
+    (tmp_path / "private").write_text("file_name,image,text\n0.png,0.png,a secret\n")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    if name == "metadata.csv":
+        picture(0).save(folder / "0.png")
+    (folder / name).symlink_to(tmp_path / "private")
+    for read in (texts_of, lambda path: list(read_texts(path, None))):
+        with pytest.raises(ValueError, match=f"'{name}' lies outside of .*data, as it is a link"):
+            read(folder)
+
+
+def test_two_metadata_files_of_one_folder_are_refused(tmp_path):
+    write(tmp_path, "metadata", {"train": 2})
+    (tmp_path / "train" / "metadata.csv").write_text("file_name,text\n0.png,something else\n")
+    with pytest.raises(ValueError, match=r"train has several metadata files \(metadata.jsonl, metadata.csv, metadata"):
+        texts_of(tmp_path)
+
+
+def test_images_without_captions_are_said_to_have_none(tmp_path):
+    picture(0).save(tmp_path / "0.png")
+    for read in (texts_of, lambda path: list(read_texts(path, None))):
+        with pytest.raises(ValueError, match="holds images but no captions: put a metadata.jsonl there"):
+            read(tmp_path)
+
+
 def test_what_is_no_file_is_not_waited_for(tmp_path, caplog):
     write(tmp_path, "beside", {"train": 2})
     os.mkfifo(tmp_path / "train" / "pipe.png")

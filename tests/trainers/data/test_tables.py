@@ -1,5 +1,6 @@
 """Tables of every kind: captions stay text to the letter, and what would be lost or changed is refused by file and line, in all three commands."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -232,6 +233,17 @@ REFUSED = {
         "a.csv",
         b"image,caption\n0.png,a fox\n1.png,a caf\xe9\n",
         "a.csv is not encoded as UTF-8: line 3, byte 12 is 0xE9. Convert it: iconv -f WINDOWS-1252 -t UTF-8",
+    ),
+    "an encoding that is not known": (
+        "a.csv",
+        "image,caption\n0.png,a fox\n1.png,一只红色的狐狸\n".encode("gb18030"),
+        "(WINDOWS-1252 is Western Europe's: give the encoding that it was saved in)",
+    ),
+    "gzip": ("a.csv", gzip.compress(table(TEXTS).encode()), "a.csv is no text but a gzip archive: unpack it"),
+    "a spreadsheet": (
+        "a.csv",
+        b"PK\x03\x04" + bytes(range(256)),
+        "a.csv is no text but a zip archive or a spreadsheet",
     ),
     "Windows-1252 in lines": (
         "a.jsonl",
