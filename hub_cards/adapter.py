@@ -88,9 +88,5 @@ def adapter_card(
         not_measured=not_measured(measured),
         datasets=scrub(list(datasets)),
         limits=[Markdown(" ".join(limit.split())) for limit in limits],
-        citations=Markdown(
-            "\n\n".join(
-                citations({str(stage.settings["method"]) for stage in training if "method" in stage.settings}, "")
-            )
-        ),
+        citations=citations(training),
     )

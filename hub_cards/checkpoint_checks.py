@@ -23,11 +23,7 @@ from .sent_files import PROCESSOR_FILES, OutgoingFiles
 
 @contextmanager
 def building_from(file: Path) -> Iterator[None]:
-    """In this context models are built without memory for their weights.
-
-    Raises:
-        PublishError: If none can be built from what the configuration in `file` says.
-    """
+    """Build models without memory for their weights. PublishError if the configuration in `file` makes none."""
     try:
         with torch.device("meta"):
             yield

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from huggingface_hub import metadata_load, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
@@ -18,6 +18,7 @@ from .scrubbing import scrub
 
 
 logger = logging.get_logger(__name__)
+_Value = TypeVar("_Value")
 
 PARTS = {
     "vision_model": "image encoder",
@@ -29,14 +30,8 @@ PARTS = {
 
 @dataclass
 class StageRecord:
-    """What a trainer recorded of one stage of the training; see `training_record` in `trainers.base`.
-
-    Attributes:
-        stage, trainer: Names of the stage and of the trainer's class.
-        steps, num_epochs, batch_size, num_processes: How long it took; rows of a step, of all processes.
-        num_rows: Rows that it was trained on, None of a stream.
-        settings, final, versions: Settings by name, what was logged last, versions by package.
-        data: "source", "split" and "revision" of the data, where they are known.
+    """What a trainer recorded of one stage of its training, see `trainers.base.training_record`. `batch_size` counts the rows of a step over all
+    processes, and `num_rows` is None for a stream; `data` has "source", "split" and "revision", where they are known.
     """
 
     stage: str
@@ -57,12 +52,9 @@ class CheckpointFacts:
     """The state of a ProCLIP checkpoint on the disk.
 
     Attributes:
-        folder: Path of the checkpoint.
-        config: Content of `config.json`.
-        processor: Content of `processor_config.json`; empty if there is no processor.
+        config, processor: Content of `config.json` and `processor_config.json`; the latter is empty if there is no processor.
         num_parameters: Number of parameters of "image encoder", "LLM" and "adapter", for those whose tensors are in the files.
-        num_bytes: Size of all its safetensors files.
-        dtypes: dtypes of its tensors, as safetensors names them ("F32", "BF16").
+        num_bytes, dtypes: Size of all safetensors files, and the dtypes in them as safetensors names them ("F32", "BF16").
         training: A record of each stage of its training; empty where nothing is recorded.
     """
 
@@ -94,11 +86,7 @@ class CheckpointFacts:
 
 
 def read_facts(folder: str | Path) -> CheckpointFacts:
-    """Read a ProCLIP checkpoint's folder without loading a weight.
-
-    Raises:
-        ValueError: If the folder holds no ProCLIP checkpoint, or a file of it is damaged; names the file.
-    """
+    """Read a ProCLIP checkpoint's folder without loading a weight. ValueError names the file that is missing or damaged."""
     folder = Path(folder)
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
     if config is None or config.get("model_type") != "proclip":
@@ -125,16 +113,21 @@ def read_facts(folder: str | Path) -> CheckpointFacts:
 
 def read_training(records: Any, file: Path) -> list[StageRecord]:
     """The records of training that `file` holds; ValueError that names it if they are none."""
+    return checked(list[StageRecord], records or [], f"{file}: the record of the training")
+
+
+def checked(kind: type[_Value], value: Any, what: str) -> _Value:
+    """`value` as a `kind`, dataclasses in it too. ValueError that begins with `what` and names the first field that does not fit."""
     try:
-        return TypeAdapter(list[StageRecord]).validate_python(records or [])
+        return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{file}: the record of the training, {place}: {first['msg']}") from error
+        raise ValueError(f"{what}, {place}: {first['msg']}") from error
 
 
 def own_weights(folder: str | Path) -> set[str]:
-    """Hashes that an evaluation of this checkpoint can name (`own_weights_sha256`): one for each dtype that the model may have been loaded in."""
+    """Hashes that an evaluation of this checkpoint can name (`own_weights_sha256`): one for each dtype that it may have been loaded in."""
     import torch  # a card without results needs none of it
     from safetensors.torch import load_file
 
@@ -176,7 +169,7 @@ def shown_name(name: str) -> str:
 
 
 def base_card(name_or_path: str, revision: str | None = None) -> dict[str, Any]:
-    """Metadata of the card of a base model, from its folder or from the Hub's local cache; nothing is fetched. Empty if there is none."""
+    """Metadata of a base model's card, from its folder or the Hub's local cache; nothing is fetched. Empty if there is none."""
     folder = Path(name_or_path)
     if folder.is_dir():
         file: Any = folder / "README.md"
@@ -196,11 +189,7 @@ def base_card(name_or_path: str, revision: str | None = None) -> dict[str, Any]:
 
 
 def read_header(file: Path) -> dict[str, dict[str, Any]]:
-    """ "dtype" and "shape" of the tensors of a safetensors file, by name, without reading them.
-
-    Raises:
-        ValueError: If it is none, or damaged; names it.
-    """
+    """ "dtype" and "shape" of the tensors of a safetensors file, by name, without reading them. ValueError names a damaged file."""
     try:
         with safe_open(file, framework="numpy") as tensors:
             stored = {name: tensors.get_slice(name) for name in tensors.keys()}

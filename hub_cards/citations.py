@@ -1,5 +1,11 @@
 """The papers that a card cites, as BibTeX."""
 
+from collections.abc import Iterable
+
+from .checkpoint_facts import StageRecord
+from .rendering import Markdown
+
+
 CITATIONS = {
     "proclip": """@article{hu2025proclip,
   title = {ProCLIP: Progressive Vision-Language Alignment via LLM-based Embedder},
@@ -35,19 +41,16 @@ CITATIONS = {
   year = {2023}
 }""",
 }
-_OF_TOWER = {"clip_vision_model": "clip", "siglip_vision_model": "siglip", "siglip2_vision_model": "siglip"}
+_TOWER_PAPERS = {"clip_vision_model": "clip", "siglip_vision_model": "siglip", "siglip2_vision_model": "siglip"}
 
 
-def citations(methods: set[str], vision_type: str) -> list[str]:
-    """What to cite for a checkpoint.
-
-    Args:
-        methods: "proclip", "llm2clip" or "lit", as the stages of its training name them. Without any, ProCLIP and LLM2CLIP, whose
-            architecture it has.
-        vision_type: `model_type` of its image encoder.
+def citations(training: Iterable[StageRecord], vision_type: str = "") -> Markdown:
+    """What to cite for a checkpoint, by the methods that the stages of its `training` name ("proclip", "llm2clip", "lit"); without any, ProCLIP
+    and LLM2CLIP, whose architecture it has. `vision_type` is the `model_type` of its image encoder.
     """
+    methods = {str(stage.settings["method"]) for stage in training if "method" in stage.settings}
     methods = methods | {"llm2clip"} if methods else {"proclip", "llm2clip"}
     keys = [key for key in CITATIONS if key in methods]
-    if vision_type in _OF_TOWER:
-        keys.append(_OF_TOWER[vision_type])
-    return [CITATIONS[key] for key in keys]
+    if vision_type in _TOWER_PAPERS:
+        keys.append(_TOWER_PAPERS[vision_type])
+    return Markdown("\n\n".join(CITATIONS[key] for key in keys))

@@ -23,11 +23,7 @@ AGAIN = "Give the same command again: what the Hub has already is not sent twice
 
 @contextmanager
 def readable_hub_errors(repo_id: str, token: str | None = None) -> Iterator[None]:
-    """Turn what the Hub's client raises into a [`PublishError`] about `repo_id`. No message holds the token.
-
-    Raises:
-        PublishError: For whatever the client raises of network and Hub.
-    """
+    """Turn what the Hub's client raises into a [`PublishError`] about `repo_id`. No message holds the token."""
     try:
         yield
     except (HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, RuntimeError) as error:

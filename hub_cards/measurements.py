@@ -4,13 +4,14 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from huggingface_hub import EvalResult
-from pydantic import FiniteFloat, TypeAdapter, ValidationError
+from pydantic import FiniteFloat
 
 from modeling_proclip.conversion.json_files import read_json
 
+from .checkpoint_facts import checked
 from .scrubbing import scrub
 
 
@@ -43,15 +44,10 @@ _QUICKSTART = {
 
 @dataclass(frozen=True)
 class Measurement:
-    """One measured number.
+    """One measured number, a fraction for shares.
 
     Attributes:
-        task: Name of the task.
         kind, group: Kind of the task and of the benchmark, in the words of `proclip evaluate`.
-        dataset: Name of the data set.
-        split, revision, num_items: Those of the data set, where they are recorded.
-        metric: Name of the metric.
-        value: As measured: a fraction for shares.
         primary: Whether it is the number that stands for the task.
         limit: Rows that were drawn of the data set, if not all were read; the number is then no benchmark's.
         precision: What it was computed in, in words, where that is recorded: another dtype gives another number.
@@ -84,12 +80,14 @@ def read_measurements(path: str | Path) -> list[Measurement]:
     file = _results_file(path)
     content = read_json(file)
     if "tasks" in content:
-        evaluation = _checked(_Evaluation, content, file)
+        evaluation = checked(_Evaluation, content, f"{file} is no result that a card can show")
         limit = evaluation.partial.limit if evaluation.partial else None
         computed_in = precision(evaluation.protocol or {})
-        return [measurement for task in evaluation.tasks for measurement in _of_task(task, limit, computed_in)]
+        return [
+            measurement for task in evaluation.tasks for measurement in _task_measurements(task, limit, computed_in)
+        ]
     if "rows" in content:
-        return _of_quickstart(_checked(_Quickstart, content, file), file)
+        return _quickstart_measurements(content, file)
     raise ValueError(
         f'{file} is no result of `proclip evaluate` or `proclip quickstart`: it has neither "tasks" nor "rows"'
     )
@@ -123,8 +121,8 @@ def evaluated_weights(path: str | Path) -> str | None:
 def model_index(results: Iterable[Measurement]) -> list[EvalResult]:
     """The results as the Hub's `model-index` holds them, without those of drawn rows, which are no benchmark's.
 
-    Entries that agree in task, type, configuration, split and revision of the data set are merged by the Hub's library, which keeps one
-    name of them; so the task's name is the configuration too.
+    The Hub's library merges entries that agree in task, type, configuration, split and revision of the data set and keeps one name of them; so
+    the task's name is the configuration too.
     """
     return [
         EvalResult(
@@ -150,11 +148,8 @@ def not_measured(results: Iterable[Measurement]) -> list[str]:
 
 
 def shown_source(data: Mapping[str, Any]) -> str:
-    """Where data came from, as a card shows it: its name on the Hub, an address without a password, or the last part of a path.
-
-    Args:
-        data: "source" of a record of training or evaluation, with the "revision" or "on_hub" that data of the Hub have, and "read_from" where
-            there was a local copy of what has a name.
+    """Where data came from, as a card shows it: its name on the Hub, an address without a password, or the last part of a path. `data` is a record of
+    training or evaluation; "revision" or "on_hub" mark data of the Hub, and "read_from" a local copy of what has a name.
     """
     source = data["source"]
     shown = scrub(source)
@@ -219,19 +214,7 @@ class _Quickstart:
     protocol: dict[str, Any] | None = None
 
 
-_Format = TypeVar("_Format")
-
-
-def _checked(kind: type[_Format], content: Any, file: Path) -> _Format:
-    try:
-        return TypeAdapter(kind).validate_python(content)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{file} is no result that a card can show: {place}: {first['msg']}") from error
-
-
-def _of_task(task: _Task, limit: int | None, computed_in: str | None) -> list[Measurement]:
+def _task_measurements(task: _Task, limit: int | None, computed_in: str | None) -> list[Measurement]:
     data, own = task.dataset, task.group == "own"  # of a person's own images the title is their folder
     source = Path(data.source).name if own else shown_source(vars(data))
     return [
@@ -253,13 +236,15 @@ def _of_task(task: _Task, limit: int | None, computed_in: str | None) -> list[Me
     ]
 
 
-def _of_quickstart(content: _Quickstart, file: Path) -> list[Measurement]:
-    row = next((row for row in content.rows if row.get("model") == "proclip"), None)
+def _quickstart_measurements(content: dict[str, Any], file: Path) -> list[Measurement]:
+    unfit = f"{file} is no result that a card can show"
+    results = checked(_Quickstart, content, unfit)
+    row = next((row for row in results.rows if row.get("model") == "proclip"), None)
     if row is None:
         raise ValueError(f'{file} has no row "proclip"')
-    numbers = _checked(dict[str, FiniteFloat], {key: row.get(key) for key in _QUICKSTART}, file)
-    by_language = _checked(dict[str, FiniteFloat], row.get("zero_shot_by_language"), file)
-    computed_in = precision(content.protocol or {})
+    numbers = checked(dict[str, FiniteFloat], {key: row.get(key) for key in _QUICKSTART}, unfit)
+    by_language = checked(dict[str, FiniteFloat], row.get("zero_shot_by_language"), unfit)
+    computed_in = precision(results.protocol or {})
     measurements = [
         Measurement(f"OpenMoji, {what}", kind, group, "OpenMoji", metric, numbers[key], precision=computed_in)
         for key, (kind, group, what, metric) in _QUICKSTART.items()

@@ -20,7 +20,7 @@ from .measurements import (
 )
 from .rendering import Markdown, render, signed
 from .scrubbing import scrub
-from .validity import is_language
+from .validity import is_language, listed
 
 
 logger = logging.get_logger(__name__)
@@ -97,7 +97,7 @@ def model_card(
     from_hub = [data["source"] for data in recorded if data.get("revision") or data.get("on_hub")]
     on_hub = {*filter(is_repo_id, from_hub), *filter(is_hub_name, datasets or {})}
     if languages is None:
-        languages = [code for code in _listed(base_cards.get("text", {}).get("language")) if is_language(code)]
+        languages = [code for code in listed(base_cards.get("text", {}).get("language")) if is_language(code)]
     name = repo_id or PLACEHOLDER
     title = title or (repo_id or Path(folder).resolve().name).split("/")[-1]
     data = ModelCardData(
@@ -113,7 +113,6 @@ def model_card(
         tags=["proclip", "clip", "image-text-retrieval", "feature-extraction", "sentence-transformers"],
         eval_results=model_index(measured) or None,
     )
-    methods = {str(stage.settings["method"]) for stage in checkpoint.training if "method" in stage.settings}
     card = render(
         ModelCard,
         "model_card.md",
@@ -141,7 +140,7 @@ def model_card(
         weights_checked=all(evaluated_weights(file) is not None for file in results),
         not_measured=not_measured(measured),
         limits=[Markdown(" ".join(limit.split())) for limit in limits],
-        citations=Markdown("\n\n".join(citations(methods, checkpoint.config["vision_config"]["model_type"]))),
+        citations=citations(checkpoint.training, checkpoint.config["vision_config"]["model_type"]),
     )
     added = (
         license,
@@ -158,15 +157,13 @@ def model_card(
 
 
 def results_in(folder: str | Path) -> list[Path]:
-    """Every `results.json` in a checkpoint's folder or directly in a sub-folder, without those that name other weights than it holds, and without
-    those of other programs.
-    """
+    """Every `results.json` in a checkpoint's folder or directly in a sub-folder that is ours, and not of other weights than the folder holds."""
     files = [
         file
         for file in sorted(Path(folder).glob(RESULTS_FILE)) + sorted(Path(folder).glob(f"*/{RESULTS_FILE}"))
         if _is_ours(file)
     ]
-    others = _of_other_weights(files, folder)
+    others = _with_other_weights(files, folder)
     return [file for file in files if file not in others]
 
 
@@ -180,14 +177,14 @@ def _is_ours(file: Path) -> bool:
 
 def _checked(results: Iterable[str | Path], folder: str | Path) -> list[str | Path]:
     files = list(results)
-    for file in _of_other_weights(files, folder):
+    for file in _with_other_weights(files, folder):
         raise ValueError(
             f"{file} is of other weights than {folder} holds: evaluate this checkpoint, or name its own results"
         )
     return files
 
 
-def _of_other_weights(files: Iterable[Any], folder: str | Path) -> list[Any]:
+def _with_other_weights(files: Iterable[Any], folder: str | Path) -> list[Any]:
     """Those of the results that name other weights than the checkpoint's."""
     named = {file: weights for file in files if (weights := evaluated_weights(file)) is not None}
     ours = own_weights(folder) if named else set()
@@ -195,7 +192,7 @@ def _of_other_weights(files: Iterable[Any], folder: str | Path) -> list[Any]:
 
 
 def _license_of(metadata: Mapping[str, Any]) -> str:
-    return str(metadata.get("license_name") or ", ".join(_listed(metadata.get("license"))) or UNKNOWN)
+    return str(metadata.get("license_name") or ", ".join(listed(metadata.get("license"))) or UNKNOWN)
 
 
 def rows_of_tasks(results: Iterable[Measurement]) -> list[dict[str, Any]]:
@@ -216,9 +213,3 @@ def rows_of_tasks(results: Iterable[Measurement]) -> list[dict[str, Any]]:
         )
         row["values"].append((result.metric, result.value))
     return list(tasks.values())
-
-
-def _listed(value: Any) -> list[Any]:
-    if value is None:
-        return []
-    return list(value) if isinstance(value, (list, tuple)) else [value]

@@ -13,18 +13,11 @@ from .checkpoint_facts import is_hub_name
 from .errors import PublishError
 from .remote_code import PROCESSOR_AUTO_MAP, code_files
 from .sent_files import PROCESSOR_FILES, SETTINGS, OutgoingFiles, read_text
-from .staging import Staged, read_weights
+from .staging import Staged, read_weights, write_card
 
 
 def stage_adapters(source: Path, folder: Path, repo_id: str, *, card: Mapping[str, Any] | None = None) -> Staged:
-    """Lay PEFT adapters of a ProCLIP model out in `folder`, which must be empty.
-
-    Args:
-        card: Arguments of [`adapter_card`]: the card is rendered with them, whatever README.md there is.
-
-    Raises:
-        PublishError: If they are not adapters of a ProCLIP model, or hold NaN or infinity.
-    """
+    """Lay PEFT adapters of a ProCLIP model out in the empty `folder`. With `card`, arguments of [`adapter_card`], the card is rendered anew."""
     outgoing = OutgoingFiles(source, folder)
     file, weights = outgoing.find(ADAPTER_CONFIG), outgoing.find(ADAPTER_WEIGHTS)
     if file is None or weights is None:
@@ -49,10 +42,7 @@ def stage_adapters(source: Path, folder: Path, repo_id: str, *, card: Mapping[st
     outgoing.copy_legal_files()
     readme = outgoing.find("README.md")
     if readme is None or card is not None:
-        try:
-            outgoing.write_text("README.md", adapter_card(folder, **{"repo_id": repo_id, **(card or {})}).content)
-        except (TypeError, ValueError, OSError) as error:
-            raise PublishError(f"The card of {source} cannot be made: {error}") from error
+        write_card(outgoing, adapter_card, {"repo_id": repo_id, **(card or {})})
     else:
         outgoing.write_text("README.md", read_text(readme))
     return outgoing.staged(lean=True)
@@ -82,8 +72,8 @@ _RESUMED_FROM = re.compile(
 
 
 def stage_resumable(source: Path, folder: Path) -> Staged:
-    """Lay a checkpoint of a training out in `folder`, which must be empty, so that the training can be resumed from it: model, processor, optimizer
-    and random states (pickles), the state of the Trainer. Settings and texts are scrubbed; files with other names stay behind.
+    """Lay a checkpoint of a training out in the empty `folder`, so that the training can be resumed from it: model, processor, optimizer and random
+    states (pickles), the state of the Trainer. Settings and texts are scrubbed; files with other names stay behind.
     """
     outgoing = OutgoingFiles(source, folder)
     for name in ("config.json", "trainer_state.json", *SETTINGS):

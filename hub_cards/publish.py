@@ -164,14 +164,8 @@ def publish_model(
     token: str | None = None,
     **settings: Any,
 ) -> PublishReport:
-    """[`publish`] of a model in memory, as [`ProCLIPModel.push_to_hub`] does. Without `processor` the repository keeps the one that it has. Of
-    a model with PEFT adapters (`add_adapter`) these are sent.
-
-    Args:
-        settings: `private`, `revision` and `card`, as [`publish`].
-
-    Raises:
-        PublishError: As [`publish`].
+    """[`publish`] of a model in memory, as [`ProCLIPModel.push_to_hub`] does. Without `processor` the repository keeps the one that it has. `settings`
+    are `private`, `revision` and `card`.
     """
     repo_id = full_name(repo_id, token)
     with TemporaryDirectory() as saved:
@@ -192,11 +186,7 @@ def publish_saved(
     commit_message: str | None = None,
     token: str | None = None,
 ) -> PublishReport:
-    """[`publish`] of a folder that a model was just saved to (`save_pretrained(push_to_hub=True)`), with its processor if it has one.
-
-    Raises:
-        PublishError: As [`publish`].
-    """
+    """[`publish`] of a folder that a model was just saved to (`save_pretrained(push_to_hub=True)`), with its processor if it has one."""
     message = commit_message or MESSAGE
     return publish(
         folder, repo_id, needs_processor=False, private=private, revision=revision, message=message, token=token
@@ -212,11 +202,7 @@ def publish_processor(
     commit_message: str | None = None,
     token: str | None = None,
 ) -> PublishReport:
-    """Send a processor and its code, as [`ProCLIPProcessor.push_to_hub`] does: the other half of what [`publish_model`] sends without one.
-
-    Raises:
-        PublishError: If the Hub does not take it.
-    """
+    """Send a processor and its code, as [`ProCLIPProcessor.push_to_hub`] does: the other half of what [`publish_model`] sends without one."""
     repo_id = full_name(repo_id, token)
     with TemporaryDirectory() as saved, TemporaryDirectory() as staging:
         processor.save_pretrained(saved)
@@ -228,11 +214,7 @@ def publish_processor(
 def upload(
     staged: Staged, repo_id: str, *, private: bool | None, revision: str | None, message: str, token: str | None
 ) -> PublishReport:
-    """Send every file of `staged` in one commit, which also removes what [`publish`] sent before and does not send now.
-
-    Raises:
-        PublishError: If the Hub does not take it.
-    """
+    """Send every file of `staged` in one commit, which also removes what [`publish`] sent before and does not send now."""
     make_repository(repo_id, private, token)
     api = HfApi(token=token, library_name=LIBRARY)
     with readable_hub_errors(repo_id, token):
@@ -250,11 +232,7 @@ def upload(
 
 
 def full_name(repo_id: str, token: str | None = None) -> str:
-    """`owner/name`, where the user of the token owns what is given as a name alone.
-
-    Raises:
-        PublishError: If the Hub does not know the token.
-    """
+    """`owner/name`, where the user of the token owns what is given as a name alone. PublishError if the Hub does not know the token."""
     check_name(repo_id)
     with readable_hub_errors(repo_id, token):
         owner = HfApi(token=token, library_name=LIBRARY).whoami()["name"]
@@ -262,11 +240,7 @@ def full_name(repo_id: str, token: str | None = None) -> str:
 
 
 def check_name(repo_id: str) -> None:
-    """Refuse what is no name of a repository, such as its address.
-
-    Raises:
-        PublishError: With the name that was meant, where it can be seen.
-    """
+    """Refuse what is no name of a repository, such as its address, and say which name was meant."""
     address = re.match(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?:models/)?([^/?#]+/[^/?#]+)", repo_id)
     if address:
         raise PublishError(f"{repo_id!r} is an address: give the repository's name, {address[1]!r}.")
@@ -279,11 +253,7 @@ def check_name(repo_id: str) -> None:
 
 
 def make_repository(repo_id: str, private: bool | None = None, token: str | None = None) -> None:
-    """Make the repository if it is not there. See [`publish`] for `private`.
-
-    Raises:
-        PublishError: If the Hub says no, or the repository that is there is not as private as it is to be.
-    """
+    """Make the repository if it is not there. PublishError if one that is there is not as private as it is to be; see [`publish`] for `private`."""
     api = HfApi(token=token, library_name=LIBRARY)
     with readable_hub_errors(repo_id, token):
         try:
@@ -339,10 +309,6 @@ def _report(
         repo_id,
         url,
         commit,
-        staged.files,
-        removed or [],
-        staged.left_out,
-        staged.notes,
-        staged.lean,
-        staged.text_model_bytes,
+        removed=removed or [],
+        **{name: value for name, value in vars(staged).items() if name != "folder"},
     )

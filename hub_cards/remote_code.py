@@ -18,10 +18,8 @@ PROCESSOR_AUTO_MAP = {"AutoProcessor": "processing_proclip.ProCLIPProcessor"}
 
 
 def code_files() -> list[Path]:
-    """The files of `modeling_proclip` that the classes of [`AUTO_MAP`] need, by name.
-
-    They are found as Transformers finds them when it loads them: by their relative imports, which therefore name siblings only. Nothing of
-    the conversion is among them.
+    """The files of `modeling_proclip` that the classes of [`AUTO_MAP`] need, found as Transformers finds them when it loads them: by their relative
+    imports, which therefore name siblings only.
     """
     folder = Path(modeling_proclip.__file__).parent
     entries = {folder / f"{reference.split('.')[0]}.py" for reference in (AUTO_MAP | PROCESSOR_AUTO_MAP).values()}

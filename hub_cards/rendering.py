@@ -31,11 +31,8 @@ class Markdown(str):
 
 
 def render(card_class: type[_Card], template: str, data: CardData, **values: Any) -> _Card:
-    """A card with the metadata `data`. Unlike `RepoCard.from_template`, values are escaped, templates can include others, a value that is
-    missing is an error, and passwords, tokens and local paths are removed.
-
-    Raises:
-        ValueError: If the Hub would refuse the metadata; see [`check_metadata`].
+    """A card with the metadata `data`. Unlike `RepoCard.from_template`, values are escaped, templates can include others, a missing value is an
+    error, and passwords, tokens and local paths are removed. ValueError as [`check_metadata`].
     """
     check_metadata(data)
     environment = Environment(

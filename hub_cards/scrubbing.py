@@ -61,11 +61,8 @@ def scrub_text(text: str) -> str:
 
 
 def scrub(value: Any, keep: Container[str] = ()) -> Any:
-    """[`scrub_text`] of every string in a JSON value. A string that is a path as a whole becomes its last part: an absolute one, one that begins
-    with `./`, `../` or `~`, and under a key such as "name_or_path" any with more than one slash.
-
-    Args:
-        keep: keys of objects whose values stay as they are.
+    """[`scrub_text`] of every string in a JSON value, except under the keys `keep`. A string that is a path as a whole becomes its last part: an
+    absolute one, one that begins with `./`, `../` or `~`, and under a key such as "name_or_path" any with more than one slash.
     """
     if isinstance(value, dict):
         return {scrub_text(key): part if key in keep else _scrub_entry(key, part, keep) for key, part in value.items()}

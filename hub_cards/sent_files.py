@@ -54,7 +54,6 @@ class Staged:
     """A folder whose every file is to be sent.
 
     Attributes:
-        folder: Path of the folder.
         lean: Whether the LLM is left out.
         files: Size of each file in bytes, by its name in the repository.
         left_out: Names of the files in the source that are not sent.
@@ -72,12 +71,8 @@ class Staged:
 
 @dataclass
 class OutgoingFiles:
-    """Files on their way from `source`, somebody's folder, to `folder`, whose every file is sent.
-
-    Attributes:
-        source: The folder that is published.
-        folder: The folder that is filled with what is sent; empty at first.
-        notes: Remarks for the user: what was removed from which file, and what is not sent.
+    """Files on their way from `source`, the folder that is published, to `folder`, which is empty at first and whose every file is sent. `notes` are
+    remarks for the user: what was removed from which file, and what is not sent.
     """
 
     source: Path
@@ -94,11 +89,7 @@ class OutgoingFiles:
         return _names(self.source)
 
     def find(self, name: str) -> Path | None:
-        """The file `name` of the source; None where it has no such file.
-
-        Raises:
-            PublishError: If it is a link out of the folder. Those of the Hub's own cache are none, as they stay in their repository.
-        """
+        """The file `name` of the source, or None. PublishError if it is a link out of the folder; those of the Hub's cache stay in their repository."""
         file, root = self.source / name, self.source.resolve()
         if not file.is_file():
             return None
@@ -112,11 +103,7 @@ class OutgoingFiles:
         return file
 
     def write_settings(self, name: str, settings: Any, auto_map: dict[str, str] | None = None) -> None:
-        """Write a JSON file for others, which names the code of `auto_map` and no other.
-
-        Raises:
-            PublishError: If it holds a token where nothing can be taken out.
-        """
+        """Write a JSON file for others, which names the code of `auto_map` and no other. PublishError if a token cannot be taken out of it."""
         ours = {*AUTO_MAP.values(), *PROCESSOR_AUTO_MAP.values()}
         if others := sorted({code for code in code_names(settings) if code not in ours}):
             self.notes.append(f"{name}: references to code of others were removed ({', '.join(others)}).")
@@ -163,11 +150,7 @@ class OutgoingFiles:
                 self.write_settings(RESULTS_FILE, results_for_others(read_json(file)))
 
     def copy_modules(self) -> None:
-        """Copy the modules of sentence-transformers.
-
-        Raises:
-            PublishError: If one is of another package, whose code would run where this is loaded, or is not in a folder of its own.
-        """
+        """Copy the modules of sentence-transformers. PublishError if one is of another package, whose code would run where this is loaded."""
         file = self.find(MODULES_FILE)
         if file is None:
             return

@@ -2,7 +2,7 @@
 
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -50,18 +50,13 @@ def stage(
     card: Mapping[str, Any] | None = None,
     sketch: bool = False,
 ) -> Staged:
-    """Check the checkpoint in `source` and lay it out in `folder`, which must be empty, as `repo_id` is to hold it.
+    """Check the checkpoint in `source` and lay it out in the empty `folder` as `repo_id` is to hold it. The arguments are those of [`publish`].
 
     Checked are the configuration, that the weights are safetensors with every tensor of the model in its shape, finite, and no other, and
     that tokenizer and image processor load and fit the towers. Weights that stay as they are become links. Costs one pass over the weights.
 
     Args:
-        lean: Leave the LLM out, or put it in; by default as `source` is.
         max_shard_bytes: Split the weights into files of at most so many bytes; by default they are as in `source`.
-        with_code: Add the code that loads the checkpoint without this package.
-        needs_processor: Refuse a checkpoint without tokenizer and image processor.
-        text_model, text_model_revision: Name on the Hub of the LLM of a lean checkpoint that names a folder. Its weights are compared.
-        card: Arguments of [`model_card`]. With them the card is rendered even where the folder has one.
         sketch: Where weights would be rewritten, only make files of their names and sizes.
 
     Raises:
@@ -100,7 +95,7 @@ def stage(
         outgoing.copy_settings(WEIGHTS_INDEX)
     else:
         (sketch_tensors if sketch else write_tensors)(folder, planned, max_shard_bytes or MAX_SHARD_BYTES)
-    _write_card(outgoing, repo_id, card)
+    _write_or_check_card(outgoing, repo_id, card)
     if lean != was_lean and card is None and (source / "README.md").is_file():
         outgoing.notes.append("README.md is sent as it is: check what it says about the LLM.")
 
@@ -141,7 +136,7 @@ def _read_all_weights(outgoing: OutgoingFiles) -> dict[str, StoredTensor]:
 
 
 def read_weights(outgoing: OutgoingFiles, place: Path) -> dict[str, StoredTensor]:
-    """The tensors in `place`, a file or folder, all finite; their files may be sent as they are.
+    """The tensors in `place`, a file or folder, whose files may be sent as they are.
 
     Raises:
         PublishError: If a file is a link out of the folder, has another name than weights have, or says more in its header than it must.
@@ -212,15 +207,11 @@ def _plan(
     return sorted(planned, key=lambda tensor: tensor.name)
 
 
-def _write_card(outgoing: OutgoingFiles, repo_id: str, card: Mapping[str, Any] | None) -> None:
+def _write_or_check_card(outgoing: OutgoingFiles, repo_id: str, card: Mapping[str, Any] | None) -> None:
     file = outgoing.find("README.md")
     text = None if file is None else read_text(file)
     if card is not None or text is None or is_untouched(text):
-        try:
-            made = model_card(outgoing.folder, **{"repo_id": repo_id, "weights_in": outgoing.source, **(card or {})})
-        except (TypeError, ValueError, OSError) as error:
-            raise PublishError(f"The card of {outgoing.source} cannot be made: {error}") from error
-        outgoing.write_text("README.md", made.content)
+        write_card(outgoing, model_card, {"repo_id": repo_id, "weights_in": outgoing.source, **(card or {})})
         return
     outgoing.write_text("README.md", text.replace(PLACEHOLDER, repo_id))
     try:
@@ -229,3 +220,11 @@ def _write_card(outgoing: OutgoingFiles, repo_id: str, card: Mapping[str, Any] |
         reason = " ".join(str(error).split())
         raise PublishError(f"{file}: the Hub would refuse its metadata: {reason}") from error
     outgoing.copy_images(text)
+
+
+def write_card(outgoing: OutgoingFiles, card: Callable[..., ModelCard], arguments: Mapping[str, Any]) -> None:
+    """Write the README.md that `card` renders from what is laid out. PublishError if it cannot be rendered."""
+    try:
+        outgoing.write_text("README.md", card(outgoing.folder, **arguments).content)
+    except (TypeError, ValueError, OSError) as error:
+        raise PublishError(f"The card of {outgoing.source} cannot be made: {error}") from error

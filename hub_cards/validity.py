@@ -27,40 +27,33 @@ _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*|multilingual|code")
 
 
 def check_card(card: RepoCard) -> None:
-    """Refuse a card whose metadata the Hub would refuse or show wrongly, before anything is sent; see [`check_metadata`].
-
-    Raises:
-        ValueError: Naming the field and the remedy.
-    """
+    """Refuse a card whose metadata the Hub would refuse or show wrongly, before anything is sent. ValueError names the field and the remedy."""
     check_metadata(card.data)
 
 
 def check_metadata(data: CardData) -> None:
-    """Check licences, language codes, names of base models and data sets, and that `model-index` holds finite numbers of data sets that the
-    Hub's library can tell apart.
-
-    Raises:
-        ValueError: Naming the field and the remedy.
+    """Check licences, language codes, names of base models and data sets, and that `model-index` holds finite numbers of data sets that the Hub's
+    library can tell apart. ValueError names the field and the remedy.
     """
     if _size(data.to_dict(), {}) > _MAX_VALUES:
         raise ValueError(f"with its aliases written out it has more than {_MAX_VALUES:,} values")
-    for name in _listed(data.get("license")):
+    for name in listed(data.get("license")):
         if name not in LICENSES:
             raise ValueError(
                 f"license {name!r} is none of the Hub's identifiers (https://huggingface.co/docs/hub/repositories-licenses): take one of them, "
                 '"unknown", or "other" with license_name and license_link'
             )
-    for code in _listed(data.get("language")):
+    for code in listed(data.get("language")):
         if not is_language(code):
             raise ValueError(f"language {code!r} is no ISO 639 code of two or three letters, such as 'en'")
     for key in ("base_model", "datasets"):
-        for name in _listed(data.get(key)):
+        for name in listed(data.get(key)):
             try:
                 validate_repo_id(name)
             except HFValidationError as error:
                 raise ValueError(f"{key} {name!r} is no name on the Hub: {error}") from error
     names: dict[tuple, str] = {}
-    for result in _listed(data.get("eval_results")) or _results_of(data):
+    for result in listed(data.get("eval_results")) or _results_of(data):
         value = result.metric_value
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise ValueError(f"the value of {result.metric_name!r} is {value!r}, which is no finite number")
@@ -93,7 +86,8 @@ def _size(value: Any, known: dict[int, int]) -> int:
     return known[id(value)]
 
 
-def _listed(value: Any) -> list[Any]:
+def listed(value: Any) -> list[Any]:
+    """The values of a field that may hold none, one or several."""
     if value is None:
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
