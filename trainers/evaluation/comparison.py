@@ -17,20 +17,14 @@ from trainers.storage.files import write_file
 
 
 def score_cka(task: Task, encoder: Encoder, baseline: Encoder, batch_size: int, progress: bool) -> Outcome:
-    """CKA between the image encoders of two models on the pictures of `task`, by layer.
-
-    Pictures are decoded again, because the cache holds no hidden states.
-
-    Raises:
-        ValueError: if there are fewer than four pictures, or the encoders differ in depth; names the benchmark.
-    """
+    """CKA between the image encoders of two models on the images of `task`, by layer. Images are decoded again, because the cache holds no hidden states."""
     (column,) = task.image_columns
     rows = range(len(task.data.rows))
 
     def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for start in track(range(0, len(rows), batch_size), f"{task.manifest.name}: CKA", "batches", shown=progress):
-            pictures = [decode(task, column, row) for row in rows[start : start + batch_size]]
-            yield _pixels(encoder, pictures), _pixels(baseline, pictures)
+            images = [decode(task, column, row) for row in rows[start : start + batch_size]]
+            yield _pixels(encoder, images), _pixels(baseline, images)
 
     try:
         layers = cka_by_layer(encoder.model, baseline.model, batches())
@@ -42,13 +36,8 @@ def score_cka(task: Task, encoder: Encoder, baseline: Encoder, batch_size: int, 
 
 
 def write_examples(folder: Path, task: Task, retrieved: Sequence[Retrieved], seed: int) -> None:
-    """Writes the examples of one retrieval benchmark to `folder/examples.json`, in place of its earlier ones.
-
-    Args:
-        folder: results folder of the first of `retrieved`.
-        task: the benchmark.
-        retrieved: what every model found: the model, its baseline, other models.
-        seed: seed of the draw.
+    """Writes the examples of one retrieval benchmark to `folder/examples.json`, in place of its earlier ones. `retrieved` is what every model found: the
+    model whose results folder it is, its baseline, other models.
     """
     (column,) = task.image_columns
     path = folder / "examples.json"
@@ -70,10 +59,10 @@ def write_examples(folder: Path, task: Task, retrieved: Sequence[Retrieved], see
     write_file(path, (json.dumps(kept + drawn, indent=1, ensure_ascii=False) + "\n").encode("utf-8"))
 
 
-def _pixels(encoder: Encoder, pictures: list) -> torch.Tensor:
-    inputs = encoder.prepare_images(pictures)
+def _pixels(encoder: Encoder, images: list) -> torch.Tensor:
+    inputs = encoder.prepare_images(images)
     if set(inputs) != {"pixel_values"}:
         raise ValueError(
-            f"CKA takes pictures of one size, and the processor of {encoder.name} gives {', '.join(inputs)}."
+            f"CKA takes images of one size, and the processor of {encoder.name} gives {', '.join(inputs)}."
         )
     return inputs["pixel_values"].to(encoder.device, encoder.dtype)

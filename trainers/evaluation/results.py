@@ -24,7 +24,7 @@ class Results:
     Attributes:
         folder: gets `results.json` and `items/`.
         model: what [`~Encoder.identity`] gives.
-        protocol: how pictures and texts were read and scores compared; what differs between the tasks is in each of them.
+        protocol: how images and texts were read and scores compared; what differs between the tasks is in each of them.
         seed: seed of the rows that a limit draws, and of what is computed from the results.
         partial: None, or what makes the numbers incomparable with the benchmarks': {"limit": rows}.
         tasks: in the order of the suite.
@@ -74,12 +74,7 @@ def versions() -> dict[str, str]:
 
 
 def read_results(folder: str | Path) -> dict[str, Any]:
-    """What `results.json` in `folder` holds.
-
-    Raises:
-        FileNotFoundError: If there is none.
-        ValueError: If it is of another format.
-    """
+    """What `results.json` in `folder` holds. FileNotFoundError if there is none, ValueError if it is of another format."""
     file = Path(folder) / RESULTS_NAME
     if not file.is_file():
         raise FileNotFoundError(f"there is no {file}: `proclip evaluate MODEL --output-dir {folder}` writes it")

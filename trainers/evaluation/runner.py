@@ -21,7 +21,7 @@ from trainers.evaluation.report.examples import Retrieved
 from trainers.evaluation.scoring.embedding import embed_images, embed_texts, embeddings, image_keys
 from trainers.evaluation.scoring.encoders import Encoder
 from trainers.evaluation.scoring.feature_cache import FeatureCache
-from trainers.evaluation.scoring.tasks import EmbeddingTask, Outcome, Task, prepare_task
+from trainers.evaluation.scoring.tasks import Outcome, Task, prepare_task
 
 from .comparison import score_cka, write_examples
 from .results import Results
@@ -105,7 +105,7 @@ def evaluate(
                 task = prepare_task(manifest, open_data(manifest, local, limit, seed))
             keys = image_keys(task, state, progress)
             baseline = runs[1].encoder if len(runs) > 1 else None
-            if not isinstance(task, EmbeddingTask):  # CKA
+            if task.score is None:  # CKA
                 for run in runs:
                     if baseline is None:
                         logger.warning(
@@ -121,11 +121,8 @@ def evaluate(
 
 
 def also_folders(output_dir: Path, names: Sequence[str]) -> list[Path]:
-    """Where the results of the models beside model and baseline are: in `also/`, under the last part of the name, or all of it where two share
-    that part.
-
-    Raises:
-        ValueError: If two names come out the same.
+    """Where the results of the models beside model and baseline are: in `also/`, under the last part of the name, or all of it where two share that
+    part. ValueError if two names come out the same.
     """
     last = [Path(name).name for name in names]
     folders = [
@@ -168,12 +165,8 @@ class _Run:
             None if limit is None else {"limit": limit},
         )
 
-    def score(self, task: EmbeddingTask, keys: np.ndarray) -> Retrieved | None:
-        """Embeds what is missing; the main process computes the numbers and writes them.
-
-        Returns:
-            For retrieval and on the main process, what examples are made of.
-        """
+    def score(self, task: Task, keys: np.ndarray) -> Retrieved | None:
+        """Embeds what is missing; the main process computes the numbers and writes them, and returns of retrieval what examples are made of."""
         started = time.perf_counter()
         for cache in (self.images, self.texts):  # the other model may have written what this one can use
             cache.refresh()
@@ -188,7 +181,7 @@ class _Run:
             shared = task.space == "shared"
             image_embeds = embeddings(self.encoder, self.images, keys, project=False) if len(keys) else None
             text_embeds = embeddings(self.encoder, self.texts, text_keys, project=shared) if task.texts else None
-            outcome = task.score(image_embeds, text_embeds)
+            outcome = task.score(image_embeds, text_embeds)  # type: ignore[misc]  # only CKA has none
             self._add(task, keys, outcome, started)
             if task.manifest.kind == "retrieval":
                 retrieved = Retrieved(self.encoder.name, image_embeds, text_embeds, outcome.items["t2i_rank"])

@@ -34,13 +34,13 @@ class ColorModel(torch.nn.Module):
         super().__init__()
         self.dim = dim
         self.scale = torch.nn.Parameter(torch.ones(()))
-        self.seen_pictures = self.seen_texts = 0
+        self.seen_images = self.seen_texts = 0
 
     def vectors(self, numbers: list[int]) -> torch.Tensor:
         return torch.stack([torch.randn(self.dim, generator=torch.Generator().manual_seed(n)) for n in numbers])
 
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        self.seen_pictures += len(pixel_values)
+        self.seen_images += len(pixel_values)
         weights = torch.tensor([65536, 256, 1])
         return self.scale * self.vectors(((pixel_values[:, :, 0, 0].long()) * weights).sum(1).tolist())
 
@@ -84,7 +84,7 @@ class StandIn:
     manifest: Manifest
     path: Path
     value: float
-    num_pictures: int
+    num_images: int
 
 
 def stand_in(manifest: Manifest, world: ColorWorld, folder: Path) -> StandIn:

@@ -67,7 +67,7 @@ def bench(tmp_path) -> Bench:
     return Bench(tmp_path)
 
 
-def test_an_empty_set_and_one_picture(bench: Bench, tmp_path):
+def test_an_empty_set_and_one_image(bench: Bench, tmp_path):
     empty = datasets.Features(image=datasets.Image(), captions=datasets.List(datasets.Value("string")))
     datasets.Dataset.from_dict({"image": [], "captions": []}, features=empty).save_to_disk(tmp_path / "empty")
     assert "empty has no rows" in bench.refused(retrieval(str(tmp_path / "empty")))
@@ -97,7 +97,7 @@ def test_empty_captions_are_named(bench: Bench, tmp_path):
     )
 
 
-def test_corrupt_and_missing_pictures_are_named(bench: Bench, tmp_path):
+def test_corrupt_and_missing_images_are_named(bench: Bench, tmp_path):
     rows = [bench.pair("a fox"), bench.pair("a boat"), bench.pair("a house")]
     rows[1]["image"] = rows[1]["image"][:40]
     message = bench.refused(retrieval(save_rows(tmp_path, rows)))
@@ -143,7 +143,7 @@ def test_an_image_that_cannot_be_decoded_is_named_with_its_file(bench: Bench, tm
     assert reason in message and "\n" not in message
 
 
-def test_pictures_of_every_mode_are_read(bench: Bench, tmp_path):
+def test_images_of_every_mode_are_read(bench: Bench, tmp_path):
     rows = [bench.pair("a fox"), bench.pair("a boat")]
     for mode, color in (("L", 3), ("RGBA", (1, 2, 3, 0)), ("P", 7), ("I;16", 3000), ("CMYK", (0, 0, 0, 9)), ("1", 1)):
         file = io.BytesIO()
@@ -153,7 +153,7 @@ def test_pictures_of_every_mode_are_read(bench: Bench, tmp_path):
     assert task["dataset"]["num_items"] == 8 and task["metrics"]["t2i_r@10"] == 1.0
 
 
-def test_duplicate_pictures_tie_and_are_counted(bench: Bench, tmp_path):
+def test_duplicate_images_tie_and_are_counted(bench: Bench, tmp_path):
     rows = [
         bench.pair("a fox"),
         bench.pair("a second fox", shown="a fox"),
@@ -180,7 +180,7 @@ def test_repeated_captions_are_told(bench: Bench, tmp_path):
     assert task["metrics"]["i2t_r@1"] == 1 / 3
 
 
-def test_classes_without_pictures_and_with_one_name(bench: Bench, tmp_path):
+def test_classes_without_images_and_with_one_name(bench: Bench, tmp_path):
     def row(label: int, shown: str, shade: int = 0) -> dict:
         return {"image": bench.world.picture(f"a {shown}", shade), "label": label}
 
@@ -263,7 +263,7 @@ def test_what_was_embedded_before_an_interruption_is_kept(bench: Bench, tmp_path
     embed = ColorModel.get_image_features
 
     def interrupted(pixel_values: torch.Tensor) -> torch.Tensor:
-        if bench.world.model.seen_pictures >= 6:
+        if bench.world.model.seen_images >= 6:
             raise KeyboardInterrupt
         return embed(bench.world.model, pixel_values)
 
@@ -274,9 +274,9 @@ def test_what_was_embedded_before_an_interruption_is_kept(bench: Bench, tmp_path
     with pytest.raises(KeyboardInterrupt):
         run()
     del bench.world.model.get_image_features
-    assert bench.world.model.seen_pictures == 6
+    assert bench.world.model.seen_images == 6
     run()
-    assert bench.world.model.seen_pictures == 10
+    assert bench.world.model.seen_images == 10
 
 
 def test_damaged_caches_name_their_file(bench: Bench, tmp_path):

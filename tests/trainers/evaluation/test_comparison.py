@@ -176,7 +176,7 @@ def test_other_models_need_a_baseline_on_the_command_line():
     assert done.exit_code == 1 and "--also needs --baseline" in done.stderr
 
 
-def test_too_few_pictures_for_cka_name_the_benchmark(suite, encoders, tmp_path):
+def test_too_few_images_for_cka_name_the_benchmark(suite, encoders, tmp_path):
     with pytest.raises(ValueError, match="benchmark layers: CKA needs at least 4 images, and has 3"):
         evaluate(encoders[:2], suite[3:], tmp_path, limit=3, progress=False)
 

@@ -168,16 +168,16 @@ def test_what_was_embedded_is_not_embedded_again(tmp_path):
         return parse_manifest({**content, "columns": {"image": "image", "captions": "captions"}}, name)[0]
 
     (results,) = evaluate([world.encoder()], [task("one"), task("two")], tmp_path / "out", progress=False)
-    assert (world.model.seen_pictures, world.model.seen_texts) == (5, 5)
+    assert (world.model.seen_images, world.model.seen_texts) == (5, 5)
     first, second = results["tasks"]
     assert first["metrics"] == second["metrics"] == {**first["metrics"], "i2t_r@1": 1.0, "t2i_r@1": 1.0}
     assert first["dataset"]["fingerprint"] == second["dataset"]["fingerprint"]
     evaluate([world.encoder()], [task("one")], tmp_path / "out", progress=False)
-    assert (world.model.seen_pictures, world.model.seen_texts) == (5, 5)
+    assert (world.model.seen_images, world.model.seen_texts) == (5, 5)
     # Other weights are another model.
     world.model.scale.data *= 2
     evaluate([world.encoder()], [task("one")], tmp_path / "out", progress=False)
-    assert (world.model.seen_pictures, world.model.seen_texts) == (10, 10)
+    assert (world.model.seen_images, world.model.seen_texts) == (10, 10)
 
 
 def test_proclips_with_one_llm_share_its_embeddings(suite: Path, tmp_path):
@@ -356,7 +356,7 @@ def test_the_dtype_is_said(suite: Path, tmp_path):
     assert result.exit_code == 1 and "error: flash_attention_2 cannot be used" in result.output
 
 
-def test_your_own_pictures_and_captions(tmp_path):
+def test_your_own_images_and_captions(tmp_path):
     (tmp_path / "pictures").mkdir()
     for i, picture in enumerate(pictures(4)):
         picture.save(tmp_path / "pictures" / f"{i}.png")

@@ -18,19 +18,14 @@ from trainers.storage.paths import path_inside
 from trainers.storage.yaml_files import NOT_IN_FILE, build, check_keys, read_yaml
 
 
-KINDS = ("retrieval", "zero_shot", "fine_grained", "caption_retrieval", "linear_probe", "cka")
-
-# kind -> (columns that it must name, columns that it may name)
-COLUMNS: dict[str, tuple[set[str], set[str]]] = {
-    "retrieval": ({"image", "captions"}, set()),
-    "zero_shot": ({"image", "label"}, set()),
-    "caption_retrieval": ({"captions"}, set()),
-    "linear_probe": ({"image", "label"}, set()),
-    "cka": ({"image"}, set()),
-    "fine_grained": (
-        set(),
-        {"image", "caption", "negative", "image_1", "image_2", "caption_1", "caption_2", "category"},
-    ),
+# kind -> the columns that it must name; "fine_grained" has two forms, see `PAIR_COLUMNS`
+COLUMNS: dict[str, set[str]] = {
+    "retrieval": {"image", "captions"},
+    "zero_shot": {"image", "label"},
+    "caption_retrieval": {"captions"},
+    "linear_probe": {"image", "label"},
+    "fine_grained": {"image", "caption", "negative"},
+    "cka": {"image"},
 }
 
 # kind -> the metrics that it computes; the first is the one that represents it unless the manifest says otherwise
@@ -41,10 +36,14 @@ METRICS: dict[str, tuple[str, ...]] = {
         "mean_r@1",
         *(f"{way}_r@{k}" for k in (1, 5, 10) for way in ("first_to_second", "second_to_first")),
     ),
-    "fine_grained": ("accuracy", "text_score", "image_score", "group_score"),
+    "fine_grained": ("accuracy",),
     "linear_probe": ("accuracy", "mean_per_class"),
     "cka": ("cka_debiased", "cka"),
 }
+
+# Of fine-grained benchmarks of two images and two texts a row: the columns and the metrics.
+PAIR_COLUMNS = {"image_1", "image_2", "caption_1", "caption_2"}
+PAIR_METRICS = ("text_score", "image_score", "group_score")
 
 # A benchmark's name is also the name of files that the evaluation writes.
 _NAME = re.compile(r"[\w][\w .+-]{0,99}")
@@ -143,7 +142,7 @@ class Manifest:
 
     name: str
     title: str
-    kind: str
+    kind: Literal["retrieval", "zero_shot", "fine_grained", "caption_retrieval", "linear_probe", "cka"]
     data: Data
     columns: dict[str, str]
     group: str
@@ -157,6 +156,16 @@ class Manifest:
     facts: str = ""
     protocol: str = ""
     variant_of: Annotated[str | None, NOT_IN_FILE] = None
+
+    @property
+    def compares_pairs(self) -> bool:
+        """Whether a row is two images with a text each."""
+        return self.kind == "fine_grained" and "image_1" in self.columns
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The metrics that can stand for the benchmark."""
+        return PAIR_METRICS if self.compares_pairs else METRICS[self.kind]
 
     @property
     def primary_metric(self) -> str:
@@ -209,11 +218,7 @@ def suite_names() -> list[str]:
 
 
 def load_manifest(name_or_path: str | Path) -> list[Manifest]:
-    """The benchmarks of one manifest: one, or one for each of its variants.
-
-    Raises:
-        ValueError: If there is no such manifest, or what it says makes no sense; names the file, the key and the remedy.
-    """
+    """The benchmarks of one manifest: one, or one for each of its variants. ValueError names the file, the key and the remedy."""
     path = Path(name_or_path)
     if path.suffix not in (".yaml", ".yml"):
         path = MANIFESTS / f"{name_or_path}.yaml"
@@ -226,10 +231,7 @@ def load_suite(name_or_path: str | Path) -> Suite:
     """A suite, from the package by its name or from a YAML file; the name of a single benchmark stands for a suite of it alone.
 
     A suite file has `name`, perhaps `title`, and `tasks`: names of the package's benchmarks, paths of manifests (seen from the file), or
-    whole manifests.
-
-    Raises:
-        ValueError: If there is none, a key is unknown, or two tasks have one name.
+    whole manifests. ValueError if there is none, a key is unknown, or two tasks have one name.
     """
     path = Path(name_or_path)
     if path.suffix not in (".yaml", ".yml"):
@@ -257,11 +259,7 @@ def load_suite(name_or_path: str | Path) -> Suite:
 
 
 def own_images(images: Path, captions: Path, image_column: str, caption_column: str) -> Manifest:
-    """The benchmark that a folder of images and a file of their captions make: retrieval, both ways.
-
-    Raises:
-        FileNotFoundError: If one of them is not there.
-    """
+    """The benchmark that a folder of images and a file of their captions make: retrieval, both ways. FileNotFoundError if one is not there."""
     if not images.is_dir():
         raise FileNotFoundError(f"there is no folder {images}")
     if not captions.is_file():
@@ -337,20 +335,12 @@ def _fill(manifest: Manifest, variant: str, counts: Mapping[Any, int]) -> Manife
 
 
 def _check(manifest: Manifest, where: str) -> None:
-    if manifest.kind not in KINDS:
-        raise ValueError(f"{where}: kind must be one of {', '.join(KINDS)}, got {manifest.kind!r}")
-    required, optional = COLUMNS[manifest.kind]
-    if manifest.kind == "fine_grained":
-        pairs = "image_1" in manifest.columns
-        required = {"image_1", "image_2", "caption_1", "caption_2"} if pairs else {"image", "caption", "negative"}
-        optional = {"category"}
-        metrics = METRICS["fine_grained"][1:] if pairs else METRICS["fine_grained"][:1]
-        if manifest.primary_metric not in metrics:
-            raise ValueError(f"{where}: with these columns, metric must be one of {', '.join(metrics)}")
+    required = PAIR_COLUMNS if manifest.compares_pairs else COLUMNS[manifest.kind]
+    optional = {"category"} if manifest.kind == "fine_grained" else set()
     check_keys(manifest.columns, required, optional, f"{where}: columns")
-    if manifest.primary_metric not in METRICS[manifest.kind]:
+    if manifest.primary_metric not in manifest.metrics:
         raise ValueError(
-            f"{where}: metric must be one of {', '.join(METRICS[manifest.kind])}, got {manifest.metric!r}"
+            f"{where}: with these columns, metric must be one of {', '.join(manifest.metrics)}, got {manifest.metric!r}"
         )
     if (manifest.kind in ("zero_shot", "linear_probe")) != (manifest.classes is not None):
         raise ValueError(f"{where}: classes belong to zero_shot and linear_probe, which need them")

@@ -37,7 +37,7 @@ class OpenedData:
     Attributes:
         rows: the dataset; images are not decoded.
         source: where the rows were read: the manifest's source, or the local copy that replaced it.
-        folder: that local folder, None for the Hub.
+        folder: that local copy, None for the Hub.
         limit: how many of the rows were drawn, None for all.
         revision: commit on the Hub, if known.
         num_train: how many of the rows, the first, a linear probe is trained on; the others test it.
@@ -176,12 +176,8 @@ def _edited(names: list[str], edits: list[list[str]], where: str) -> list[str]:
 def read_labels(
     column: Iterable[Any], names: list[str], source_names: list[str] | None, row_name: Callable[[int], str]
 ) -> list[int]:
-    """The class of every row as a number. Labels may be numbers or names; ValueError names the first row whose label is neither.
-
-    Args:
-        names: names of the classes.
-        source_names: the same as they were before they were edited for prompts, if labels can be names.
-        row_name: what messages call a row.
+    """The class of every row as a number. Labels may be numbers or names: one of `names`, or of `source_names`, the same before they were edited for
+    prompts. ValueError names the first row whose label is neither.
     """
     place = {name: i for i, name in enumerate(names)} | {name: i for i, name in enumerate(source_names or [])}
     labels = []

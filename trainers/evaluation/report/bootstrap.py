@@ -79,6 +79,10 @@ class Interval:
     low: float
     high: float
 
+    def clipped(self) -> "Interval":
+        """The same with ends between 0 and 1."""
+        return Interval(self.value, max(self.low, 0.0), min(self.high, 1.0))
+
 
 def accuracy_outcomes(correct: np.ndarray) -> Outcomes:
     """Outcomes whose score is the accuracy. `correct`: `(num_items,)` 0 or 1."""
@@ -98,12 +102,8 @@ def image_to_text_outcomes(ranks: np.ndarray, k: int) -> Outcomes:
 
 
 def text_to_image_outcomes(ranks: np.ndarray, text_to_image: np.ndarray, k: int) -> Outcomes:
-    """Outcomes whose score is text-to-image recall@k; an item is an image with all its captions.
-
-    Args:
-        ranks: `(num_texts,)`, how many wrong images come before the caption's own.
-        text_to_image: `(num_texts,)`, the image of each caption; every image has one.
-        k: how many images are looked at.
+    """Outcomes whose score is text-to-image recall@k; an item is an image with all its captions. `ranks`: `(num_texts,)`, how many wrong images come
+    before the caption's own; `text_to_image`: `(num_texts,)`, the image of each caption, and every image has one.
     """
     text_to_image = np.asarray(text_to_image)
     trials = np.bincount(text_to_image)
@@ -112,18 +112,8 @@ def text_to_image_outcomes(ranks: np.ndarray, text_to_image: np.ndarray, k: int)
 
 
 def resample(outcomes: Sequence[Outcomes], resamples: int = RESAMPLES, seed: int | Sequence[int] = 0) -> np.ndarray:
-    """Scores on resampled items: the same items for every entry of `outcomes`.
-
-    Args:
-        outcomes: of several models and tasks on the same items, so all of one length. Where several have strata, they are the same.
-        resamples: how many.
-        seed: seed of the draws, as `numpy.random.default_rng` takes it.
-
-    Returns:
-        `(resamples, len(outcomes))` float64 fractions.
-
-    Raises:
-        ValueError: no outcomes, different numbers of items, or different strata.
+    """Scores on resampled items, `(resamples, len(outcomes))` float64 fractions: the same items for every entry of `outcomes`, which are of several
+    models and tasks on the same items. `seed` is as `numpy.random.default_rng` takes it. ValueError if items or strata differ.
     """
     if not outcomes:
         raise ValueError("there is nothing to resample: outcomes is empty.")
@@ -157,17 +147,11 @@ def resample(outcomes: Sequence[Outcomes], resamples: int = RESAMPLES, seed: int
 
 
 def interval(value: float, resampled: np.ndarray, num_items: int, confidence: float = 0.95) -> Interval:
-    """The percentile interval of one score, or of a difference of two.
+    """The percentile interval of one score, or of a difference of two, from `value` on the `num_items` items themselves and `resampled (resamples,)`.
 
     Resamples know only what was seen: if all are the same (no item missed, or no item on which two models differ), the interval would
     have no width. It then gets the exact width for none seen in `num_items` draws, `1 - ((1 - confidence) / 2) ** (1 / num_items)`
     (Clopper and Pearson 1934; the "rule of three").
-
-    Args:
-        value: on the items themselves.
-        resampled: `(resamples,)`.
-        num_items: how many items were drawn from.
-        confidence: between 0 and 1.
     """
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be between 0 and 1, but is {confidence}.")
@@ -183,17 +167,5 @@ def score_interval(
     outcomes: Outcomes, confidence: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
 ) -> Interval:
     """The score of one model with its interval, cut to 0 ... 1."""
-    found = interval(outcomes.value, resample([outcomes], resamples, seed)[:, 0], len(outcomes), confidence)
-    return Interval(found.value, max(found.low, 0.0), min(found.high, 1.0))
-
-
-def difference_interval(
-    model: Outcomes, baseline: Outcomes, confidence: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
-) -> Interval:
-    """`model`'s score minus `baseline`'s, on the same items, with its paired interval.
-
-    Raises:
-        ValueError: if the two are not of the same number of items and the same classes.
-    """
-    scores = resample([model, baseline], resamples, seed)
-    return interval(model.value - baseline.value, scores[:, 0] - scores[:, 1], len(model), confidence)
+    scores = resample([outcomes], resamples, seed)[:, 0]
+    return interval(outcomes.value, scores, len(outcomes), confidence).clipped()

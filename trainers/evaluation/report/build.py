@@ -78,7 +78,7 @@ def build_report(
         if baseline is not None:
             pairing = pair(results, baseline)
             if pairing.tasks or pairing.left_out:
-                entry["verdict"] = _verdict(compare(pairing.tasks, margin, confidence, resamples, seed))
+                entry["verdict"] = _verdict(compare(pairing.tasks, margin, confidence, resamples, seed), margin)
             entry["left_out"] = pairing.left_out
         report["models"].append(entry)
     # A run of CKA alone compares, but decides nothing.
@@ -86,13 +86,13 @@ def build_report(
     return report
 
 
-def _verdict(verdict: Verdict) -> dict[str, Any]:
+def _verdict(verdict: Verdict, margin: float) -> dict[str, Any]:
     return {
         "answer": verdict.answer,
         "headline": verdict.headline,
         "sentences": verdict.sentences,
-        "averages": [_change(change, verdict.margin) for change in verdict.averages],
-        "tasks": [_change(change, verdict.margin) for change in verdict.tasks],
+        "averages": [_change(change, margin) for change in verdict.averages],
+        "tasks": [_change(change, margin) for change in verdict.tasks],
     }
 
 

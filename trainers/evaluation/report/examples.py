@@ -47,11 +47,9 @@ def retrieval_examples(
 
     Args:
         task: its name.
-        texts: the captions.
-        text_to_image: `(num_texts,)`, the image of each.
+        texts, text_to_image: the captions, and `(num_texts,)` the image of each.
         retrieved: results of the model that the examples are for, then of others that are shown beside it.
         image: number of an image to the image.
-        seed: seed of the draw.
         baseline: results of the model that they came from, which is shown before them.
 
     Returns:

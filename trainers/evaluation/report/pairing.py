@@ -22,13 +22,7 @@ from .verdict import Task
 
 @dataclass(frozen=True)
 class ModelResults:
-    """One model's results.
-
-    Attributes:
-        folder: where they were read from.
-        content: what results.json holds.
-        name: name of the model in the report.
-    """
+    """One model's results: the folder that they are in, what its results.json holds, and what the report calls the model."""
 
     folder: Path
     content: dict[str, Any]
@@ -46,11 +40,7 @@ class ModelResults:
         return {task["name"]: task for task in self.content["tasks"]}
 
     def items(self, task: str) -> dict[str, np.ndarray]:
-        """The outcomes of each item of `task`; empty if none were kept.
-
-        Raises:
-            ValueError: if results.json names a file that is missing or broken.
-        """
+        """The outcomes of each item of `task`; empty if none were kept. ValueError names a file that is missing or broken."""
         file = self.tasks[task].get("items_file")
         if file is None:
             return {}
@@ -94,23 +84,14 @@ class ModelResults:
 
 @dataclass(frozen=True)
 class Pairing:
-    """What two results have in common.
-
-    Attributes:
-        tasks: scores of both, ready for the verdict.
-        left_out: task -> why it is not compared.
-    """
+    """What two results have in common: the scores of both, ready for the verdict, and task -> why it is not compared."""
 
     tasks: list[Task]
     left_out: dict[str, str]
 
 
 def pair(model: ModelResults, baseline: ModelResults) -> Pairing:
-    """Pairs the tasks that both were scored on, with the same data and the same items.
-
-    Raises:
-        ValueError: if a file of either is broken.
-    """
+    """Pairs the tasks that both were scored on, with the same data and the same items. ValueError if a file of either is broken."""
     tasks: list[Task] = []
     left_out: dict[str, str] = {}
     for name, entry in model.tasks.items():

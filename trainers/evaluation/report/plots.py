@@ -40,10 +40,8 @@ def changes(
 ) -> bytes:
     """Differences against the baseline, in points: a line for each score, a dot with its interval for each model.
 
-    Args:
-        rows: label of the score; model by model its difference, `None` where it was not compared; and whether it heads those below it.
-        models: names, for the legend.
-        margin: the largest loss that counts as kept; drawn as a band.
+    `rows` have the label of the score; model by model its difference, `None` where it was not compared; and whether it heads those below it. `margin`,
+    the largest loss that counts as kept, is drawn as a band.
     """
     figure, axes = _figure(7.6, 0.55 + len(rows) * (0.2 + 0.11 * len(models)), theme)
     axes.axvspan(-100 * margin, 100 * margin, color=theme.band, zorder=0)
@@ -77,10 +75,7 @@ def bars(
 ) -> bytes:
     """Scores in percent with their intervals: a group of bars for each row, the baseline's first and grey.
 
-    Args:
-        rows: label and, model by model, the score; the first model is the baseline.
-        models: names, for the legend.
-        chance: the score of guessing, drawn as a line.
+    `rows` have a label and, model by model, the score; the first model is the baseline. `chance`, the score of guessing, is drawn as a line.
     """
     inches = max(4.6, min(10.5, 1.2 + 0.27 * len(rows) * len(models)))
     # A letter is about 0.085 inches wide.
@@ -119,11 +114,7 @@ def bars(
 
 
 def lines(series: Mapping[str, Sequence[tuple[str, float]]], theme: Theme, ylabel: str) -> bytes:
-    """A value of 0 to 1 by layer, a line for each model.
-
-    Args:
-        series: model -> (layer, value), first layer first.
-    """
+    """A value of 0 to 1 by layer, a line for each model. `series`: model -> (layer, value), first layer first."""
     figure, axes = _figure(7.6, 3.0, theme)
     lowest = 0.0
     for number, (model, points) in enumerate(series.items()):

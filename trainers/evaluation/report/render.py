@@ -31,12 +31,7 @@ _LANGUAGES_APART = 4
 
 
 def render(report: dict[str, Any], examples: Sequence[dict[str, Any]]) -> str:
-    """The report as HTML.
-
-    Args:
-        report: as `build_report` makes it.
-        examples: of retrieval, as `trainers.evaluation.report.examples` makes them; may be empty.
-    """
+    """The report as HTML. `report` is as `build_report` makes it, `examples` of retrieval as `retrieval_examples` does; there may be none."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,

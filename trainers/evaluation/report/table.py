@@ -13,12 +13,7 @@ from hub_cards.measurements import precision
 def print_results(
     results: dict[str, Any], baseline: dict[str, Any] | None = None, console: Console | None = None
 ) -> None:
-    """Print the numbers of a model in percent, and the difference to the baseline in points.
-
-    Args:
-        results, baseline: contents of `results.json`, of the same tasks.
-        console: where to print; by default standard output.
-    """
+    """Print the numbers of a model in percent, and the difference to the baseline in points; both are contents of `results.json`, of the same tasks."""
     console = console or Console(highlight=False)
     console.print(results_table(results, baseline))
     for model in (results, *([] if baseline is None else [baseline])):

@@ -92,7 +92,6 @@ class Verdict:
         sentences: what else the intervals say: the tasks that lost, retrieval, the linear probe.
         averages: one a area, zero-shot classification first.
         tasks: in the order given.
-        margin, confidence, resamples, seed: what the rules were applied with.
     """
 
     answer: str
@@ -100,10 +99,6 @@ class Verdict:
     sentences: list[str]
     averages: list[Change]
     tasks: list[Change]
-    margin: float
-    confidence: float
-    resamples: int
-    seed: int
 
 
 def area_of(group: str) -> str:
@@ -154,10 +149,9 @@ def compare(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Verdict:
-    """Compares a model with its baseline over all tasks.
+    """Compares a model with its baseline over all tasks, at least one.
 
     Args:
-        tasks: at least one.
         margin: the largest loss that counts as kept, a fraction of 1: 0.01 is one point.
         confidence: of all tasks' intervals together, and of all averages' together.
         resamples, seed: settings of the bootstrap.
@@ -177,8 +171,8 @@ def compare(
     changes = [
         _change(
             (task.name, task.metric, task.group),
-            (score_interval(task.model, confidence, resamples, seed)),
-            (score_interval(task.baseline, confidence, resamples, seed)),
+            score_interval(task.model, confidence, resamples, seed),
+            score_interval(task.baseline, confidence, resamples, seed),
             model[:, i] - baseline[:, i],
             per_task,
             len(task.model),
@@ -193,12 +187,11 @@ def compare(
         members = [i for i, other in enumerate(areas) if other == area]
         own, others = model[:, members].mean(1), baseline[:, members].mean(1)
         fewest = min(len(tasks[i].model) for i in members)
-        values = [float(np.mean([side(tasks[i]).value for i in members])) for side in (_model, _baseline)]
         averages.append(
             _change(
                 (area, "average", area),
-                _cut(interval(values[0], own, fewest, confidence)),
-                _cut(interval(values[1], others, fewest, confidence)),
+                interval(_mean([tasks[i].model for i in members]), own, fewest, confidence).clipped(),
+                interval(_mean([tasks[i].baseline for i in members]), others, fewest, confidence).clipped(),
                 own - others,
                 1 - (1 - confidence) / len(ordered),
                 fewest,
@@ -208,17 +201,7 @@ def compare(
     by_area = {average.name: average for average in averages}
     members_of = {area: [change for change, other in zip(changes, areas) if other == area] for area in ordered}
     answer, headline = _answer(by_area.get(KNOWLEDGE), members_of.get(KNOWLEDGE, []), margin)
-    return Verdict(
-        answer=answer,
-        headline=headline,
-        sentences=_sentences(by_area, members_of, margin),
-        averages=averages,
-        tasks=changes,
-        margin=margin,
-        confidence=confidence,
-        resamples=resamples,
-        seed=seed,
-    )
+    return Verdict(answer, headline, _sentences(by_area, members_of, margin), averages, changes)
 
 
 def _answer(average: Change | None, tasks: list[Change], margin: float) -> tuple[str, str]:
@@ -287,7 +270,7 @@ def _resample_all(tasks: Sequence[Task], resamples: int, seed: int) -> tuple[np.
         groups.setdefault((task.dataset, len(task.model), strata), []).append(i)
     model, baseline = np.empty((resamples, len(tasks))), np.empty((resamples, len(tasks)))
     for number, members in enumerate(groups.values()):
-        outcomes = [side(tasks[i]) for i in members for side in (_model, _baseline)]
+        outcomes = [side for i in members for side in (tasks[i].model, tasks[i].baseline)]
         # A stream of its own: data sets with the same stream would be resampled alike, and so not independently.
         scores = resample(outcomes, resamples, seed=[seed, number])
         model[:, members], baseline[:, members] = scores[:, 0::2], scores[:, 1::2]
@@ -307,16 +290,8 @@ def _change(
     return Change(*names, model, baseline, difference, decide(difference, num_items, margin), num_items)
 
 
-def _model(task: Task) -> Outcomes:
-    return task.model
-
-
-def _baseline(task: Task) -> Outcomes:
-    return task.baseline
-
-
-def _cut(found: Interval) -> Interval:
-    return Interval(found.value, max(found.low, 0.0), min(found.high, 1.0))
+def _mean(outcomes: Sequence[Outcomes]) -> float:
+    return float(np.mean([some.value for some in outcomes]))
 
 
 def _mean_of(tasks: list[Change]) -> str:

@@ -35,10 +35,8 @@ class LinearCKA:
 
     @torch.no_grad()
     def update(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        """Adds the features `x` (batch_size, d) and `y` (batch_size, e) of the same images, in any floating dtype.
-
-        Raises:
-            ValueError: other shapes than before, different batch sizes, NaN or infinite values.
+        """Adds the features `x` (batch_size, d) and `y` (batch_size, e) of the same images, in any floating dtype. ValueError if they do not fit each other
+        or those before, or are not finite.
         """
         for name, features in (("x", x), ("y", y)):
             if features.dim() != 2 or not features.is_floating_point():
@@ -65,14 +63,7 @@ class LinearCKA:
         self.num_images += len(x)
 
     def compute(self, debiased: bool = False) -> float:
-        """CKA over all images so far.
-
-        Args:
-            debiased: the unbiased estimates of HSIC. Can be a little below 0 for unrelated features.
-
-        Raises:
-            ValueError: fewer than four images, or features that are the same for every image.
-        """
+        """CKA over all images so far, at least four. `debiased` takes the unbiased estimates of HSIC; it can be a little below 0 for unrelated features."""
         if self.num_images < 4:
             raise ValueError(f"CKA needs at least 4 images, and has {self.num_images}.")
         xx, yy, xy = (sums.hsic(self.num_images, debiased) for sums in self._sides)
@@ -115,20 +106,10 @@ class _Sums:
 
 @torch.inference_mode()
 def image_layers(model: torch.nn.Module, pixel_values: torch.Tensor) -> list[torch.Tensor]:
-    """The image encoder's representations: the embedded patches, the output of every layer, and the image embedding itself.
+    """The image encoder's representations of `pixel_values (batch_size, 3, height, width)`: the embedded patches and the output of every layer, each
+    `(batch_size, hidden_size)`, and the image embedding itself, `(batch_size, projection_dim)`.
 
-    Layers come as the mean over all tokens, so that towers which pool by a class token and towers which attend over patches are
-    treated alike.
-
-    Args:
-        model: anything whose `get_image_features` passes `output_hidden_states` on: ProCLIP, CLIP, SigLIP.
-        pixel_values: `(batch_size, 3, height, width)`.
-
-    Returns:
-        `num_hidden_layers + 1` tensors `(batch_size, hidden_size)` and one `(batch_size, projection_dim)`.
-
-    Raises:
-        ValueError: if the model gives no hidden states.
+    Layers come as the mean over all tokens, so that towers which pool by a class token and towers which attend over patches are treated alike.
     """
     outputs = model.get_image_features(pixel_values=pixel_values, output_hidden_states=True)
     if not outputs.hidden_states:
@@ -144,15 +125,11 @@ def cka_by_layer(
     """CKA between each layer of `model`'s image encoder and the same layer of `baseline`'s.
 
     Args:
-        model: the tuned model, as `image_layers` takes it.
-        baseline: the original, with as many layers.
+        model, baseline: the tuned and the original model, whose `get_image_features` pass `output_hidden_states` on.
         batches: pairs of `pixel_values` of the same images, as each model's own processor makes them.
 
     Returns:
         `{"layer": "patches" | "1" ... | "embedding", "cka": ..., "cka_debiased": ...}`, first layer first.
-
-    Raises:
-        ValueError: no images, fewer than four, or encoders of different depth.
     """
     layers: list[LinearCKA] = []
     for own_pixels, baseline_pixels in batches:

@@ -1,4 +1,4 @@
-"""Embeds the pictures and texts of a task through the cache, on every process a part."""
+"""Embeds the images and texts of a task through the cache, on every process a part."""
 
 import os
 from collections import deque
@@ -24,24 +24,21 @@ from .tasks import Task
 
 # Texts that are tokenised and sorted by length together.
 _TEXT_WINDOW = 8192
-# Batches of pictures that are decoded ahead, each in a thread: at 224 pixels, 64 of them take 39 MB.
+# Batches of images that are decoded ahead, each in a thread: at 224 pixels, 64 of them take 39 MB.
 _LOOKAHEAD = min(4, os.cpu_count() or 1)
-# Pictures whose files are hashed together.
+# Images whose files are hashed together.
 _HASHED = 64
 
 
 def image_keys(task: Task, state: PartialState, progress: bool) -> np.ndarray:
-    """The keys of all pictures of `task`, column after column: `(num_columns * num_rows, 2)`, on every process.
-
-    Reads every file once, and on several processes each reads a part of them.
-    """
-    places = list(_picture_places(task))
+    """The keys of all images of `task`, column after column: `(num_columns * num_rows, 2)`, on every process. Each process reads a part of the files."""
+    places = list(_image_places(task))
     mine = range(len(places))[state.process_index :: state.num_processes]
     keys = np.empty((len(mine), 2), np.int64)
     with Progress(f"{task.manifest.name}: reading images", len(mine), "images", shown=progress) as bar:
         for start in range(0, len(mine), _HASHED):
             some = mine[start : start + _HASHED]
-            keys[start : start + len(some)] = content_keys([picture_bytes(task, *places[i]) for i in some])
+            keys[start : start + len(some)] = content_keys([image_bytes(task, *places[i]) for i in some])
             bar.advance(len(some))
     parts = gather_object([keys.tobytes()]) if state.num_processes > 1 else [keys.tobytes()]
     whole = np.empty((len(places), 2), np.int64)
@@ -59,11 +56,11 @@ def embed_images(
     batch_size: int,
     progress: bool,
 ) -> None:
-    """Puts into `cache` the pictures of `task` that it lacks. `keys` are those of [`image_keys`]."""
-    places = list(_picture_places(task))
+    """Puts into `cache` the images of `task` that it lacks. `keys` are those of [`image_keys`]."""
+    places = list(_image_places(task))
     mine = cache.missing(keys)[state.process_index :: state.num_processes].tolist()
     bar = Progress(f"{task.manifest.name}: embedding images", len(mine), "images", shown=progress)
-    writing = ShardWriter(cache, keys, lambda i: _picture_name(task, *places[i]))
+    writing = ShardWriter(cache, keys, lambda i: _image_name(task, *places[i]))
     with bar, writing as writer, ThreadPoolExecutor(_LOOKAHEAD) as pool:
 
         def prepare(batch: list[int]) -> tuple[list[int], Any]:
@@ -97,9 +94,9 @@ def embed_texts(
     return keys
 
 
-def picture_bytes(task: Task, column: str, row: int) -> bytes:
+def image_bytes(task: Task, column: str, row: int) -> bytes:
     """The file of an image as it was stored. ValueError if there is none; names benchmark, row and file."""
-    value, name = _stored(task, column, row), _picture_name(task, column, row)
+    value, name = _stored(task, column, row), _image_name(task, column, row)
     if isinstance(value, dict) and value.get("bytes") is not None:
         return value["bytes"]
     path = value.get("path") if isinstance(value, dict) else value
@@ -115,10 +112,10 @@ def picture_bytes(task: Task, column: str, row: int) -> bytes:
 def decode(task: Task, column: str, row: int) -> Image.Image:
     """The image, decoded. ValueError if it cannot be; names benchmark, row and file."""
     try:
-        return decode_image(picture_bytes(task, column, row))
+        return decode_image(image_bytes(task, column, row))
     except BrokenImage as error:
         raise ValueError(
-            f"{_picture_name(task, column, row)} cannot be read ({error}). Without it the number would be another one: mend the image"
+            f"{_image_name(task, column, row)} cannot be read ({error}). Without it the number would be another one: mend the image"
         ) from error
 
 
@@ -128,11 +125,11 @@ def _stored(task: Task, column: str, row: int) -> Any:
     return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
-def _picture_places(task: Task) -> Iterator[tuple[str, int]]:
+def _image_places(task: Task) -> Iterator[tuple[str, int]]:
     return ((column, row) for column in task.image_columns for row in range(len(task.data.rows)))
 
 
-def _picture_name(task: Task, column: str, row: int) -> str:
+def _image_name(task: Task, column: str, row: int) -> str:
     value = _stored(task, column, row)
     path = value.get("path") if isinstance(value, dict) else value
     file = f" ({path})" if isinstance(path, str) else ""

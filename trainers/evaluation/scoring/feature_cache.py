@@ -86,11 +86,8 @@ class FeatureCache:
         write_file(self.path / name, shard_content(embeds.contiguous(), keys, self._hash))
 
     def blocks(self, keys: np.ndarray, size: int = 4096) -> Iterator[torch.Tensor]:
-        """The embeddings of `keys (N, 2)` in their order, `size` at a time: `(n, dim)` float32.
-
-        Raises:
-            KeyError: If one is not there.
-            DamagedFileError: If one is not what was written with this key.
+        """The embeddings of `keys (N, 2)` in their order, `size` at a time: `(n, dim)` float32. KeyError if one is not there, DamagedFileError if one is not
+        what was written with this key.
         """
         places = find_keys(self._keys, keys)
         if (places < 0).any():
@@ -110,12 +107,8 @@ class FeatureCache:
 
 
 class ShardWriter:
-    """Collects embeddings as they come and writes them to a cache in shards; what is left when its `with` block ends, too.
-
-    Args:
-        cache: where to.
-        keys: `(N, 2)`, of all items.
-        name_item: place in `keys` -> what to call the item in a message.
+    """Collects embeddings as they come and writes them to a cache in shards; what is left when its `with` block ends, too. `keys (N, 2)` are those of
+    all items, and `name_item` says what messages call the item at a place in `keys`.
     """
 
     def __init__(self, cache: FeatureCache, keys: np.ndarray, name_item: Callable[[int], str]):

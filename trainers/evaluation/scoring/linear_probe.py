@@ -13,6 +13,7 @@ import torch
 
 # C of scikit-learn, the inverse strength: 1e-6, 1e-4, ... 1e6, as powers of ten.
 _FIRST_POWERS = range(-6, 7, 2)
+_HALVINGS = 3  # of the step between them: C is chosen to a factor of 10^(1/4)
 
 
 @dataclass(frozen=True)
@@ -40,24 +41,17 @@ def linear_probe(
     test_features: torch.Tensor,
     test_labels: torch.Tensor,
     *,
-    validation: tuple[torch.Tensor, torch.Tensor] | None = None,
-    sweep_steps: int = 3,
-    max_iterations: int = 1000,
     seed: int = 0,
 ) -> LinearProbe:
     """Trains a linear classifier on frozen features and tests it.
 
-    Features are divided by one number, the root mean square of the training features, so that the same C means the same for every
-    model; nothing else is done to them.
+    Features are divided by one number, the root mean square of the training features, so that the same C means the same for every model; nothing
+    else is done to them. A fifth of the training images of every class (at least one of a class that has two) is held back to choose C.
 
     Args:
         train_features: `(num_train, dim)`, any floating dtype.
         train_labels: `(num_train,)` whole numbers.
         test_features, test_labels: `(num_test, dim)` and `(num_test,)`. A class that training does not have counts as wrong.
-        validation: features and labels to choose C on; `None` holds back a fifth of the training images of every class (at least one of a
-            class that has two).
-        sweep_steps: how often the step is halved after the first seven C: with 3, C is chosen to a factor of 10^(1/4).
-        max_iterations: of L-BFGS.
         seed: seed of the validation split.
 
     Raises:
@@ -72,20 +66,10 @@ def linear_probe(
         )
     if len(np.unique(train_y)) < 2:
         raise ValueError("a linear probe needs at least two classes, and train_labels has one.")
-    if validation is None:
-        held_back = _split(train_y, seed)
-        fit_x, fit_y, valid_x, valid_y = (
-            train_x[~held_back],
-            train_y[~held_back],
-            train_x[held_back],
-            train_y[held_back],
-        )
-    else:
-        valid_x, valid_y = _check("validation", *validation)
-        fit_x, fit_y = train_x, train_y
-        train_x, train_y = np.concatenate([train_x, valid_x]), np.concatenate([train_y, valid_y])
+    held_back = _split(train_y, seed)
+    fit_x, fit_y, valid_x, valid_y = train_x[~held_back], train_y[~held_back], train_x[held_back], train_y[held_back]
     if len(valid_y) == 0 or len(np.unique(fit_y)) < 2:
-        raise ValueError("a validation split needs two classes with two training images each; or pass validation=.")
+        raise ValueError("a validation split needs two classes with two training images each.")
     scale = float(np.sqrt(np.mean(np.square(fit_x))))
     if scale == 0:
         raise ValueError("train features are all 0.")
@@ -94,19 +78,18 @@ def linear_probe(
 
     def try_power(power: float) -> float:
         if power not in tried:
-            tried[power] = float(
-                (_fit(fit_x / scale, fit_y, power, max_iterations).predict(valid_x / scale) == valid_y).mean()
-            )
+            predictions = _fit(fit_x / scale, fit_y, power).predict(valid_x / scale)
+            tried[power] = float((predictions == valid_y).mean())
         return tried[power]
 
     # Ties go to the C nearest to 1: at 1e-6 there is hardly a classifier left.
     best: float = max(_FIRST_POWERS, key=lambda power: (try_power(power), -abs(power)))
     step = 2.0
-    for _ in range(sweep_steps):
+    for _ in range(_HALVINGS):
         step /= 2
         near = (power for power in (best - step, best, best + step) if abs(power) <= _FIRST_POWERS[-1])
         best = max(near, key=lambda power: (try_power(power), -abs(power)))
-    predictions = _fit(train_x / scale, train_y, best, max_iterations).predict(test_x / scale)
+    predictions = _fit(train_x / scale, train_y, best).predict(test_x / scale)
     correct = predictions == test_y
     return LinearProbe(
         predictions=predictions,
@@ -117,7 +100,7 @@ def linear_probe(
     )
 
 
-def _fit(features: np.ndarray, labels: np.ndarray, power: float, max_iterations: int):
+def _fit(features: np.ndarray, labels: np.ndarray, power: float):
     import warnings
 
     from sklearn.exceptions import ConvergenceWarning
@@ -127,7 +110,7 @@ def _fit(features: np.ndarray, labels: np.ndarray, power: float, max_iterations:
         # CLIP's protocol stops after so many iterations, converged or not; and few images of many classes are no mistake.
         warnings.simplefilter("ignore", ConvergenceWarning)
         warnings.filterwarnings("ignore", "The number of unique classes is greater than 50%")
-        return LogisticRegression(C=10.0**power, max_iter=max_iterations).fit(features, labels)
+        return LogisticRegression(C=10.0**power, max_iter=1000).fit(features, labels)
 
 
 def _split(labels: np.ndarray, seed: int) -> np.ndarray:

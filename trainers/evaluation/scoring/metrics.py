@@ -11,14 +11,10 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from trainers.compute.onednn import fastest_linear
+from .ranks import TIE, Retrieval, exact_ranks, ranks_up_to, unit
 
 
-# Rounding of a float64 dot product of unit vectors is below dim x 1.1e-16; what differs by less than this is the same.
-_TIE = 1e-12
-# Images and texts in a block of scores: 8 MB in float32. Much larger ones leave the cache, and counting them then costs
-# as much as the matrix product.
-_ROWS, _COLUMNS = 2048, 1024
+_BLOCK = 1 << 21  # zero-shot scores that exist at a time: 16 MB
 
 
 @torch.no_grad()
@@ -48,26 +44,7 @@ def retrieval_recall(
             image without a caption, or a k below 1.
     """
     _check_ks(ks)
-    images, texts, text_to_image, image_targets, text_targets = _with_targets(image_embeds, text_embeds, text_to_image)
-    if images.device.type == "cpu" and _keeps_float32(images.shape[1]):
-        # Float32 takes a fifth of the time of float64 and bounds nearly every rank closely enough; the few queries
-        # that it leaves open are done again. GPUs may round "float32" products to ten bits, and have no need.
-        image_sure, image_ranks, text_sure, text_ranks = _count_ahead(
-            images, texts, text_to_image, image_targets, text_targets, torch.float32
-        )
-        redo = _open(text_sure, text_ranks, ks)
-        text_ranks[redo] = _count_ahead(
-            images, texts[redo], text_to_image[redo], image_targets, text_targets[redo], torch.float64
-        )[3]
-        redo = _open(image_sure, image_ranks, ks)
-        row = torch.where(redo, redo.cumsum(0) - 1, -1)
-        image_ranks[redo] = _count_ahead(
-            images[redo], texts, row[text_to_image], image_targets[redo], text_targets, torch.float64
-        )[1]
-    else:
-        _, image_ranks, _, text_ranks = _count_ahead(
-            images, texts, text_to_image, image_targets, text_targets, torch.float64
-        )
+    image_ranks, text_ranks = ranks_up_to(ks, _score_right_answers(image_embeds, text_embeds, text_to_image))
     return {
         f"{direction}_r@{k}": int((ranks < k).sum()) / len(ranks)
         for k in ks
@@ -102,25 +79,10 @@ def caption_retrieval(
 def retrieval_ranks(
     image_embeds: torch.Tensor, text_embeds: torch.Tensor, text_to_image: torch.Tensor | Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """How many wrong answers come before the right one, for every image and every text; see [`retrieval_recall`].
-
-    [`retrieval_recall`] at k is the share of the ranks below k. It takes half the time, because it need not know a rank
-    exactly to know on which side of k it is.
-
-    Args:
-        image_embeds, text_embeds, text_to_image: as for [`retrieval_recall`].
-
-    Returns:
-        `(num_images,)` and `(num_texts,)` int64 on the CPU, 0 for an item whose right answer is first. An image's rank
-        is that of the best of its captions.
-
-    Raises:
-        ValueError: as [`retrieval_recall`].
+    """How many wrong answers come before the right one, for every image and every text, `(num_images,)` and `(num_texts,)` int64 on the CPU; an image's
+    rank is that of the best of its captions. [`retrieval_recall`] at k is the share of the ranks below k, in half the time.
     """
-    # In the order (images, texts, rows, targets, targets) that _count_ahead takes.
-    _, image_ranks, _, text_ranks = _count_ahead(
-        *_with_targets(image_embeds, text_embeds, text_to_image), torch.float64
-    )
+    image_ranks, text_ranks = exact_ranks(_score_right_answers(image_embeds, text_embeds, text_to_image))
     return image_ranks.long().cpu(), text_ranks.long().cpu()
 
 
@@ -155,32 +117,21 @@ def zero_shot_accuracy(
 def zero_shot_ranks(
     image_embeds: torch.Tensor, class_embeds: torch.Tensor, labels: torch.Tensor | Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """How many wrong classes come before the right one, and which class is nearest, for every image.
-
-    Args:
-        image_embeds, class_embeds, labels: as for [`zero_shot_accuracy`].
-
-    Returns:
-        Ranks and predictions, `(num_images,)` int64 on the CPU. Where the right class ties with a wrong one, its rank
-        counts the wrong one as before it, and so the prediction is the nearest of the wrong ones.
-
-    Raises:
-        ValueError: as [`zero_shot_accuracy`].
+    """How many wrong classes come before the right one, and which class is nearest, for every image: `(num_images,)` int64 each, on the CPU. Where the
+    right class ties with a wrong one, its rank counts the wrong one as before it, and so the prediction is the nearest of the wrong ones.
     """
-    _check_embeds("image_embeds", image_embeds)
-    _check_embeds("class_embeds", class_embeds)
-    _check_same_dim("image_embeds", image_embeds, "class_embeds", class_embeds)
+    _check_embeds(image_embeds=image_embeds, class_embeds=class_embeds)
     device = torch.device("cpu") if image_embeds.device.type == "mps" else image_embeds.device
-    images, classes = image_embeds.to(device), _unit(class_embeds.to(device))
+    images, classes = image_embeds.to(device), unit(class_embeds.to(device))
     labels = _check_index("labels", labels, "image", len(images), "classes", len(classes)).to(device)
     ranks, predictions = torch.empty_like(labels), torch.empty_like(labels)
-    block = max(1, _ROWS * _COLUMNS // len(classes))
+    block = max(1, _BLOCK // len(classes))
     for start in range(0, len(images), block):
         rows = slice(start, start + block)
-        scores = _unit(images[rows]) @ classes.T
+        scores = unit(images[rows]) @ classes.T
         own = labels[rows, None]
         target = scores.gather(1, own)
-        ranks[rows] = (scores >= target - _TIE).sum(1) - 1
+        ranks[rows] = (scores >= target - TIE).sum(1) - 1
         nearest_wrong = scores.scatter(1, own, -2.0).argmax(1)
         predictions[rows] = torch.where(ranks[rows] == 0, labels[rows], nearest_wrong)
     return ranks.cpu(), predictions.cpu()
@@ -189,18 +140,8 @@ def zero_shot_ranks(
 def mean_per_class_accuracy(correct: torch.Tensor, labels: torch.Tensor | Sequence[int]) -> float:
     """The mean over the classes of the share of a class's images that are right, so that every class weighs the same.
 
-    It is the metric of Aircraft, Pets, Caltech-101 and Flowers in the zero-shot suite of CLIP (arXiv 2103.00020, appendix A), which
-    ProCLIP's Table 2 follows. A class without images has no share and is left out of the mean.
-
-    Args:
-        correct: `(num_images,)`, whether (bool) each image was right.
-        labels: `(num_images,)` whole numbers from 0, its class.
-
-    Returns:
-        A fraction between 0 and 1.
-
-    Raises:
-        ValueError: no images, or sizes that do not match.
+    It is the metric of Aircraft, Pets, Caltech-101 and Flowers in the zero-shot suite of CLIP (arXiv 2103.00020, appendix A), which ProCLIP's Table 2
+    follows. `correct (num_images,)` are booleans, `labels` whole numbers from 0. A class without images has no share and is left out of the mean.
     """
     labels = torch.as_tensor(labels)
     if correct.dim() != 1 or correct.shape != labels.shape or len(labels) == 0:
@@ -228,7 +169,7 @@ def zero_shot_classifier(text_embeds: torch.Tensor, class_index: torch.Tensor | 
         ValueError: no prompts, sizes that do not match, NaN or infinite values, a negative class, or a class without
             a prompt.
     """
-    _check_embeds("text_embeds", text_embeds)
+    _check_embeds(text_embeds=text_embeds)
     class_index = torch.as_tensor(class_index)
     num_classes = int(class_index.max()) + 1 if class_index.numel() else 1
     class_index = _check_index("class_index", class_index, "prompt", len(text_embeds), "classes", num_classes)
@@ -242,14 +183,11 @@ def zero_shot_classifier(text_embeds: torch.Tensor, class_index: torch.Tensor | 
     return F.normalize(sums, dim=-1)
 
 
-def _with_targets(
+def _score_right_answers(
     image_embeds: torch.Tensor, text_embeds: torch.Tensor, text_to_image: torch.Tensor | Sequence[int]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The checked arguments of a retrieval, on one device that has float64, and the exact scores of the right answers of
-    the images `(num_images,)` and of the texts `(num_texts,)`."""
-    _check_embeds("image_embeds", image_embeds)
-    _check_embeds("text_embeds", text_embeds)
-    _check_same_dim("image_embeds", image_embeds, "text_embeds", text_embeds)
+) -> Retrieval:
+    """The checked arguments of a retrieval, with the scores of the right answers."""
+    _check_embeds(image_embeds=image_embeds, text_embeds=text_embeds)
     # Apple's GPUs have no float64.
     device = torch.device("cpu") if image_embeds.device.type == "mps" else image_embeds.device
     images, texts = image_embeds.to(device), text_embeds.to(device)
@@ -260,94 +198,11 @@ def _with_targets(
             f"{int(without.sum())} of {len(images)} images have no caption, the first is image "
             f"{int(without.nonzero()[0])}. Leave them out of image_embeds and renumber text_to_image."
         )
-    some = zip(texts.split(_COLUMNS), text_to_image.split(_COLUMNS), strict=True)
-    text_targets = torch.cat([(_unit(rows) * _unit(images[own])).sum(-1) for rows, own in some])
+    some = zip(texts.split(1024), text_to_image.split(1024), strict=True)
+    text_targets = torch.cat([(unit(rows) * unit(images[own])).sum(-1) for rows, own in some])
     image_targets = text_targets.new_full((len(images),), -2.0)
     image_targets.scatter_reduce_(0, text_to_image, text_targets, "amax")
-    return images, texts, text_to_image, image_targets, text_targets
-
-
-def _count_ahead(
-    images: torch.Tensor,
-    texts: torch.Tensor,
-    own_row: torch.Tensor,
-    image_targets: torch.Tensor,
-    text_targets: torch.Tensor,
-    dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Counts the wrong answers that rank before the right one, for every image and every text, with scores in `dtype`.
-
-    Args:
-        images, texts: `(rows, dim)` and `(columns, dim)`.
-        own_row: `(columns,)`, the row of the image that a text describes, -1 if it is not among `images`.
-        image_targets, text_targets: `(rows,)` and `(columns,)`, the exact scores of the right answers.
-
-    Returns:
-        For the images, then for the texts: how many score higher than the target for sure, and how many score higher or
-        are tied as far as `dtype` can tell. In float64 the latter is the rank.
-    """
-    # The error of a dot product of rounded unit vectors is at most (dim / 2 + 1) eps.
-    margin = _TIE if dtype == torch.float64 else (texts.shape[1] + 2) * torch.finfo(dtype).eps
-    images = _unit(images).to(dtype)
-    image_bounds = (image_targets + margin).to(dtype)[:, None], (image_targets - margin).to(dtype)[:, None]
-    text_bounds = (text_targets + margin).to(dtype), (text_targets - margin).to(dtype)
-    image_sure, image_maybe = torch.zeros_like(image_targets, dtype=torch.int32).repeat(2, 1)
-    text_sure, text_maybe = torch.zeros_like(text_targets, dtype=torch.int32).repeat(2, 1)
-    for left in range(0, len(texts), _COLUMNS):
-        columns = slice(left, left + _COLUMNS)
-        some_texts = _unit(texts[columns]).to(dtype)
-        for top in range(0, len(images), _ROWS):
-            rows = slice(top, top + _ROWS)
-            scores = _products(images[rows], some_texts)
-            own = own_row[columns] - top
-            column = ((own >= 0) & (own < len(scores))).nonzero().squeeze(1)
-            scores[own[column], column] = -2.0
-            text_sure[columns] += _count_true(scores > text_bounds[0][columns], 0)
-            text_maybe[columns] += _count_true(scores >= text_bounds[1][columns], 0)
-            image_sure[rows] += _count_true(scores > image_bounds[0][rows], 1)
-            image_maybe[rows] += _count_true(scores >= image_bounds[1][rows], 1)
-    return image_sure, image_maybe, text_sure, text_maybe
-
-
-def _products(images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
-    """Dot products `(rows, columns)` of `images (rows, dim)` and `texts (columns, dim)` in their dtype."""
-    with torch.autocast(images.device.type, enabled=False), fastest_linear(images.device):
-        return F.linear(images, texts)
-
-
-def _keeps_float32(dim: int) -> bool:
-    """Whether products of float32 are of float32 here. Settings of torch and of oneDNN can let them round to bfloat16 first."""
-    rows = torch.zeros(64, max(dim, 1))
-    rows[:, 0] = 1 + 2**-20
-    ones = rows.gt(0).float()
-    return bool((_products(rows, ones) == 1 + 2**-20).all())
-
-
-def _count_true(mask: torch.Tensor, along: int) -> torch.Tensor:
-    """`mask.sum(along, dtype=torch.int32)` of a matrix of booleans.
-
-    Torch widens every boolean before it adds. Where the sizes allow, eight neighbours are added at once instead, as the
-    bytes of an int64: up to 255 of them before a byte overflows. That takes a tenth of the time.
-    """
-    rows, columns = mask.shape
-    if columns % 8 or not mask.is_contiguous() or (along == 1 and columns > 8 * 255):
-        return mask.sum(along, dtype=torch.int32)
-    words = mask.view(torch.int64)
-    if along == 1:
-        return words.sum(1).view(rows, 1).view(torch.uint8).sum(1, dtype=torch.int32)
-    counts = torch.zeros(columns, dtype=torch.int32, device=mask.device)
-    for some in words.split(255):
-        counts += some.sum(0).view(torch.uint8)
-    return counts
-
-
-def _open(sure: torch.Tensor, maybe: torch.Tensor, ks: Sequence[int]) -> torch.Tensor:
-    """Which of the queries could be a hit or a miss for some k, with so many wrong answers surely and maybe ahead."""
-    return torch.stack([(sure < k) & (maybe >= k) for k in ks]).any(0)
-
-
-def _unit(embeds: torch.Tensor) -> torch.Tensor:
-    return F.normalize(embeds.double(), dim=-1)
+    return Retrieval(images, texts, text_to_image, image_targets, text_targets)
 
 
 def _check_ks(ks: Sequence[int]) -> None:
@@ -355,22 +210,21 @@ def _check_ks(ks: Sequence[int]) -> None:
         raise ValueError(f"ks must be one or more whole numbers of at least 1, but is {tuple(ks)}.")
 
 
-def _check_embeds(name: str, embeds: torch.Tensor) -> None:
-    if embeds.dim() != 2 or len(embeds) == 0 or not embeds.is_floating_point():
+def _check_embeds(**named: torch.Tensor) -> None:
+    """ValueError unless the embeddings are rows of finite numbers, all of one space."""
+    for name, embeds in named.items():
+        if embeds.dim() != 2 or len(embeds) == 0 or not embeds.is_floating_point():
+            raise ValueError(
+                f"{name} must be floating point numbers of shape (rows, dim) with at least one row, "
+                f"but has shape {tuple(embeds.shape)} and dtype {embeds.dtype}."
+            )
+        finite = torch.isfinite(embeds).all(-1)
+        if not finite.all():
+            raise ValueError(f"{name} has NaN or infinite values, first in row {int((~finite).nonzero()[0])}.")
+    dims = [str(embeds.shape[1]) for embeds in named.values()]
+    if len(set(dims)) > 1:
         raise ValueError(
-            f"{name} must be floating point numbers of shape (rows, dim) with at least one row, "
-            f"but has shape {tuple(embeds.shape)} and dtype {embeds.dtype}."
-        )
-    finite = torch.isfinite(embeds).all(-1)
-    if not finite.all():
-        raise ValueError(f"{name} has NaN or infinite values, first in row {int((~finite).nonzero()[0])}.")
-
-
-def _check_same_dim(first_name: str, first: torch.Tensor, second_name: str, second: torch.Tensor) -> None:
-    if first.shape[1] != second.shape[1]:
-        raise ValueError(
-            f"{first_name} and {second_name} must be embeddings of one space, but have {first.shape[1]} and "
-            f"{second.shape[1]} dimensions."
+            f"{' and '.join(named)} must be embeddings of one space, but have {' and '.join(dims)} dimensions."
         )
 
 

@@ -10,10 +10,7 @@ from trainers.evaluation.data.manifest import Manifest
 from trainers.evaluation.data.sources import OpenedData, class_names, read_captions, read_labels
 
 from .metrics import mean_per_class_accuracy, retrieval_ranks, zero_shot_classifier, zero_shot_ranks
-
-
-# Of a pair of scores: what differs by less is a tie, and a tie counts against the model (see metrics.py).
-_TIE = 1e-12
+from .ranks import TIE, unit
 
 
 @dataclass
@@ -46,6 +43,8 @@ class Task:
             LLM before the adapter).
         identity: what else the data is, beside images and texts, for the fingerprint.
         facts: counts for the results.
+        score: `(image_embeds, text_embeds)` of one model to the numbers: the images of the first column, then of the second, in rows' order, and
+            the texts in theirs. None for CKA, which compares the encoders of two models: see comparison.py.
     """
 
     manifest: Manifest
@@ -55,29 +54,11 @@ class Task:
     space: str = "shared"
     identity: list[Any] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class EmbeddingTask(Task):
-    """A benchmark whose numbers come from one model's embeddings.
-
-    Attributes:
-        score: `(image_embeds, text_embeds)` to the numbers: the images of the first column, then of the second, in rows' order, and the
-            texts in theirs.
-    """
-
-    score: Callable[[torch.Tensor, torch.Tensor], Outcome] = field(kw_only=True)
+    score: Callable[[torch.Tensor, torch.Tensor], Outcome] | None = None
 
 
 def prepare_task(manifest: Manifest, data: OpenedData) -> Task:
-    """Reads texts and labels of `data` and checks them.
-
-    Returns:
-        An [`EmbeddingTask`], except of CKA, which compares the encoders of two models: see comparison.py.
-
-    Raises:
-        ValueError: If a caption, label or class name is not what the manifest states; names benchmark and row.
-    """
+    """Reads texts and labels of `data`. ValueError names benchmark and row if one is not what the manifest states."""
     return {
         "retrieval": _retrieval,
         "zero_shot": _zero_shot,
@@ -88,13 +69,10 @@ def prepare_task(manifest: Manifest, data: OpenedData) -> Task:
     }[manifest.kind](manifest, data)
 
 
-def _retrieval(manifest: Manifest, data: OpenedData) -> EmbeddingTask:
-    where, captions = f"benchmark {manifest.name}", _captions(manifest, data)
-    if len(captions) < 2:
-        raise ValueError(f"{where}: one image has nothing to be told from: retrieval needs at least 2")
+def _retrieval(manifest: Manifest, data: OpenedData) -> Task:
+    captions = _captions(manifest, data)
     text_to_image = torch.tensor([row for row, texts in enumerate(captions) for _ in texts])
     texts = [text for some in captions for text in some]
-    _check_num_captions(manifest, data, len(texts))
 
     def score(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> Outcome:
         image_ranks, text_ranks = retrieval_ranks(image_embeds, text_embeds, text_to_image)
@@ -102,7 +80,7 @@ def _retrieval(manifest: Manifest, data: OpenedData) -> EmbeddingTask:
         items = {"i2t_rank": image_ranks, "t2i_rank": text_ranks, "text_to_image": text_to_image}
         return Outcome(metrics, items, _notes_on_texts(texts))
 
-    return EmbeddingTask(
+    return Task(
         manifest,
         data,
         (manifest.columns["image"],),
@@ -113,16 +91,13 @@ def _retrieval(manifest: Manifest, data: OpenedData) -> EmbeddingTask:
     )
 
 
-def _caption_retrieval(manifest: Manifest, data: OpenedData) -> EmbeddingTask:
-    where, captions = f"benchmark {manifest.name}", _captions(manifest, data)
+def _caption_retrieval(manifest: Manifest, data: OpenedData) -> Task:
+    captions = _captions(manifest, data)
     for row, some in enumerate(captions):
         if len(some) < 2:
             raise ValueError(
-                f"{where}, row {row}: caption-to-caption retrieval needs two captions, and there is only {some[0]!r:.80}"
+                f"{data.row_name(row)}: caption-to-caption retrieval needs two captions, and there is only {some[0]!r:.80}"
             )
-    if len(captions) < 2:
-        raise ValueError(f"{where}: one row has nothing to be told from: retrieval needs at least 2")
-    _check_num_captions(manifest, data, sum(map(len, captions)))
     firsts, seconds = [some[0] for some in captions], [some[1] for some in captions]
 
     def score(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> Outcome:
@@ -132,12 +107,12 @@ def _caption_retrieval(manifest: Manifest, data: OpenedData) -> EmbeddingTask:
         items = {"i2t_rank": first_ranks, "t2i_rank": second_ranks, "text_to_image": torch.arange(len(captions))}
         return Outcome(metrics, items, _notes_on_texts(firsts + seconds))
 
-    return EmbeddingTask(
+    return Task(
         manifest, data, (), firsts + seconds, score=score, space="text", facts={"num_captions": 2 * len(captions)}
     )
 
 
-def _zero_shot(manifest: Manifest, data: OpenedData) -> EmbeddingTask:
+def _zero_shot(manifest: Manifest, data: OpenedData) -> Task:
     names, labels = _classes_and_labels(manifest, data)
     templates = manifest.prompt_templates
     texts = [template.replace("{}", name) for name in names for template in templates]
@@ -165,7 +140,7 @@ def _zero_shot(manifest: Manifest, data: OpenedData) -> EmbeddingTask:
             notes.append(f"{same} class names are also another class's: their prompts tie, and a tie counts as wrong.")
         return Outcome(metrics, items, notes)
 
-    return EmbeddingTask(
+    return Task(
         manifest,
         data,
         (manifest.columns["image"],),
@@ -182,9 +157,9 @@ def _zero_shot(manifest: Manifest, data: OpenedData) -> EmbeddingTask:
     )
 
 
-def _fine_grained(manifest: Manifest, data: OpenedData) -> EmbeddingTask:
+def _fine_grained(manifest: Manifest, data: OpenedData) -> Task:
     columns, template = manifest.columns, manifest.prompt_templates[0]
-    pairs = "image_1" in columns
+    pairs = manifest.compares_pairs
     text_columns = ("caption_1", "caption_2") if pairs else ("caption", "negative")
     image_columns = ("image_1", "image_2") if pairs else ("image",)
     sides = []
@@ -195,14 +170,14 @@ def _fine_grained(manifest: Manifest, data: OpenedData) -> EmbeddingTask:
 
     def score(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> Outcome:
         rows = len(sides[0])
-        images = torch.nn.functional.normalize(image_embeds.double(), dim=-1).split(rows)
-        texts = torch.nn.functional.normalize(text_embeds.double(), dim=-1).split(rows)
+        images = unit(image_embeds).split(rows)
+        texts = unit(text_embeds).split(rows)
         scores = {(i, t): (image * text).sum(-1) for i, image in enumerate(images) for t, text in enumerate(texts)}
         if not pairs:
-            right = {"accuracy": scores[0, 0] > scores[0, 1] + _TIE}
+            right = {"accuracy": scores[0, 0] > scores[0, 1] + TIE}
         else:
-            text_right = (scores[0, 0] > scores[1, 0] + _TIE) & (scores[1, 1] > scores[0, 1] + _TIE)
-            image_right = (scores[0, 0] > scores[0, 1] + _TIE) & (scores[1, 1] > scores[1, 0] + _TIE)
+            text_right = (scores[0, 0] > scores[1, 0] + TIE) & (scores[1, 1] > scores[0, 1] + TIE)
+            image_right = (scores[0, 0] > scores[0, 1] + TIE) & (scores[1, 1] > scores[1, 0] + TIE)
             right = {"text_score": text_right, "image_score": image_right, "group_score": text_right & image_right}
         metrics = {name: int(hit.sum()) / rows for name, hit in right.items()}
         primary = right[manifest.primary_metric]
@@ -218,7 +193,7 @@ def _fine_grained(manifest: Manifest, data: OpenedData) -> EmbeddingTask:
             ) / len(kinds)
         return Outcome(metrics, items)
 
-    return EmbeddingTask(
+    return Task(
         manifest,
         data,
         tuple(columns[name] for name in image_columns),
@@ -229,7 +204,7 @@ def _fine_grained(manifest: Manifest, data: OpenedData) -> EmbeddingTask:
     )
 
 
-def _linear_probe(manifest: Manifest, data: OpenedData) -> EmbeddingTask:
+def _linear_probe(manifest: Manifest, data: OpenedData) -> Task:
     names, labels = _classes_and_labels(manifest, data)
     train, test = labels[: data.num_train], labels[data.num_train :]
 
@@ -252,7 +227,7 @@ def _linear_probe(manifest: Manifest, data: OpenedData) -> EmbeddingTask:
         "num_train": len(train),
         "features": "image embeddings in the shared space, not normalised, divided by their root mean square",
     }
-    return EmbeddingTask(
+    return Task(
         manifest, data, (manifest.columns["image"],), score=score, identity=[labels.tolist(), names], facts=facts
     )
 
@@ -263,9 +238,18 @@ def _cka(manifest: Manifest, data: OpenedData) -> Task:
 
 
 def _captions(manifest: Manifest, data: OpenedData) -> list[list[str]]:
-    """Every row's captions."""
+    """Every row's captions, as many as the manifest states."""
     column = data.rows[manifest.columns["captions"]]
-    return read_captions(column, data.row_name, manifest.caption_separator, manifest.max_captions)
+    captions = read_captions(column, data.row_name, manifest.caption_separator, manifest.max_captions)
+    if len(captions) < 2:
+        raise ValueError(f"benchmark {manifest.name}: one row alone is always found: retrieval needs at least 2")
+    stated, found = manifest.data.num_captions, sum(map(len, captions))
+    if stated is not None and data.limit is None and found != stated:
+        raise ValueError(
+            f"benchmark {manifest.name}: {data.source} has {found:,} captions where the manifest states {stated:,}: it is another version, "
+            "or its captions are separated in another way"
+        )
+    return captions
 
 
 def _classes_and_labels(manifest: Manifest, data: OpenedData) -> tuple[list[str], torch.Tensor]:
@@ -283,15 +267,6 @@ def _recall(ranks: dict[str, torch.Tensor]) -> dict[str, float]:
     metrics = {f"{way}_r@{k}": int((of < k).sum()) / len(of) for k in (1, 5, 10) for way, of in ranks.items()}
     first, second = (metrics[f"{way}_r@1"] for way in ranks)
     return {"mean_r@1": (first + second) / 2, **metrics}
-
-
-def _check_num_captions(manifest: Manifest, data: OpenedData, found: int) -> None:
-    stated = manifest.data.num_captions
-    if stated is not None and data.limit is None and found != stated:
-        raise ValueError(
-            f"benchmark {manifest.name}: {data.source} has {found:,} captions where the manifest states {stated:,}: it is another version, "
-            "or its captions are separated in another way"
-        )
 
 
 def _notes_on_texts(texts: list[str]) -> list[str]:

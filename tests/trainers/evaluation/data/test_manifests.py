@@ -43,7 +43,7 @@ def test_every_manifest_gives_the_right_number_on_data_of_its_schema(name: str, 
     assert task["value"] == task["metrics"][manifest.primary_metric]
     assert task["dataset"]["source"] == manifest.data.source and task["dataset"]["read_from"] == "local copy"
     if manifest.kind != "caption_retrieval":
-        assert world.model.seen_pictures == made.num_pictures, "every picture is embedded once"
+        assert world.model.seen_images == made.num_images, "every picture is embedded once"
 
     # The manifest as it is in the package knows that this is not the whole benchmark.
     with pytest.raises(ValueError, match=f"benchmark {manifest.name}: .* rows where the manifest states"):
@@ -158,7 +158,7 @@ def test_a_manifest_in_ten_lines_is_read():
         ("num_items: 3", "num_item: 3", "here: data.num_item: unknown key; did you mean 'num_items'?"),
         ("num_items: 3", "num_items: three", "here: data.num_items: must be a whole number, got the text 'three'"),
         ("num_items: 3", "num_items: true", "here: data.num_items: must be a whole number, got true"),
-        ("kind: zero_shot", "kind: zeroshot", "kind must be one of retrieval, zero_shot"),
+        ("kind: zero_shot", "kind: zeroshot", "kind: must be 'retrieval', 'zero_shot'"),
         ("label: label}", "labels: label}", "here: columns.labels: unknown key; did you mean 'label'?"),
         ("label: label}", "image_2: label}", "here: columns.image_2: unknown key"),
         ("names: [cat, dog]", "names: [cat, no]", "here: classes.names[1]: must be text, got false"),

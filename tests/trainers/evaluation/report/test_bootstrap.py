@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from trainers.evaluation.report.bootstrap import (
+    Interval,
     Outcomes,
     accuracy_outcomes,
-    difference_interval,
     image_to_text_outcomes,
     interval,
     mean_per_class_outcomes,
@@ -79,7 +79,7 @@ def test_resampling_is_a_draw_of_every_item():
     assert not differences(resample(outcomes, 4000, seed=1), naive_resample(outcomes, 4000, seed=2))
 
 
-def test_pictures_are_drawn_with_all_their_captions():
+def test_images_are_drawn_with_all_their_captions():
     rng = np.random.default_rng(0)
     text_to_image = np.repeat(np.arange(40), rng.integers(1, 6, 40))
     # All captions of a picture are found or none: as one draw each they would seem to say more than 40 pictures do.
@@ -129,6 +129,11 @@ def test_the_seed_decides():
 
 
 # Intervals
+
+
+def difference_interval(model: Outcomes, baseline: Outcomes, resamples: int = 20_000, seed: int = 0) -> Interval:
+    scores = resample([model, baseline], resamples, seed)
+    return interval(model.value - baseline.value, scores[:, 0] - scores[:, 1], len(model))
 
 
 def test_interval_is_scipys_percentile_interval():

@@ -43,7 +43,7 @@ def examples_of(models, seed=0):
     return retrieval_examples("pictures", texts, TEXT_TO_IMAGE, [tuned], picture, seed, *rest)
 
 
-def test_failures_come_first_and_every_picture_is_the_right_one(models):
+def test_failures_come_first_and_every_image_is_the_right_one(models):
     examples = examples_of(models)
     assert [example["heading"] for example in examples] == (
         ["tuned misses what base finds"] * 3
@@ -74,7 +74,7 @@ def test_the_seed_draws(models):
     assert [e["query"] for e in examples_of(models)] != [e["query"] for e in examples_of(models, seed=1)]
 
 
-def test_a_tie_shows_the_other_picture():
+def test_a_tie_shows_the_other_image():
     images = torch.eye(3)
     texts = torch.tensor([[1.0, 1.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
     ranks = retrieval_ranks(images, texts, torch.arange(3))[1]
@@ -85,7 +85,7 @@ def test_a_tie_shows_the_other_picture():
     assert number_of(examples[0]["found"][0]["picture"]) == 1
 
 
-def test_small_and_transparent_pictures_stay_as_they_look():
+def test_small_and_transparent_images_stay_as_they_look():
     with Image.open(
         io.BytesIO(base64.b64decode(thumbnail(Image.new("RGBA", (20, 10), (0, 0, 0, 0))).partition(",")[2]))
     ) as image:

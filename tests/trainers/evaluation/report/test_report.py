@@ -65,7 +65,7 @@ def test_verdicts_follow_from_the_scores(report):
         assert (entry["decision"] == "lost") == (difference["high"] < 0 and difference["low"] < -0.01)
 
 
-def test_languages_on_the_same_pictures_are_resampled_together(results):
+def test_languages_on_the_same_images_are_resampled_together(results):
     tasks = pair(ModelResults.read(results / "llm2clip"), ModelResults.read(results / "clip")).tasks
     assert len({task.dataset for task in tasks if task.group == "multilingual"}) == 1
     assert len({task.dataset for task in tasks}) > 3
@@ -131,7 +131,7 @@ def test_the_page_needs_nothing_from_outside(results, page):
     assert len(html) < 2_000_000
 
 
-def test_every_picture_is_decoded_and_described(page):
+def test_every_image_is_decoded_and_described(page):
     assert len(page["images"]) == 4 + 3 * 4
     for image in page["images"]:
         assert image["complete"] and image["width"] > 0 and image["height"] > 0 and image["shown"] > 40

@@ -84,7 +84,7 @@ def test_rotations_and_scales_keep_it_and_noise_lowers_it():
         assert 1 > little > 0.8 > much
 
 
-def test_few_pictures_of_unrelated_features_look_alike_only_to_the_biased_estimate():
+def test_few_images_of_unrelated_features_look_alike_only_to_the_biased_estimate():
     x, y = random(20, 200), random(20, 200, seed=1)
     assert cka(x, y) > 0.8
     assert abs(cka(x, y, debiased=True)) < 0.1

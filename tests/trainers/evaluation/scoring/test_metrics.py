@@ -11,7 +11,7 @@ from modeling_proclip.text_adapter import TextAdapter
 from tests.golden import load
 from tests.reference_layout import adapter_map, load_reference
 from trainers.evaluation import caption_retrieval, retrieval_recall, zero_shot_accuracy, zero_shot_classifier
-from trainers.evaluation.scoring import metrics
+from trainers.evaluation.scoring import ranks
 
 
 def embeds_with_scores(scores: list[list[float]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -122,8 +122,8 @@ def test_a_copy_of_the_right_answer_counts_as_ahead_of_it_at_any_place():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
 def test_recall_equals_the_naive_form_across_blocks(monkeypatch, dtype: torch.dtype):
-    monkeypatch.setattr(metrics, "_ROWS", 7)
-    monkeypatch.setattr(metrics, "_COLUMNS", 11)
+    monkeypatch.setattr(ranks, "_ROWS", 7)
+    monkeypatch.setattr(ranks, "_COLUMNS", 11)
     for seed in range(3):
         images, texts, text_to_image = random_set(50, seed=seed)
         images, texts = images.to(dtype), texts.to(dtype)
@@ -164,25 +164,25 @@ def test_booleans_are_counted_without_overflow(rows, columns):
     generator = torch.Generator().manual_seed(0)
     for mask in (torch.ones(rows, columns, dtype=torch.bool), torch.rand(rows, columns, generator=generator) < 0.5):
         for along in (0, 1):
-            found = metrics._count_true(mask, along)
+            found = ranks._count_true(mask, along)
             assert found.dtype == torch.int32 and torch.equal(found, mask.sum(along, dtype=torch.int32))
     columns_first = mask.T.contiguous().T
-    assert torch.equal(metrics._count_true(columns_first, 1), mask.sum(1, dtype=torch.int32))
+    assert torch.equal(ranks._count_true(columns_first, 1), mask.sum(1, dtype=torch.int32))
 
 
 def test_recall_is_exact_where_float32_products_are_not_of_float32(monkeypatch):
     images, texts, text_to_image = random_set(60)
     expected = retrieval_recall(images, texts, text_to_image)
-    products = metrics._products
+    products = ranks._products
 
     def rounded(first, second):
         if first.dtype == torch.float32:  # as oneDNN does where it is allowed to
             first, second = first.bfloat16().float(), second.bfloat16().float()
         return products(first, second)
 
-    assert metrics._keeps_float32(16)
-    monkeypatch.setattr(metrics, "_products", rounded)
-    assert not metrics._keeps_float32(16)
+    assert ranks._keeps_float32(16)
+    monkeypatch.setattr(ranks, "_products", rounded)
+    assert not ranks._keeps_float32(16)
     assert retrieval_recall(images, texts, text_to_image) == expected
 
 
@@ -230,8 +230,8 @@ def test_zero_shot_accuracy_by_hand():
 
 
 def test_zero_shot_accuracy_equals_the_naive_form_across_blocks(monkeypatch):
-    monkeypatch.setattr(metrics, "_ROWS", 20)
-    monkeypatch.setattr(metrics, "_COLUMNS", 3)
+    monkeypatch.setattr(ranks, "_ROWS", 20)
+    monkeypatch.setattr(ranks, "_COLUMNS", 3)
     images, classes, _ = random_set(50)
     labels = torch.arange(len(images)) % 12
     scores = F.normalize(images.double(), dim=-1) @ F.normalize(classes[:12].double(), dim=-1).T
