@@ -38,13 +38,7 @@ _MOST_BYTES = 1 << 30  # of a field
 
 @dataclass(frozen=True)
 class TarShard:
-    """A shard.
-
-    Attributes:
-        path: path of the file.
-        texts: fields that hold text whatever their ending says.
-        name: what messages call the file.
-    """
+    """A shard: its file, the fields that hold text whatever their ending says, and what messages call it."""
 
     path: str
     texts: tuple[str, ...] = ()
@@ -65,10 +59,8 @@ class TarShard:
         )
 
     def rows(self, columns: list[str] | None = None) -> Iterator[Placed]:
-        """The rows in their order: each a field's content under its name, those of images as `{"bytes", "path"}`, and "__key__".
-
-        Raises:
-            ValueError: If the archive is damaged or was cut short, also at the end of a row; names it.
+        """The rows in their order: each a field's content under its name, those of images as `{"bytes", "path"}`, and "__key__". ValueError names an archive
+        that is damaged or was cut short, also at the end of a row.
         """
         row: dict[str, Any] = {}
         for member, key, field, data in self._members(columns):

@@ -48,10 +48,8 @@ def is_karpathy(content: Any) -> bool:
 
 
 def karpathy_rows(content: dict[str, Any], path: str, split: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The images of Karpathy's `dataset_*.json` that belong to `split` ("train+restval" joins two; None: all), each with its captions.
-
-    Raises:
-        ValueError: If the file is not made like that, or has no such split (says which it has); names it.
+    """The images of Karpathy's `dataset_*.json` that belong to `split` ("train+restval" joins two; None: all), each with its captions. ValueError if the
+    file is not made like that, or has no such split.
     """
     splits: dict[str, None] = {}
     for number, image in enumerate(content["images"], 1):

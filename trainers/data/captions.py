@@ -48,12 +48,7 @@ class DrawnCaptions(EpochDataset):
 
 
 def draw_captions(row: Mapping[str, Any], name: str, seed: int, epoch: int, key: int | str) -> dict[str, str]:
-    """One caption for each reader that the row has captions for: "text", and in rows that have it "teacher_text".
-
-    Args:
-        row, name: As for [`captions_of`].
-        seed, epoch, key: As for [`draw_caption`]; both readers' draws are independent.
-    """
+    """One caption for each reader that the row has captions for, by independent draws: "text", and in rows that have it "teacher_text"."""
     drawn = {"text": draw_caption(captions_of(row, name), seed, epoch, key)}
     if row.get("teacher_text") is not None:
         drawn["teacher_text"] = draw_caption(captions_of(row, name, "teacher_text"), seed, epoch, f"{key} teacher")
@@ -69,12 +64,7 @@ def draw_caption(captions: Sequence[str], seed: int, epoch: int, row: int | str)
 
 
 def captions_of(row: Mapping[str, Any], name: str, reader: str = "text") -> list[str]:
-    """The captions of a row, at least one.
-
-    Args:
-        row: with "text" and perhaps "teacher_text", each a caption or a list of captions.
-        name: name of the row, for messages.
-        reader: "text", or "teacher_text" for what the teacher of stage 1 reads: in a row without one that is its "text".
+    """The captions of a row, at least one: of its "text", or its "teacher_text" for the `reader` of that name, where the row has one.
 
     Raises:
         ValueError: If the row has no column "text", no caption there, or something that is not text; calls the row `name`.

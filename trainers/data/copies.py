@@ -60,11 +60,8 @@ def copied_rows(shards: Sequence[Shard], columns: list[str]) -> datasets.Dataset
     """The same rows by number, copied once into the cache of `datasets` (`HF_DATASETS_CACHE`).
 
     Files and copy are hashed at every opening: what the files hold decides which copy is theirs, and a copy that was interrupted or has changed
-    since it was written is made again. Of several processes one makes it and the others wait.
-
-    Raises:
-        OSError: If the disk is full, or a file cannot be read.
-        ValueError: If a file is damaged, or lacks a column; names it.
+    since it was written is made again. Of several processes one makes it and the others wait. ValueError names a file that is damaged, or lacks
+    a column.
     """
     size = -(-len(shards) // _MOST_FILES)
     parts = [shards[start : start + size] for start in range(0, len(shards), size)]

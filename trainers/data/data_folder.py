@@ -28,12 +28,7 @@ class NamedFiles(Protocol):
     """What rows may name: a [`DataFolder`] or [`HubFiles`]."""
 
     def find(self, name: str) -> Path | bytes:
-        """The file that a row calls `name`, or its content.
-
-        Raises:
-            OSError: If there is no such file.
-            ValueError: If it is none that data may name.
-        """
+        """The file that a row calls `name`, or its content. OSError if there is no such file, ValueError if it is none that data may name."""
 
 
 @dataclass(frozen=True)

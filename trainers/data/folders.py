@@ -37,10 +37,7 @@ _NO_DATA = ("thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "system volume
 
 def list_files(folder: str | Path) -> list[str]:
     """The files of `folder` and all folders in it, relative to it, in the order of their paths; without hidden ones (`._a.jpg`, `.DS_Store`),
-    `__MACOSX` and the like. Links out of the folder are left out with a warning.
-
-    Raises:
-        ValueError: If the name of a file is not UTF-8.
+    `__MACOSX` and the like. Links out of the folder are left out with a warning. ValueError if a name is not UTF-8.
     """
     found, root = list[str](), os.path.realpath(folder)
     for parent, folders, names in os.walk(folder):
@@ -100,18 +97,11 @@ def split_of(file: str, *, names: bool) -> str | None:
 
 
 def files_of_split(files: Sequence[str], split: str, where: str, *, names: bool) -> list[str]:
-    """Those of `files` that belong to `split`.
+    """Those of `files`, relative paths, that belong to `split`; "val" and "validation" mean the same, and so on, see `SPLITS`.
 
     A folder called `train`, `val`, `validation2017` and so on is a split with all that is in it, and with `names` so is a file whose name has such
-    a word (`cc3m-train-0001.tar`). Where nothing tells, all is "train". Of other names, a folder at the top is a split.
-
-    Args:
-        files: relative paths.
-        split: its name; "val" and "validation" mean the same, and so on, see `SPLITS`.
-        where: what messages call the folder.
-
-    Raises:
-        ValueError: If there is no such split; says which there are.
+    a word (`cc3m-train-0001.tar`). Where nothing tells, all is "train". Of other names, a folder at the top is a split. ValueError says which splits
+    there are.
     """
     wanted = split_name(split)
     if wanted not in SPLITS:
@@ -138,10 +128,8 @@ def files_of_split(files: Sequence[str], split: str, where: str, *, names: bool)
 
 
 def declared_files(folder: Path, config: str | None, split: str) -> list[str] | None:
-    """The patterns of files that the folder's README.md states for `split`, as data sets on the Hub do; None if it states nothing.
-
-    Raises:
-        ValueError: If what it states cannot be read, or it has no such configuration or split; names it.
+    """The patterns of files that the folder's README.md states for `split`, as data sets on the Hub do; None if it states nothing. ValueError if what it
+    states cannot be read, or it has no such configuration or split.
     """
     readme = folder / "README.md"
     header = _HEADER.match("".join(read_lines(readme))) if readme.is_file() else None

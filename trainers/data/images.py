@@ -12,14 +12,11 @@ from .data_folder import NamedFiles
 
 
 def decode_stored_image(value: Any, files: NamedFiles | None = None) -> Image.Image:
-    """The image that a row holds, as [`~modeling_proclip.images.decode_image`] decodes it everywhere.
+    """The image that a row holds, in memory and of mode "RGB", as [`~modeling_proclip.images.decode_image`] decodes it everywhere.
 
     Args:
         value: an image of Pillow, the bytes of a file, the name of one, or `{"bytes": ..., "path": ...}` as `datasets` gives undecoded images.
         files: what the row may name; None: nothing.
-
-    Returns:
-        An image in memory, of mode "RGB".
 
     Raises:
         BrokenImage: If there is no image (None, no bytes, no such file), data may not name the file, or it cannot be decoded.

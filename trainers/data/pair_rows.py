@@ -35,14 +35,7 @@ class BrokenRow(ValueError):
 
 @dataclass
 class SkippedRows:
-    """How many rows were read, and which of them could not be used.
-
-    Attributes:
-        rows: read, broken ones included.
-        broken_images: rows whose image could not be decoded.
-        without_caption: rows without any caption.
-        examples: the first of them, named, with the reason.
-    """
+    """How many rows were read, broken ones included; how many of them have a broken image or no caption; and the first of these, named with the reason."""
 
     rows: int = 0
     broken_images: int = 0
@@ -93,10 +86,8 @@ class SkippedRows:
 
 
 def texts_of(row: Mapping[str, Any], rows: RawRows, reader: str = "text") -> list[str]:
-    """The captions of an undecoded row, as they are written; those of white space only are left out.
-
-    Args:
-        reader: "text", or "teacher_text" for what the teacher of stage 1 reads: in a row without one that is its captions.
+    """The captions of an undecoded row for `reader`, as they are written; those of white space only are left out. "teacher_text" is what the teacher of
+    stage 1 reads: in a row without one that is its captions.
 
     Raises:
         BrokenRow: If they cannot be read; says why.
@@ -125,10 +116,8 @@ def texts_of(row: Mapping[str, Any], rows: RawRows, reader: str = "text") -> lis
 
 
 def good_texts(rows: RawRows, source: PairSource, reader: str = "text") -> Iterator[str]:
-    """All captions of `rows` for `reader`, see [`texts_of`], as they come. Rows without a caption are passed over and counted.
-
-    Raises:
-        ValueError: If there are more of them than the source bears.
+    """All captions of `rows` for `reader`, see [`texts_of`], as they come. Rows without a caption are passed over and counted; ValueError if they are
+    more than the source bears.
     """
     skipped = SkippedRows()
     for number, row in enumerate(rows.table):
@@ -146,12 +135,8 @@ def good_texts(rows: RawRows, source: PairSource, reader: str = "text") -> Itera
 
 
 def read_row(row: Mapping[str, Any], rows: RawRows) -> dict[str, Any]:
-    """`{"image": image, "text": [captions]}` of an undecoded row; `{"text": [captions]}` where images are not read. Of a source with
-    `teacher_text_columns` the row has "teacher_text" as well.
-
-    Raises:
-        BrokenRow: If it has no caption.
-        BrokenImage: If its image cannot be decoded.
+    """`{"image": image, "text": [captions]}` of an undecoded row, without "image" where images are not read, and with "teacher_text" where the source has
+    `teacher_text_columns`. BrokenRow if it has no caption, BrokenImage if its image cannot be decoded.
     """
     texts = texts_of(row, rows)
     if not texts:

@@ -52,17 +52,7 @@ class RawRows:
 
 
 def open_rows(source: PairSource, *, images: bool = True, streaming: bool | None = None) -> RawRows:
-    """Opens `source`.
-
-    Args:
-        source: what to read.
-        images: False: leave the images' columns out.
-        streaming: as the source says by default.
-
-    Raises:
-        FileNotFoundError: If there is nothing at that place, or no dataset of that name.
-        ValueError: If a column or split is missing (lists those that are there) or the files are of no known layout.
-    """
+    """Opens `source`, with `images` or without. FileNotFoundError and ValueError as [`open_pairs`]."""
     streaming = source.streaming if streaming is None else streaming
     return read_found(find_rows(source, streaming=streaming), source, images=images, streaming=streaming)
 

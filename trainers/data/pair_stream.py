@@ -19,10 +19,9 @@ _READ_AHEAD = 16  # rows that `datasets` hands over at a time
 
 
 class Position(NamedTuple):
-    """How far a reader of a stream has come: everything that is needed to go on from there.
+    """How far a reader of a stream has come: all that is needed to go on from there.
 
     Attributes:
-        epoch: that it is in.
         part: of the parts of shards that it reads in this epoch, the one in which the block of rows begins that it is giving out.
         row: of that part's shard, the row with which the block begins.
         given: rows of the shuffled block that were given out or passed over.
@@ -43,13 +42,7 @@ class Part(NamedTuple):
 
 
 class StreamedRow(NamedTuple):
-    """A row of a stream.
-
-    Attributes:
-        row: `{"image", "text"}`.
-        key: what tells it from others, see [`row_key`].
-        position: with which a reader goes on after it.
-    """
+    """A row `{"image", "text"}` of a stream, what tells it from others (see [`row_key`]), and the position with which a reader goes on after it."""
 
     row: dict[str, Any]
     key: str
@@ -127,15 +120,8 @@ class PairStream(IterableDataset):
     def read_epoch(
         self, position: Position, reader: int, num_readers: int, skipped: SkippedRows
     ) -> Iterator[StreamedRow]:
-        """The rest of an epoch, from `position` on, for one of `num_readers` readers.
-
-        Args:
-            position: where to go on; `Position(epoch)` for a whole epoch.
-            reader, num_readers: which of the readers of all processes this one is.
-            skipped: counts the rows that are read and those that are broken.
-
-        Raises:
-            ValueError: If more rows are broken than the source bears, or a shard cannot be read; names it.
+        """The rest of an epoch, from `position` on (`Position(epoch)` for a whole one), for one of the `num_readers` readers of all processes. `skipped` counts
+        the rows that are read and those that are broken. ValueError if more are broken than the source bears, or a shard cannot be read.
         """
         fsspec.asyn.reset_lock()  # else a worker that was forked while the lock was held waits for ever on a remote file
         rows, size = self.rows, self.source.shuffle_buffer_size

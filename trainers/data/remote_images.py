@@ -37,12 +37,7 @@ for _handler in (
 
 
 def fetch_image(address: str) -> bytes:
-    """What is at `address`, fetched by one request.
-
-    Raises:
-        OSError: If it cannot be had within 20 seconds.
-        ValueError: If it has more than 64 MiB, or the address is none of http or https.
-    """
+    """What is at `address`, fetched by one request. OSError if it cannot be had within 20 seconds, ValueError if it has more than 64 MiB."""
     deadline, parts, size = time.monotonic() + _SECONDS, list[bytes](), 0
     request = urllib.request.Request(address, headers={"User-Agent": "proclip-transformers"})
     try:

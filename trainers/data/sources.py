@@ -44,8 +44,6 @@ class FoundRows:
     """Rows that were found and not read yet: those of `shards`, or of `table`.
 
     Attributes:
-        name: name of the source, for messages.
-        shards: files that are read here.
         table: what `datasets` has opened, or a list of the images of a folder.
         files: what rows may name.
         text_files: columns of `table` that hold paths of files with captions.
@@ -60,11 +58,7 @@ class FoundRows:
     num_images: int = 0
 
     def columns(self, wanted: Sequence[str] = ()) -> list[str]:
-        """Names of the columns.
-
-        Raises:
-            ValueError: If one of the files has no column `wanted` that the first one has; names it.
-        """
+        """Names of the columns. ValueError if one of the files has no column `wanted` that the first one has."""
         if not self.shards:
             return list(self.table.column_names or next(iter(self.table), {}))
         columns = dict.fromkeys(self.shards[0].columns())
@@ -181,10 +175,9 @@ class ImageTable:
 
 
 def find_rows(source: PairSource, *, streaming: bool, any_split: bool = False) -> FoundRows:
-    """Finds the rows of `source`.
+    """Finds the rows of `source`. Of its columns, only the name of the image's and those of texts are looked at.
 
     Args:
-        source: what to read. Of its columns, only the name of the image's and those of texts are looked at.
         streaming: whether a dataset on the Hub is opened as a stream.
         any_split: whether a file, or what was saved without the name of a split, is taken for whatever split is asked for: a copy of that split.
 

@@ -71,11 +71,7 @@ class StreamLoader:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The next iteration goes on after the batch at which `state_dict` was called.
-
-        Raises:
-            ValueError: If the stream was shared by another number of processes or data workers, or its seed or shards have changed.
-        """
+        """The next iteration goes on after the batch at which `state_dict` was called. ValueError if the stream, its seed or its readers are others."""
         for name, value in self._readers().items():
             if state[name] != value:
                 raise ValueError(

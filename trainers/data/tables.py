@@ -81,11 +81,8 @@ class TableFile:
         return datasets.Features({name: datasets.Value("string") if plain else datasets.Json() for name in columns})
 
     def rows(self, columns: list[str] | None = None) -> Iterator[Placed]:
-        """The rows in their order; those of Parquet and Arrow files with `columns` only.
-
-        Raises:
-            OSError: If the file cannot be read.
-            ValueError: If it is damaged or not made as its ending says; names the file, and the line or row.
+        """The rows in their order; those of Parquet and Arrow files with `columns` only. ValueError names the file, and the line or row, where it is damaged or
+        not made as its ending says.
         """
         if self.kind == "csv":
             return _csv_rows(self.path)

@@ -48,12 +48,9 @@ def read_texts(source: str | Path, column: str | None = None, split: str = "trai
             datasets on the Hub. Files are read as UTF-8.
         column: the column that holds a text, or a list of texts, in every row; "json.caption" reaches into an object. By default "text" or
             else "caption". Lines and JSON rows that are texts themselves have the column "text".
-        split: split to read, if the source has several.
 
     Raises:
-        FileNotFoundError: If there is no such file, nor a dataset of that name.
-        ValueError: If the column is missing (names those that are there), or the file is of another kind or damaged. While the texts are
-            read: if a row holds something else than text (names the row), more than 1 % of the rows hold none, or there are none at all.
+        FileNotFoundError, ValueError: As [`open_pairs`], and while texts are read if a row holds something else than text, or there are none.
     """
     place = PairSource(source=str(source), split=split)
     saved = any((Path(source) / file).exists() for file in ("dataset_dict.json", "state.json"))  # by `save_to_disk`

@@ -23,11 +23,8 @@ _OTHER_KINDS = {
 
 
 def read_lines(path: str | Path) -> Iterator[str]:
-    r"""The lines of a file, each with its "\n", "\r\n" or "\r".
-
-    Raises:
-        FileNotFoundError: If there is no such file, or it is a pipe or a device, which could be waited for without an end.
-        ValueError: If it is not encoded as UTF-8; names the line and byte, and how to convert it.
+    """The lines of a file, each with its line ending. FileNotFoundError if there is no such file, or it is a pipe or a device, which could be waited for
+    without an end. ValueError if it is not encoded as UTF-8; names the line and byte, and how to convert it.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}")
