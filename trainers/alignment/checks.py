@@ -24,10 +24,8 @@ _ROWS_AT_A_TIME = 10_000
 
 
 def train_only(model: nn.Module, trained: Iterable[nn.Parameter]) -> None:
-    """Freeze all of `model` but the `trained` parameters.
-
-    Raises:
-        ValueError: If one of these is in half precision, where steps as small as the learning rate's are lost to rounding.
+    """Freeze all of `model` but the `trained` parameters. ValueError if one of these is in half precision, where steps as small as the learning rate's
+    are lost to rounding.
     """
     model.requires_grad_(False)
     for parameter in trained:
@@ -47,10 +45,8 @@ def proclip_of(model: nn.Module) -> ProCLIPModel:
 
 
 def trained_with_peft(model: nn.Module, freeze_vision: bool) -> list[nn.Parameter]:
-    """What stage 2 trains of a model with PEFT adapters: the adapters, and what its configuration saves with them.
-
-    Raises:
-        ValueError: If the model would not save its logit scale, or an adapter is where this stage trains nothing.
+    """What stage 2 trains of a model with PEFT adapters: the adapters, and what its configuration saves with them. ValueError if the model would not
+    save its logit scale, or an adapter is where this stage trains nothing.
     """
     from .peft_model import ProCLIPPeftModel  # peft is an extra
 
@@ -87,13 +83,11 @@ def check_store(
 
 
 def check_texts(name: str, store: Any, dataset: Any, reader: str = "text") -> None:
-    """Check that all captions of `dataset` are in `store`, by their keys alone, so that a training does not fail hours later at a missing one.
+    """Check that all captions of `dataset` are in `store`, by their keys alone, so that a training does not fail hours later at a missing one. KeyError
+    names the first that are missing.
 
     Lists, datasets of the `datasets` library and [`PairRows`] are checked, without decoding images. Others are not, as their images would have
     to be decoded, and neither is a store that is no [`TextEmbeddingStore`].
-
-    Raises:
-        KeyError: If captions are missing; names the first ones and says how many there are.
     """
     captions = _captions(dataset, reader)
     if captions is None or not isinstance(store, TextEmbeddingStore):

@@ -13,10 +13,8 @@ logger = logging.getLogger(__name__)
 
 
 def set_input_statistics(model: ProCLIPModel, text_store: Any) -> None:
-    """Set mean and standard deviation of the text store in an adapter that standardises its input and has none yet.
-
-    Raises:
-        ValueError: If the adapter also projects directions of languages out or has anchors, which do not follow from the store alone.
+    """Set mean and standard deviation of the text store in an adapter that standardises its input and has none yet. ValueError if the adapter also
+    projects directions of languages out or has anchors, which do not follow from the store alone.
     """
     adapter = model.text_adapter
     if model.config.adapter_num_anchors and not adapter.anchors.any():

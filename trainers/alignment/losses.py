@@ -10,15 +10,11 @@ from .config import AlignmentConfig
 def distillation_loss(
     student: torch.Tensor, teacher: torch.Tensor, args: AlignmentConfig
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """lambda_ins L_ins + lambda_struct L_struct over the joined batch of all processes (ProCLIP, arXiv 2510.18795, method): L_stage1 for
-    text embeddings, lambda L_reg of stage 2 for image embeddings.
+    """lambda_ins L_ins + lambda_struct L_struct over the joined batch of all processes (ProCLIP, arXiv 2510.18795, method): L_stage1 for text
+    embeddings, lambda L_reg of stage 2 for image embeddings.
 
-    Args:
-        student, teacher: `(batch_size, projection_dim)`, unit length, this process's rows.
-
-    Returns:
-        The loss `()`, whose mean over the processes is that of the joined batch, and its parts without their weights. A part with weight 0
-        is not computed.
+    `student` and `teacher` are `(batch_size, projection_dim)`, unit length, this process's rows. Returns the loss `()`, whose mean over the processes
+    is that of the joined batch, and its parts without their weights. A part with weight 0 is not computed.
     """
     loss, parts = student.new_zeros(()), {}
     if args.lambda_ins:

@@ -21,8 +21,7 @@ def check_made_by_llm(name: str, store: Any, model: ProCLIPModel, processor: Any
     [`ProCLIPProcessor`]. Warns once of what cannot be compared. A store that is none of ours may hold what it likes.
 
     Raises:
-        ValueError: If the store was made by another LLM, with another template or another pooling, or by a text encoder of two towers;
-            names what differs.
+        ValueError: If the store was made by another LLM, with another template or another pooling, or by a text encoder of two towers.
     """
     store = _files_of(store)
     if store is None:

@@ -180,10 +180,8 @@ class AlignmentTrainer(StageTrainer):
         super()._save(output_dir, state_dict)
 
     def create_model_card(self, **kwargs: Any) -> None:
-        """Write `README.md` to `output_dir`, from what was saved there: [`~hub_cards.model_card`], or [`~hub_cards.adapter_card`] of PEFT adapters.
-
-        Args:
-            kwargs: Passed to that function, such as `license` and `datasets`. `model_name` is accepted too.
+        """Write `README.md` to `output_dir`, from what was saved there: [`~hub_cards.model_card`], or [`~hub_cards.adapter_card`] of PEFT adapters, with its
+        arguments, such as `license` and `datasets`, and `model_name`.
         """
         if self.is_world_process_zero():
             model_name = kwargs.pop("model_name", None)

@@ -66,11 +66,8 @@ def last_written_checkpoint(output_dir: str | Path) -> Path | None:
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str:
-    """The checkpoint of the most steps in `output_dir` that is complete and unchanged. Reads all of its files. One that is not is passed over,
-    with a warning that names the file.
-
-    Raises:
-        CheckpointError: If there is none; names the file for which the last one was passed over.
+    """The checkpoint of the most steps in `output_dir` that is complete and unchanged. Reads all of its files. One that is not is passed over, with a
+    warning that names the file. CheckpointError if there is none.
     """
     reasons: list[CheckpointError] = []
     for folder in reversed(list_checkpoints(output_dir)):
@@ -107,11 +104,7 @@ def complete(folder: Path) -> None:
 
 
 def verify(folder: str | Path) -> None:
-    """Check that the checkpoint in `folder` is complete and that its files are those that were written. Reads them all.
-
-    Raises:
-        CheckpointError: If it is not; names the file.
-    """
+    """Check that the checkpoint in `folder` is complete and that its files are those that were written. Reads them all. CheckpointError names the file."""
     folder = Path(folder)
     if not folder.is_dir():
         raise MissingFileError(f"there is no checkpoint {folder}")
@@ -133,11 +126,7 @@ def verify(folder: str | Path) -> None:
 
 
 def check_resumable(folder: str | Path) -> None:
-    """Check that a checkpoint has what a run goes on from, besides the weights: Transformers starts anew, without a word, what is missing.
-
-    Raises:
-        CheckpointError: If it has not; names the file.
-    """
+    """Check that a checkpoint has what a run goes on from, besides the weights: Transformers starts anew, without a word, what is missing."""
     folder = Path(folder)
     if any(folder.glob("global_step*")):
         return  # DeepSpeed's, which has files of its own and looks for them itself
@@ -155,9 +144,8 @@ def steps_of(folder: str | Path) -> int:
 
 
 def rotate(output_dir: str | Path, keep: int | None, protected: Iterable[str | Path | None] = ()) -> None:
-    """Delete the checkpoints that were written longest ago until `keep` are left (`None`: all), never a `protected` one.
-
-    Only `checkpoint-<number>` is counted and deleted; Transformers' own rotation would take `checkpoint-2.bak` too.
+    """Delete the checkpoints that were written longest ago until `keep` are left (`None`: all), never a `protected` one. Only `checkpoint-<number>` is
+    counted and deleted; Transformers' own rotation would take `checkpoint-2.bak` too.
     """
     if not keep or keep < 1:
         return

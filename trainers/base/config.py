@@ -12,11 +12,8 @@ Refused = dict[str, tuple[tuple[Any, ...], str]]
 
 @dataclass
 class StageArguments(TrainingArguments):
-    """Defaults that differ from [`~transformers.TrainingArguments`] in every stage, and settings that are refused because they would be ignored,
-    or would change the loss.
-
-    Raises:
-        ValueError: If such a setting is given; says why and what to do.
+    """Defaults that differ from [`~transformers.TrainingArguments`] in every stage, and settings that are refused because they would be ignored, or
+    would change the loss; ValueError says why.
     """
 
     dataloader_drop_last: bool = True

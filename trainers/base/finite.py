@@ -19,12 +19,7 @@ TEXTS = "row_texts"  # key of a batch: the caption of each row, for messages
 
 
 class WithTexts:
-    """Batches of `collator`, with the captions of their rows under [`TEXTS`], so that an error can name them.
-
-    Args:
-        collator: collator of the batches.
-        column: column of the rows with a caption or a list of captions, of which the first is taken.
-    """
+    """Batches of `collator`, with the captions of their rows under [`TEXTS`], so that an error can name them: the first in `column`."""
 
     def __init__(self, collator: Any, column: str):
         self.collator, self.column = collator, column
@@ -64,7 +59,7 @@ def explain(
         model: with the gradients of the batch, and the weights that it had.
         batch: what the model read; of its tensors the first dimension is the rows.
         texts: the captions of the rows, if they are known.
-        process: process of the batch, for the message.
+        process: process of the batch.
     """
     if torch.isfinite(loss):
         facts = [f"{when}: the gradient is not finite, though the loss is {loss.item():.6g}"]

@@ -19,15 +19,8 @@ class StreamReader(TrainerCallback):
     """Reads this process's share of a [`PairStream`], and keeps in each checkpoint how far it has come.
 
     accelerate, which would read all rows in one process and send them to the others, or let every process read all rows and drop most, has
-    no part in it. As a callback it reports the share of the steps that is done as the epoch, and at the end the rows that were passed over.
-
-    Args:
-        stream: of all processes.
-        args: settings of the training; `max_steps` says how long it is, and `per_device_train_batch_size`, `dataloader_num_workers`,
-            `dataloader_pin_memory`, `dataloader_prefetch_factor` and `dataloader_multiprocessing_context` are used.
-
-    Raises:
-        ValueError: If `args` ask for another order.
+    no part in it. As a callback it reports the share of the steps that is done as the epoch, and at the end the rows that were passed over. ValueError
+    if `args` ask for another order.
     """
 
     def __init__(self, stream: PairStream, args: TrainingArguments):
@@ -39,11 +32,8 @@ class StreamReader(TrainerCallback):
         self._loader: StreamLoader | None = None
 
     def open(self, collate: Any, checkpoint: str | None) -> StreamLoader:
-        """The batches, from the beginning or from where the `checkpoint` was written.
-
-        Raises:
-            FileNotFoundError: If the checkpoint does not say how far this process had read the stream.
-            ValueError: If the stream or its readers have changed since.
+        """The batches, from the beginning or from where the `checkpoint` was written. FileNotFoundError if the checkpoint does not say how far this process
+        had read the stream, ValueError if the stream or its readers have changed since.
         """
         args = self.args
         options: dict[str, Any] = {"pin_memory": args.dataloader_pin_memory}

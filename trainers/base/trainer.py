@@ -231,11 +231,7 @@ class StageTrainer(Trainer):
     # Publishing
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """As Trainer, private by default.
-
-        Raises:
-            ValueError: If what would be sent later could not be, see [`Publisher`].
-        """
+        """As Trainer, private by default. ValueError if what would be sent later could not be, see [`Publisher`]."""
         if self.is_world_process_zero():
             self._publisher = Publisher(self.args, self.model, self.processing_class, token, private)
             self.hub_model_id = self._publisher.repo_id

@@ -32,18 +32,10 @@ _PACKAGES = ("proclip-transformers", "transformers", "torch")
 
 
 def training_record(trainer: Trainer, stage: str, rows: DrawnCaptions | PairStream, finished: bool) -> dict[str, Any]:
-    """What `trainer` has done so far and with which settings, as JSON.
+    """What `trainer` has done so far with the training set `rows` and with which settings, as JSON: what `hub_cards.checkpoint_facts.StageRecord` reads.
 
-    Args:
-        stage: Name of the stage, in words.
-        rows: The training set.
-        finished: Whether the training has ended: with `load_best_model_at_end` the weights are those of an earlier step then.
-
-    Returns:
-        "stage", "trainer", "steps", "num_epochs", "batch_size" (rows of a step, over all processes), "num_processes", "num_rows" (None for a
-        stream), "data" ("source", "split", "revision" and "on_hub" of what [`open_pairs`] opened, else None; of files the last part of their
-        path), "settings" (those of the stage that are set, and those of the Trainer that decide what is learned), "final" (the last logged
-        losses) and "versions" of the packages.
+    `finished` says whether the training has ended: with `load_best_model_at_end` the weights are those of an earlier step then. The settings are those of
+    the stage that are set, and those of the Trainer that decide what is learned; "final" has the last logged losses.
     """
     args, state = trainer.args, trainer.state
     own = {field.name for field in dataclasses.fields(args)} - {

@@ -165,7 +165,6 @@ class TextTokenizer:
     """Tokenizes texts in the LLM's prompt template, each with or without an instruction.
 
     Args:
-        tokenizer: The LLM's.
         template: Contains `{text}`; see [`ProCLIPProcessor`].
         max_length: Most tokens of a text, including the template.
         instruction: Precedes texts that have no instruction of their own.
@@ -208,11 +207,8 @@ def micro_batches(
     token_budget: int | None = None,
     packed: bool = False,
 ) -> tuple[list[dict[str, Any]], torch.Tensor]:
-    """Token rows in micro-batches of similar length, the longest first, each padded on the left to its own longest text only, or packed.
-
-    Args:
-        max_texts, token_budget: Most texts and most padded tokens of a micro-batch; a single text may have more tokens.
-        packed: Whether a micro-batch is one row without padding, see [`pack_rows`].
+    """Token rows in micro-batches of similar length, the longest first, each padded on the left to its own longest text only, or packed into one row
+    without padding, see [`pack_rows`]. `max_texts` and `token_budget` are the most texts and padded tokens of one; a single text may have more tokens.
 
     Returns:
         The micro-batches, and `(len(rows),)` int64: for each row of the joined micro-batches its number in `rows`.

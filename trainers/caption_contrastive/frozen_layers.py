@@ -51,11 +51,7 @@ class FrozenLayerStates:
 
     @torch.no_grad()
     def fill(self, rows: Sequence[TokenRow], token_budget: int) -> None:
-        """Compute the states of texts, each once, in batches of similar length and at most `token_budget` padded tokens.
-
-        Args:
-            rows: The texts' tokens; "input_ids" identifies a text.
-        """
+        """Compute the states of texts, each once ("input_ids" identifies it), in batches of similar length and at most `token_budget` padded tokens."""
         new = {tuple(row["input_ids"]): row for row in rows if row["input_ids"] not in self}
         if not new:
             return
@@ -78,10 +74,8 @@ class FrozenLayerStates:
         self.text_model.train(was_training)
 
     def lookup(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """The states of a padded batch, `(batch_size, sequence_length, hidden_size)`, on the device of `input_ids` and 0 on padding.
-
-        Raises:
-            KeyError: If a text was not filled in.
+        """The states of a padded batch, `(batch_size, sequence_length, hidden_size)`, on the device of `input_ids` and 0 on padding. KeyError if a text was
+        not filled in.
         """
         states = self._states.new_zeros(*input_ids.shape, self._states.shape[1])
         for row, ids, mask in zip(states, input_ids.cpu(), attention_mask.cpu().bool(), strict=True):

@@ -40,16 +40,8 @@ class LoraTrainingArguments(StageArguments):
 
 def add_lora(text_model: PreTrainedModel, args: LoraTrainingArguments) -> Any:
     """The LLM with a fresh LoRA, initialised from `args.seed`, on every linear layer of its last `lora_num_layers` decoder layers, as a
-    `PeftModel`. The LLM itself is changed: the LoRA is inserted into its layers. Its weights are frozen; those of the LoRA are float32 if the
-    LLM is in half precision.
-
-    Args:
-        text_model: Base model of a decoder LLM (`AutoModel`), whose decoder layers are `text_model.layers`.
-        args: Settings of the LoRA.
-
-    Raises:
-        ImportError: If PEFT is not installed.
-        ValueError: If the LLM has fewer layers.
+    `PeftModel`. The LLM itself, a base model whose decoder layers are `text_model.layers`, is changed: the LoRA is inserted into its layers. Its weights
+    are frozen; those of the LoRA are float32 if the LLM is in half precision. ImportError if PEFT is not installed.
     """
     try:
         from peft import LoraConfig, get_peft_model

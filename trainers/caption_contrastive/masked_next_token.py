@@ -81,8 +81,7 @@ def mask_tokens(
     """Mask tokens that are to be predicted.
 
     Args:
-        input_ids: int64, any shape.
-        special_tokens_mask: The same shape, 1 where a token must stay.
+        input_ids, special_tokens_mask: int64 of one shape; the mask is 1 where a token must stay.
         mask_token_id, vocab_size: The tokenizer's.
         probability, masking: See [`MaskedNextTokenConfig`].
         generator: Source of randomness; torch's global one by default.
@@ -106,14 +105,10 @@ def mask_tokens(
 
 
 def masked_next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross entropy of each masked token given the hidden state before it. The very first token has none before it and does not count.
+    """Cross entropy of each masked token given the hidden state before it, `()` in nats: the mean over the masked tokens, 0 if there are none. The very
+    first token has none before it and does not count.
 
-    Args:
-        logits: `(batch_size, sequence_length, vocab_size)`.
-        labels: `(batch_size, sequence_length)` int64, -100 where there is nothing to predict.
-
-    Returns:
-        `()`, in nats, the mean over the masked tokens; 0 if there are none.
+    `logits`: `(batch_size, sequence_length, vocab_size)`; `labels`: `(batch_size, sequence_length)` int64, -100 where there is nothing to predict.
     """
     predictions, targets = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
     return F.cross_entropy(predictions, targets, ignore_index=-100, reduction="sum") / (targets != -100).sum().clamp(
@@ -123,15 +118,7 @@ def masked_next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.
 
 class MaskedTexts(Dataset):
     """Rows of texts as masked tokens. Masks, and the choice among several captions, depend on seed, epoch and row only, so a resumed run sees the
-    same ones.
-
-    Args:
-        rows: Rows by number with "text", a text or a list of texts.
-        tokenizer: The LLM's; its mask token is used, or the token "_" if it has none (LLM2Vec's "blank").
-        args: Settings.
-
-    Raises:
-        ValueError: If the tokenizer has neither token, or a row has no text.
+    same ones. What masks is the tokenizer's mask token, or the token "_" if it has none (LLM2Vec's "blank"); ValueError if it has neither.
     """
 
     def __init__(self, rows: Any, tokenizer: PreTrainedTokenizerBase, args: MaskedNextTokenConfig):

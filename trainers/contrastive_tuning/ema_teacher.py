@@ -55,11 +55,7 @@ class EMATeacher:
         write_safetensors(Path(folder) / EMA_FILE, state, {"format": "pt"})
 
     def load(self, folder: str | Path) -> None:
-        """Read what `save` wrote.
-
-        Raises:
-            FileNotFoundError: If the file is not in `folder`; names the remedy.
-        """
+        """Read what `save` wrote. FileNotFoundError names the remedy if it is not in `folder`."""
         file = Path(folder) / EMA_FILE
         if not file.is_file():
             raise FileNotFoundError(

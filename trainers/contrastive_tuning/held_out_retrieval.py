@@ -11,14 +11,8 @@ from trainers.evaluation import retrieval_recall
 
 
 class AllCaptionsCollator:
-    """Batches of `collator`, with the stored embeddings of all captions of their rows.
-
-    Args:
-        collator: makes training batches, which read the first caption of a row.
-        text_store: the LLM's embeddings; only `lookup(list[str]) -> (N, hidden_size)` is used.
-
-    Returns:
-        What `collator` returns, with "caption_embeds" `(num_captions, hidden_size)`, row by row, and "num_captions" `(batch_size,)`.
+    """Batches of `collator`, which reads the first caption of a row, with the stored embeddings of all captions: "caption_embeds"
+    `(num_captions, hidden_size)`, row by row, and "num_captions" `(batch_size,)`.
     """
 
     def __init__(self, collator: Any, text_store: Any):

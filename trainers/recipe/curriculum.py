@@ -50,23 +50,10 @@ _VERSIONS_OF = ("proclip-transformers", "torch", "transformers", "accelerate", "
 
 
 class Curriculum(RecipeProgress):
-    """Runs a recipe, on one or several processes (`accelerate launch`).
-
-    Args:
-        recipe: checked, as [`load_recipe`] gives it.
-
-    Raises:
-        RecipeError: If a stage's trainer refuses its settings.
-    """
+    """Runs a recipe, on one or several processes (`accelerate launch`). RecipeError if a stage's trainer refuses its settings."""
 
     def run(self, stage: str | None = None) -> Path:
-        """Run or resume the stages, or one of them.
-
-        Args:
-            stage: run this stage only; the stages before it must be finished.
-
-        Returns:
-            The folder of the last stage's model.
+        """Run or resume the stages, or with `stage` that one only, and return the folder of the last stage's model.
 
         Raises:
             RecipeError: If another run has the output directory, a step was run with another recipe, or the predecessor of `stage` is not

@@ -15,15 +15,8 @@ def read_recipe(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, An
     """Merge the settings of a recipe file, of the recipes that it builds on, and of the command line. Nothing is checked yet.
 
     `base: other.yaml` (relative to the recipe's own file), or a list of such, names recipes to build on. A later base overrides an earlier
-    one, the recipe overrides its bases, and the command line overrides the recipe. Mappings are merged key by key; any other value, a list
-    too, is replaced. A stage that is `null` is left out.
-
-    Args:
-        path: a .yaml file.
-        overrides: `key=value` with a dotted key, such as `data.train.source=/data/cc3m`; the value is read as YAML.
-
-    Raises:
-        ValueError: If a file is missing or no YAML mapping, a recipe builds on itself, or an override has no "=".
+    one, the recipe overrides its bases, and `overrides` override the recipe: `key=value` with a dotted key, such as `data.train.source=/data/cc3m`, whose
+    value is read as YAML. Mappings are merged key by key; any other value, a list too, is replaced. A stage that is `null` is left out.
     """
     settings = _read_with_base(Path(path), ())
     for override in overrides:

@@ -68,9 +68,7 @@ def is_local(source: PairSource) -> bool:
 
 
 def data_files(source: PairSource, *, images: bool) -> list[Path]:
-    """The local files that decide what is read from `source`: the files or the whole folder that it names, and with `images` also the image
-    files that rows name.
-    """
+    """The local files that decide what is read from `source`: those that it names, and with `images` also the image files that rows name."""
     path, files = Path(source.source), list[Path]()
     if path.is_dir():
         files = [path / name for name in list_files(path)]
@@ -143,10 +141,7 @@ def find_commits(recipe: Recipe, known: Json) -> Json:
 
     Returns:
         Key of the recipe -> `{"name", "revision", "commit"}`; the commit is None of a dataset for which it cannot be found out: `datasets` may
-        have a copy of it all the same.
-
-    Raises:
-        RecipeError: If there is no such model, in no folder, on the Hub or in its cache.
+        have a copy of it all the same. RecipeError if there is no such model.
     """
     found = {}
     for key, name, revision, kind in _hub_names(recipe):

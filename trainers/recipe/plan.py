@@ -21,17 +21,13 @@ class StagePlan:
     """One stage.
 
     Attributes:
-        name: the stage.
         state: "finished", "to do", "begun", or "resumes from checkpoint-N".
         rows: training rows; None where they cannot be counted yet.
         steps: optimizer steps in all, the Trainer's own number; None where `rows` is None.
         epochs: passes over the rows, as the Trainer counts them; None where a number of steps is given and `rows` is not known.
-        global_batch_size: rows of a step over all processes.
-        num_processes: processes that share it.
-        device_batch_size: most rows that a device takes at once.
-        gradient_caching: whether a device's share goes through it in parts.
-        seconds: duration since the stage was last resumed, if it is finished.
-        last_evaluation: metrics on the held-out rows, if it is finished and had an `eval_strategy`.
+        global_batch_size, num_processes: rows of a step over all processes, and how many share it.
+        device_batch_size, gradient_caching: most rows that a device takes at once, and whether its share goes through it in parts.
+        seconds, last_evaluation: of a finished stage, the time since it was last resumed, and metrics on the held-out rows.
     """
 
     name: str
@@ -49,15 +45,8 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class StorePlan:
-    """One text store.
-
-    Attributes:
-        name: "llm" or "teacher".
-        path: the store's folder.
-        stored: number of texts in it now.
-        texts: estimated number of different texts that it will hold; None where rows cannot be counted yet.
-        dim: size of an embedding; None if the encoder's config cannot be read.
-        dtype: the embeddings' dtype.
+    """The text store "llm" or "teacher": how many texts are in it now, and will be (estimated; None where rows cannot be counted yet). `dim` is None if the
+    encoder's config cannot be read.
     """
 
     name: str
@@ -76,10 +65,8 @@ class StorePlan:
 
 
 def plan_stages(curriculum: RecipeProgress) -> list[StagePlan]:
-    """The stages of a recipe, in their order. Rows that the recipe does not number are counted, which for a large dataset means to open it.
-
-    Raises:
-        RecipeError: If a stage was run with another recipe or other files, or its rows do not fill a batch.
+    """The stages of a recipe, in their order. Rows that the recipe does not number are counted, which for a large dataset means to open it. RecipeError if
+    a stage was run with another recipe or other files, or its rows do not fill a batch.
     """
     return [_plan_stage(curriculum, name) for name in curriculum.recipe.stages]
 

@@ -54,17 +54,8 @@ _MAY_CHANGE_IN_A_STAGE = (
 
 
 class RecipeProgress(RecipeSteps):
-    """The steps of a recipe, and what of them is done.
-
-    Args:
-        recipe: checked, as [`load_recipe`] gives it.
-
-    Attributes:
-        as_written: the same.
-        recipe: the same, with the commits that its branches and tags on the Hub stood for when it was first run.
-
-    Raises:
-        RecipeError: If a stage's trainer refuses its settings.
+    """The steps of a recipe, and what of them is done. `as_written` is the recipe as [`load_recipe`] gives it; `recipe` has the commits that its branches and
+    tags on the Hub stood for when it was first run.
     """
 
     def __init__(self, recipe: Recipe):
@@ -77,10 +68,8 @@ class RecipeProgress(RecipeSteps):
         return read_record(self.output_dir / COMMITS)
 
     def state_of(self, step: str) -> str:
-        """ "finished", "begun" or "to do". Reads all files that decide the step's result, unless this process has read them before.
-
-        Raises:
-            RecipeError: If the step was begun or finished with another recipe or other files, or its result was changed later; names what differs.
+        """ "finished", "begun" or "to do". Reads all files that decide the step's result, unless this process has read them before. RecipeError names what
+        differs if the step was begun or finished with another recipe or other files, or its result was changed later.
         """
         record, state = self._record_of(step)
         if state != "to do":
@@ -198,11 +187,7 @@ class RecipeProgress(RecipeSteps):
 
 
 def read_record(path: Path) -> Json:
-    """The JSON object in a file of the output directory; empty if there is no such file.
-
-    Raises:
-        RecipeError: If it holds something else; names the file.
-    """
+    """The JSON object in a file of the output directory; empty if there is no such file. RecipeError if it holds something else."""
     try:
         record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (ValueError, RecursionError) as error:

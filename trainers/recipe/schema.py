@@ -207,15 +207,8 @@ class Recipe:
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """Read and check a recipe. Nothing that it names is opened.
-
-    Args:
-        path: a .yaml file.
-        overrides: settings `key=value` that override the file's; see [`read_recipe`].
-
-    Raises:
-        RecipeError: If a file is missing or no YAML, a key is unknown or missing, or a value has the wrong type or makes no sense. Names the
-            file and the key's path.
+    """Read and check a recipe. Nothing that it names is opened. `overrides` are settings `key=value` that override the file's; see [`read_recipe`].
+    RecipeError names the file and the key's path.
     """
     try:
         return _checked(read_recipe(path, overrides), str(path))
@@ -265,11 +258,7 @@ def _stage(name: str, values: Any, path: str) -> StageSettings:
 
 
 def derived_arguments(name: str, stage: StageSettings, num_processes: int) -> dict[str, Any]:
-    """The trainer settings of a stage that follow from its global batch, the number of processes and the published lambda.
-
-    Raises:
-        RecipeError: If the processes cannot share the global batch evenly.
-    """
+    """The trainer settings of a stage that follow from its global batch, the number of processes, which must share it evenly, and the published lambda."""
     if stage.global_batch_size % num_processes:
         raise RecipeError(
             f"stages.{name}.global_batch_size: {stage.global_batch_size} rows cannot be shared evenly by {num_processes} processes"

@@ -51,11 +51,7 @@ def teacher(steps: RecipeSteps) -> tuple[PreTrainedModel, Any]:
 
 
 def llm_trainer(steps: RecipeSteps, stage: str) -> MaskedNextTokenTrainer | CaptionContrastiveTrainer:
-    """The trainer of a stage that tunes the LLM.
-
-    Raises:
-        RecipeError: If masked tokens are to be predicted by an LLM whose files have no language-modelling head.
-    """
+    """The trainer of a stage that tunes the LLM. RecipeError if masked tokens are to be predicted by an LLM without its language-modelling head."""
     args, (text, revision) = steps.arguments[stage], steps.llm_of(stage)
     rows, held_out = _rows(steps, stage, images=False), _held_out(steps, stage, images=False)
     loading: dict[str, Any] = {

@@ -24,18 +24,12 @@ ON_THE_FLY_TEXTS = 10_000
 class RecipeSteps:
     """The steps of a recipe on one or several processes: the preparation, and the stages. A step is named as its folder in `output_dir` is.
 
-    Args:
-        recipe: checked, as [`load_recipe`] gives it.
-
     Attributes:
-        recipe: the same.
+        recipe: checked, as [`load_recipe`] gives it.
         output_dir: absolute.
         processes: how many there are, and which of them this one is.
         precision: "float32", "bfloat16" or "float16".
-        arguments: stage -> its trainer config, for this machine and number of processes.
-
-    Raises:
-        RecipeError: If a stage's trainer refuses its settings.
+        arguments: stage -> its trainer config, for this machine and number of processes. RecipeError if a trainer refuses its settings.
     """
 
     def __init__(self, recipe: Recipe):

@@ -14,9 +14,8 @@ TEMPORARY_SUFFIX = ".tmp"
 
 
 def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Writes `tensors` to `path` so that the file is there as a whole or not at all, also after a power cut.
-
-    `metadata` should have one entry: safetensors orders several at random, and equal contents should have equal bytes.
+    """Writes `tensors` to `path` as a whole or not at all. `metadata` should have one entry: safetensors orders several at random, and equal contents should
+    have equal bytes.
     """
     write_file(path, save(tensors, metadata=metadata))
 
@@ -38,11 +37,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def writing(temporary: Path, path: Path) -> Iterator[BinaryIO]:
-    """A file to write at `temporary`, which is on the disk when the block ends, and gone if that fails.
-
-    Raises:
-        OSError: If the disk is full or the directory cannot be written; names `path`, which the file is to become.
-    """
+    """A file to write at `temporary`, which is on the disk when the block ends, and gone if that fails. OSError names `path`, which it is to become."""
     try:
         with open(temporary, "wb") as file:
             yield file

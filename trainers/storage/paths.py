@@ -5,11 +5,7 @@ from pathlib import Path
 
 
 def path_inside(folder: str | Path, name: str) -> Path:
-    """The path of the file or folder that data calls `name`, seen from `folder`. An absolute `name` has to lie inside `folder` too.
-
-    Raises:
-        ValueError: If the path leaves `folder`, by "..", an absolute path or a link, or `name` is not the name of a file.
-    """
+    """The path of the file or folder that data calls `name`, seen from `folder`. ValueError if it leaves `folder`, by "..", an absolute path or a link."""
     if "\0" in name:
         raise ValueError(f"{name!r:.80} is not the name of a file")
     path = Path(folder) / name

@@ -93,12 +93,8 @@ _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping
 
 
 def read_yaml(path: str | Path) -> Any:
-    """The value of a YAML file.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is no file (a folder, a named pipe), larger than `MAX_BYTES`, not encoded as UTF-8, or as for [`parse_yaml`]. Names
-            the file.
+    """The value of a YAML file. FileNotFoundError if there is none; ValueError if it is no file (a folder, a named pipe), larger than `MAX_BYTES`, not encoded
+    as UTF-8, or as for [`parse_yaml`].
     """
     if not Path(path).exists():
         raise FileNotFoundError(f"there is no file {path}")
@@ -116,11 +112,8 @@ def read_yaml(path: str | Path) -> Any:
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """The value of a YAML text.
-
-    Raises:
-        ValueError: If it is not YAML, gives a key twice or one that is not text, has an alias, or is nested more than `MAX_DEPTH` deep. Begins
-            with `where` and names the line.
+    """The value of a YAML text. ValueError begins with `where` and names the line if it is not YAML, gives a key twice or one that is not text, has an alias,
+    or is nested more than `MAX_DEPTH` deep.
     """
     try:
         return yaml.load(text, _Loader)
@@ -143,28 +136,19 @@ NOT_IN_FILE = BeforeValidator(_refuse)
 
 
 def build(kind: type[T], values: Any, where: str) -> T:
-    """The dataclass `kind` with the fields `values`, dataclasses in it too.
-
-    Args:
-        values: as [`read_yaml`] gives them.
-        where: what messages begin with, such as the file.
+    """The dataclass `kind` with the fields `values`, as [`read_yaml`] gives them, dataclasses in it too.
 
     Raises:
-        ValueError: If a key is unknown (proposes the nearest) or missing, a value is of another type, or a dataclass refuses its fields.
-            Names the key's path and what was found.
+        ValueError: Begins with `where`, such as the file, and names the key's path and what was found, if a key is unknown (proposes the nearest) or
+            missing, a value is of another type, or a dataclass refuses its fields.
     """
     # A dataclass by itself takes no configuration, but one in a list takes the list's.
     return _validate(list[kind], [values], where, kind, 1)[0]  # type: ignore[valid-type]
 
 
 def check_fields(kind: type, values: Mapping[str, Any], where: str, *, known: Iterable[str] = ()) -> None:
-    """Check that `values` has keys and types of the dataclass `kind`, without making one.
-
-    Args:
-        known: more names to propose for a key that is misspelled.
-
-    Raises:
-        ValueError: As [`build`].
+    """Check that `values` has keys and types of the dataclass `kind`, without making one. ValueError as [`build`]; `known` are more names to propose for a key
+    that is misspelled.
     """
     hints = typing.get_type_hints(kind)
     names = [field.name for field in fields(kind) if field.init]

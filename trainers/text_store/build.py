@@ -36,10 +36,8 @@ class BuildSummary:
     Attributes:
         num_texts: texts that it read, those of other processes left out.
         num_new: texts that it embedded and stored.
-        num_stored: texts that the store had already.
-        num_repeated: texts that had come earlier in the same call.
+        num_stored, num_repeated: texts that the store had already, and that had come earlier in the same call.
         num_truncated: texts among the new ones that were longer than the model reads.
-        seconds: duration.
     """
 
     num_texts: int = 0
@@ -161,11 +159,7 @@ def estimate(
     dtype: str,
     num_processes: int,
 ) -> str:
-    """A line that says what embedding `num_texts` will take, estimated from a sample.
-
-    Raises:
-        OSError: If the disk has no room for them; tells how much is there and how much is needed.
-    """
+    """A line that says what embedding `num_texts` will take, estimated from a sample. OSError if the disk has no room for them."""
     started = time.perf_counter()
     dim = [batch.embeddings.shape[1] for batch in encode(sample)][0]
     speed = len(sample) / (time.perf_counter() - started) * num_processes

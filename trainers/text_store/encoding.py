@@ -129,7 +129,8 @@ def load_encoder(
     dtype: ModelDtype = "stored",
     attn_implementation: str | None = None,
 ) -> tuple[torch.nn.Module, Any]:
-    """Loads a text model with its processor, ready for [`encode_texts`].
+    """Loads a text model with its processor, ready for [`encode_texts`]: `(model, processor)`, a `ProCLIPModel` with its `ProCLIPProcessor`, or another
+    model with its tokenizer.
 
     Args:
         name_or_path: folder or Hub name of a ProCLIP checkpoint, or of a CLIP or SigLIP.
@@ -137,13 +138,9 @@ def load_encoder(
         dtype: of the model; "stored": as its checkpoint has it, "auto": bfloat16 where the device multiplies it natively, else float32.
         attn_implementation: such as "sdpa", "eager" or "flash_attention_2"; by default the library's choice.
 
-    Returns:
-        `(model, processor)`: a `ProCLIPModel` with its `ProCLIPProcessor`, or another model with its tokenizer.
-
     Raises:
-        OSError: If nothing can be loaded from there.
+        OSError, ImportError: If nothing can be loaded from there, or the attention needs a package that is not installed.
         ValueError: If the model has no text side.
-        ImportError: If the attention needs a package that is not installed.
     """
     device = device or default_device()
     attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
@@ -209,11 +206,8 @@ def encoder_fingerprint(model: torch.nn.Module, processor: Any) -> dict[str, Any
 
 
 def tokenization_values(model: torch.nn.Module, processor: Any) -> dict[str, Any]:
-    """What makes tokens of a text, as JSON; of a ProCLIP also without its LLM.
-
-    Returns:
-        "prompt_template", "instruction", "max_length" (tokens), "tokenizer" (see [`tokenizer_values`]) and "tokens_sha256", of the tokens
-        of a few texts: what all of this, in the installed release of the libraries, makes of them.
+    """What makes tokens of a text, as JSON; of a ProCLIP also without its LLM: "prompt_template", "instruction", "max_length" (tokens), "tokenizer" (see
+    [`tokenizer_values`]) and "tokens_sha256", of the tokens that all of this, in the installed release of the libraries, makes of a few texts.
     """
     proclip = isinstance(model, ProCLIPModel)
     return {

@@ -10,11 +10,7 @@ from .layout import ADDED, PROVENANCE, warn_once
 
 
 def check_same_encoder(path: Path, settings: Mapping[str, Any], dtype: str, fingerprint: Mapping[str, Any]) -> None:
-    """Raises ValueError if the store at `path` was made by another encoder than the one with this `fingerprint`, or holds another dtype.
-
-    Args:
-        settings: "dtype" and "fingerprint" of the store.
-    """
+    """Raises ValueError if the store at `path` with these `settings` was made by another encoder than the one with this `fingerprint`, or holds another dtype."""
     there = {"dtype": settings["dtype"], **settings["fingerprint"]}
     check_fingerprint(
         f"the text store {path}",
@@ -25,14 +21,8 @@ def check_same_encoder(path: Path, settings: Mapping[str, Any], dtype: str, fing
 
 
 def check_fingerprint(name: str, there: Mapping[str, Any], here: Mapping[str, Any], remedy: str) -> None:
-    """Compares what a store was made by with what is expected `here`, field by field. Warns once of what cannot be compared.
-
-    Args:
-        name: name of the store, for messages.
-        remedy: what a refusal says beside what differs.
-
-    Raises:
-        ValueError: If they differ; names the fields with both values.
+    """Compares what the store `name` was made by with what is expected `here`, field by field. ValueError names the fields that differ, with both values and
+    the `remedy`. Warns once of what cannot be compared.
     """
     unknown = [field for field in ADDED if field in here and field not in there]
     compared = [field for field in {**there, **here} if field not in (*PROVENANCE, *unknown, "versions")]

@@ -55,11 +55,8 @@ class Index:
     checksum: str = ""
 
     def find(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Row and checksum of each of `keys (n, 2)`, -1 and 0 where it is missing: two arrays `(n,)` int64. Before a key is called missing for
-        the first time the whole index is compared with its checksum.
-
-        Raises:
-            DamagedFileError: If the index is damaged.
+        """Row and checksum of each of `keys (n, 2)`, -1 and 0 where it is missing: two arrays `(n,)` int64. Before a key is called missing for the first
+        time the whole index is compared with its checksum; DamagedFileError if that does not fit.
         """
         if self.file is not None:
             self.file.check_size()
@@ -90,9 +87,8 @@ class Index:
 
 
 def open_index(path: Path, shards: Sequence[EmbeddingShard]) -> Index:
-    """The index of the store at `path`, mapped from its file, which is made where there is none or it belongs to other shards.
-
-    In a directory that cannot be written the index is kept in memory, at 32 bytes a text.
+    """The index of the store at `path`, mapped from its file, which is made where there is none or it belongs to other shards. In a directory that cannot
+    be written the index is kept in memory, at 32 bytes a text.
     """
     digest = shards_digest(shards)
     try:

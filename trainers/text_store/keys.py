@@ -7,13 +7,8 @@ import numpy as np
 
 
 def text_keys(texts: Sequence[str]) -> np.ndarray:
-    """The 128-bit BLAKE2b hashes of `texts` in UTF-8, as two 64-bit integers each: `(num_texts, 2)` int64.
-
-    Among 100 million texts two share a key with a chance of about 1e-23.
-
-    Raises:
-        TypeError: If an item is not a string; names its position.
-        ValueError: If an item is no valid Unicode (a lone surrogate); names its position.
+    """The 128-bit BLAKE2b hashes of `texts` in UTF-8, as two 64-bit integers each: `(num_texts, 2)` int64. Among 100 million texts two share a key with a
+    chance of about 1e-23. TypeError and ValueError give the position of what is no string, or no valid Unicode (a lone surrogate).
     """
     digests = bytearray()
     for position, text in enumerate(texts):
@@ -32,14 +27,8 @@ def sort_order(keys: np.ndarray) -> np.ndarray:
 
 
 def find_keys(sorted_keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Positions of `wanted` in `sorted_keys`, -1 for those that are not there.
-
-    Args:
-        sorted_keys: `(2, num_keys)` int64: both halves of every key, each half contiguous, in the order of [`sort_order`].
-        wanted: `(num_wanted, 2)` int64.
-
-    Returns:
-        `(num_wanted,)` int64.
+    """Positions `(num_wanted,)` int64 of `wanted (num_wanted, 2)` in `sorted_keys`, -1 for those that are not there. `sorted_keys (2, num_keys)` has both
+    halves of every key, each half contiguous, in the order of [`sort_order`].
     """
     first, second = sorted_keys
     positions = np.searchsorted(first, wanted[:, 0])

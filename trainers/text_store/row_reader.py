@@ -35,15 +35,12 @@ class RowReader:
         return int(self._starts[-1])
 
     def read(self, rows: np.ndarray, keys: np.ndarray, checksums: np.ndarray) -> torch.Tensor:
-        """The embeddings of some rows, each compared with its checksum; in shards without checksums, by its key alone.
+        """The embeddings `(n, dim)` of some rows, each compared with its checksum; in shards without checksums, by its key alone.
 
         Args:
             rows: `(n,)`, counted over all shards.
             keys: of the texts that were asked for: `(n, 2)`.
             checksums: `(n,)` int64, see [`row_checksums`].
-
-        Returns:
-            `(n, dim)`.
 
         Raises:
             ValueError: If one is not; names the file that is damaged or was replaced, and the remedy.

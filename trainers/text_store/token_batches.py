@@ -17,12 +17,8 @@ def length_sorted_batches(
     max_texts: int | None = None,
     boundary: int | None = None,
 ) -> Iterator[list[int]]:
-    """Numbers of rows, the longest first, cut into batches.
-
-    Args:
-        token_budget: most padded tokens of a batch (texts times the longest of them); a single text may have more.
-        max_texts: most texts of a batch.
-        boundary: texts of more tokens than this and others share no batch.
+    """Numbers of rows, the longest first, cut into batches of at most `max_texts` texts and `token_budget` padded tokens (texts times the longest of
+    them; a single text may have more). Texts of more tokens than `boundary` and others share no batch.
     """
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]), reverse=True)
     while order:

@@ -33,8 +33,7 @@ class Verification:
 
     Attributes:
         num_shards, num_texts: that were read, damaged ones left out.
-        num_compared: texts that were embedded again.
-        smallest_cosine: the smallest cosine of their embeddings and the stored ones; None if none was compared.
+        num_compared, smallest_cosine: texts that were embedded again, and the smallest cosine of these embeddings and the stored ones.
         problems: one line each, with the remedy; none if the store is sound.
     """
 
@@ -57,15 +56,8 @@ def verify_store(
     """Reads all of the store at `path` and checks that embeddings and keys are those that were written, that every number is finite, that no text
     is there twice, and that the index has the place of each key. It changes nothing, except that a missing index is made.
 
-    Args:
-        path: the store's directory.
-        texts, model, processor: to embed some of `texts` again, which the store holds only hashes of, and compare.
-        num_compared: how many, spread over the first 100,000 of `texts`.
-        progress: whether to show a progress bar.
-
-    Raises:
-        FileNotFoundError: If there is no store.
-        ValueError: If its settings cannot be read, or it was made by another encoder than `model`.
+    With `texts`, `model` and `processor`, `num_compared` of the first 100,000 texts are embedded again and compared, as the store holds only their
+    hashes. FileNotFoundError if there is no store, ValueError if its settings cannot be read, or it was made by another encoder than `model`.
     """
     path, found = Path(path).absolute(), Verification()
     settings = read_settings(path)
