@@ -57,10 +57,8 @@ def check_bidirectional(text_model: nn.Module) -> None:
 
 
 def _check_layers(text_model: nn.Module, num_padding: int) -> torch.Tensor:
-    """Check all layers on texts with `num_padding` tokens of padding on the left.
-
-    Returns:
-        A text's states after the first layer, or the last ones where the layers are of a class of their own: `(num_tokens, hidden_size)`.
+    """Check all layers on texts with `num_padding` tokens of padding on the left. Returns a text's states after the first layer, or the last ones where the
+    layers are of a class of their own: `(num_tokens, hidden_size)`.
     """
     embeddings = text_model.get_input_embeddings().weight
     # Offloaded weights, which are on "meta", come in as they are needed.

@@ -6,14 +6,8 @@ import torch
 
 
 def check_finite(tensors: Mapping[str, torch.Tensor], what: str) -> None:
-    """Refuse tensors that hold NaN or infinity. Reads every floating-point tensor once, on its own device (about 4 GB/s on one CPU core).
-
-    Args:
-        tensors: name -> tensor of any shape and dtype; integers, booleans and tensors on the meta device always pass.
-        what: what they belong to, for the message: a file, or "the model" and what is being done with it.
-
-    Raises:
-        ValueError: Names the first tensor with such values and says how many there are.
+    """Refuse tensors that hold NaN or infinity; ValueError begins with `what` they belong to and names the first. Reads every floating-point tensor once, on
+    its own device (about 4 GB/s on one CPU core); integers, booleans and tensors on the meta device always pass.
     """
     bad = [name for name, tensor in tensors.items() if not is_finite(tensor)]
     if bad:

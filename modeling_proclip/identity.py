@@ -83,11 +83,7 @@ def llm_config_values(config: PreTrainedConfig) -> dict[str, Any]:
 def load_llm_config(
     name_or_path: str | os.PathLike, revision: str | None = None, **download_kwargs: Any
 ) -> PreTrainedConfig:
-    """The configuration of a decoder LLM, or of the decoder in a model of several parts.
-
-    Raises:
-        ValueError: If it can only be read by code that comes with it, which is not run.
-    """
+    """The configuration of a decoder LLM, or of the decoder in a model of several parts. ValueError if only code that comes with it can read it."""
     try:
         config = AutoConfig.from_pretrained(
             name_or_path, revision=revision or "main", trust_remote_code=False, **download_kwargs

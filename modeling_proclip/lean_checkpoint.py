@@ -31,10 +31,8 @@ def record_text_model(config: ProCLIPConfig, text_state: Mapping[str, torch.Tens
     Args:
         text_state (`dict[str, torch.Tensor]`): State dict of the LLM; empty if there is none. If it is offloaded to disk, what was
             recorded before stays, as nothing has changed it.
-        lean (`bool`): Whether the checkpoint will leave the LLM out.
-
-    Raises:
-        ValueError: If the LLM is left out although it has no name, or its name holds other weights or another configuration.
+        lean (`bool`): Whether the checkpoint will leave the LLM out. ValueError if that LLM has no name, or its name holds other weights or
+            another configuration.
     """
     name_or_path, revision = config.text_model_name_or_path, config.text_model_revision
     in_memory = bool(text_state) and all(tensor.device.type != "meta" for tensor in text_state.values())
@@ -82,12 +80,8 @@ def check_text_config(
     error_message: Any = None,
     **download_kwargs: Any,
 ) -> None:
-    """Raises ValueError if an LLM has another configuration than `config.text_config`, the one that the checkpoint records, which would give
-    other embeddings of the same weights; names the keys that differ.
-
-    Args:
-        text_model: Folder or Hub name of the LLM, or its configuration.
-        error_message: Makes the error's message of what differs.
+    """Raises ValueError if an LLM (folder, Hub name or configuration) has another configuration than `config.text_config`, the one that the checkpoint
+    records, which would give other embeddings of the same weights. `error_message` makes the error's message of what differs.
     """
     found, name = text_model, "the LLM given"
     if not isinstance(found, PreTrainedConfig):

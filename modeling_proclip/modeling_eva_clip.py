@@ -20,19 +20,11 @@ from .configuration_eva_clip import EvaCLIPVisionConfig
 def rotary_tables(
     grid: int, head_size: int, pretrained_grid: int, theta: float = 10000.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines of the patches' rotary angles, in two dimensions (EVA-02, arXiv 2303.11331, section 2).
+    """Cosines and sines of the patches' rotary angles, in two dimensions (EVA-02, arXiv 2303.11331, section 2): two `torch.Tensor` of shape
+    `(grid ** 2, head_size)`, float32, patches row by row.
 
     The first half of a head turns with the patch's row, the second with its column. Each has a frequency for every pair of neighbouring
-    channels.
-
-    Args:
-        grid (`int`): Patches a side.
-        head_size (`int`): Width of an attention head.
-        pretrained_grid (`int`): Patches a side that the frequencies were made for; positions of another grid are scaled to it.
-        theta (`float`): Base of the frequencies.
-
-    Returns:
-        Two `torch.Tensor` of shape `(grid ** 2, head_size)`, float32, patches row by row.
+    channels. The frequencies were made for `pretrained_grid` patches a side; positions of another grid are scaled to it.
     """
     size = head_size // 2
     frequencies = theta ** -(torch.arange(0, size, 2, dtype=torch.float32) / size)

@@ -244,14 +244,7 @@ def _clean(text: Any) -> str | list[str]:
 
 
 def to_rgb(images: Any, name: str = "images") -> Any:
-    """Images as [`decode_image`] decodes them, one or a list; arrays and tensors as they are.
-
-    Args:
-        name: what messages call `images`.
-
-    Raises:
-        ValueError: Naming the image, if it cannot be decoded.
-    """
+    """Images as [`decode_image`] decodes them, one or a list; arrays and tensors as they are. ValueError calls `images` by `name`."""
     if isinstance(images, (list, tuple)):
         if not images:
             raise ValueError(f"{name} is an empty list.")

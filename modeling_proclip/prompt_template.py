@@ -35,10 +35,8 @@ _PROBE = "a"  # a content of one token
 
 
 def choose_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The known template that the tokenizer's own chat template writes; none for an LLM without a chat template.
-
-    Raises:
-        ValueError: If the chat template does not accept one message of a user.
+    """The known template that the tokenizer's own chat template writes; none for an LLM without a chat template. ValueError if the chat template does not
+    accept one message of a user.
     """
     if tokenizer.chat_template is None:
         return NO_TEMPLATE

@@ -51,14 +51,7 @@ class TextAdapter(nn.Module):
             self.register_buffer("anchors", torch.zeros(self.num_anchors, size))
 
     def set_input_statistics(self, mean: torch.Tensor, std: torch.Tensor) -> None:
-        """Set what `adapter_input_norm="standardize"` subtracts and divides by; see `TextEmbeddingStore.statistics`.
-
-        Args:
-            mean, std (`torch.Tensor` of shape `(hidden_size,)`): Per dimension, over many LLM embeddings.
-
-        Raises:
-            ValueError: If the adapter does not standardise, on wrong shapes, or where a standard deviation is not positive.
-        """
+        """Set what `adapter_input_norm="standardize"` subtracts and divides by, `(hidden_size,)` each; see `TextEmbeddingStore.statistics`."""
         if self.input_norm != "standardize":
             raise ValueError(
                 f'Input statistics need adapter_input_norm="standardize"; this model has {self.input_norm!r}.'

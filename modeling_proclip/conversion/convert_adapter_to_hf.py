@@ -20,16 +20,8 @@ PREFIXES: dict[str, Literal["l2", "none"]] = {
 
 @dataclass(frozen=True)
 class Adapter:
-    """The text adapter that a checkpoint holds.
-
-    Attributes:
-        llm_size (`int`): Size d of the LLM's embeddings.
-        projection_dim (`int`): Size p of the shared space.
-        num_layers (`int`): Number of residual blocks.
-        expansion (`float`): Hidden size of a block over d.
-        input_norm (`"l2"` or `"none"`): Whether the LLM's embedding is divided by its length first.
-        output_bias (`bool`): Whether the last linear layer has a bias.
-        rules (`Rules`): Rules for its tensors.
+    """The text adapter that a checkpoint holds: size of the LLM's embeddings and of the shared space, number of residual blocks, hidden size of a block over
+    the LLM's size, whether the LLM's embedding is divided by its length first, and whether the last linear layer has a bias.
     """
 
     llm_size: int
@@ -42,11 +34,7 @@ class Adapter:
 
 
 def convert_adapter(tensors: Mapping[str, StoredTensor], input_norm: Literal["l2", "none"] | None) -> Adapter:
-    """Depth, sizes and expansion come from shapes, the input norm from the layout unless `input_norm` says it.
-
-    Raises:
-        ConversionError: If there is no adapter, or its parts do not fit together.
-    """
+    """Depth, sizes and expansion come from shapes, the input norm from the layout unless `input_norm` says it."""
     found = [prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in tensors)]
     if len(found) != 1:
         file = next(iter(tensors.values())).file

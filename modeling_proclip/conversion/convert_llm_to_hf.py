@@ -41,17 +41,11 @@ def is_llm(tensors: Mapping[str, StoredTensor]) -> bool:
 def convert_llm(
     folder: Path, tensors: Mapping[str, StoredTensor], lora_adapters: Iterable[Path]
 ) -> tuple[PreTrainedConfig, dict[str, StoredTensor], Rules, list[str]]:
-    """Args:
-        folder: The LLM's folder, with its config.json.
-        tensors: Its tensors.
-        lora_adapters: Folders of PEFT adapters, in the order of merging.
+    """The LLM in `folder`, with the PEFT adapters in the folders `lora_adapters` merged in this order.
 
     Returns:
         The configuration, which says `is_causal: false` and names no remote code; all tensors, the adapters' included; the rules of the
         base model's tensors; and the published names that are not needed.
-
-    Raises:
-        ConversionError: If the weights do not fit the configuration, or an adapter is more than plain LoRA.
     """
     values = read_config(folder / "config.json")
     prefix = "model." if f"model.{EMBEDDINGS}" in tensors else ""

@@ -54,12 +54,7 @@ def convert_openai_vit(tensors: Mapping[str, StoredTensor], options: Options) ->
 
 
 def convert_hub_vit(tensors: Mapping[str, StoredTensor], options: Options, hidden_act: str | None) -> Tower:
-    """The tower of LLM2CLIP's Hub folders, which is Transformers' CLIP already.
-
-    Args:
-        tensors, options: As for [`convert_openai_vit`].
-        hidden_act: The activation that the folder's config.json names, if it has one.
-    """
+    """The tower of LLM2CLIP's Hub folders, which is Transformers' CLIP already, with the activation that the folder's config.json names, if it has one."""
     # Transformers 4 has one `vision_model.` more where the tower was a model of its own.
     theirs = (
         "vision_model.vision_model."

@@ -19,11 +19,7 @@ _MAX_COUNTS = {
 
 
 def read_json(file: Path, kind: type | tuple[type, ...] = dict) -> Any:
-    """What a JSON file holds: an object, or a list with `kind=list`.
-
-    Raises:
-        ConversionError: If there is no such file, or it holds anything else, is nested too deeply or is larger than 100 MiB.
-    """
+    """What a JSON file holds: an object, or a list with `kind=list`. ConversionError if it is nested too deeply or larger than 100 MiB."""
     try:
         if file.exists() and not file.is_file():  # reading a named pipe would wait for ever
             raise ValueError("it is no file")
@@ -43,11 +39,7 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def check_numbers(settings: dict[str, Any], file: Path) -> dict[str, Any]:
-    """Refuse settings that name a billion layers or pixels: what is built from them would take all memory.
-
-    Raises:
-        ConversionError: Naming the file and the key.
-    """
+    """Refuse settings that name a billion layers or pixels: what is built from them would take all memory."""
     for key, value in settings.items():
         if isinstance(value, dict):
             check_numbers(value, file)

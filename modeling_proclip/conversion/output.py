@@ -41,10 +41,7 @@ def new_folder(output: Path) -> Iterator[Path]:
     """A folder to write in, which becomes `output` when the block ends, and is removed where anything raises.
 
     A new `output` appears by renaming, complete. One that is there and empty may be a mount point, the current folder or behind a link, which
-    renaming cannot replace: it is filled, config.json last, without which nothing takes it for a checkpoint.
-
-    Raises:
-        ConversionError: If `output` is there and is no empty folder.
+    renaming cannot replace: it is filled, config.json last, without which nothing takes it for a checkpoint. Any other is refused.
     """
     output = output.resolve()
     parent, prefix = (output if output.is_dir() else output.parent), f".{output.name}.partial-"

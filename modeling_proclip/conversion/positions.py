@@ -9,17 +9,8 @@ from torch.nn import functional as F
 def resize_positions(
     positions: torch.Tensor, grid: int, *, leading: int, align_corners: bool = False, antialias: bool = False
 ) -> torch.Tensor:
-    """Position embeddings for another grid, by bicubic interpolation.
-
-    Args:
-        positions (`torch.Tensor` of shape `(leading + old_grid ** 2, width)`): Patches row by row.
-        grid (`int`): Patches a side that are wanted.
-        leading (`int`): Positions in front that belong to no patch, such as the class token's.
-        align_corners (`bool`): `True` in the published code for OpenAI's layout, `False` for EVA's.
-        antialias (`bool`): `True` in timm, which SigLIP2's tower comes from.
-
-    Returns:
-        `torch.Tensor` of shape `(leading + grid ** 2, width)`, in the dtype of `positions`.
+    """Position embeddings `(leading + old_grid ** 2, width)`, patches row by row, for `grid` patches a side, by bicubic interpolation; the first `leading`
+    belong to no patch. The published code has `align_corners` for OpenAI's layout and not for EVA's; timm, which SigLIP2's tower comes from, `antialias`.
     """
     front, patches = positions[:leading], positions[leading:]
     side = round(len(patches) ** 0.5)

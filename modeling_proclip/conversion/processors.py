@@ -26,11 +26,8 @@ class TextModel:
 
 
 def vision_processor_for(config: PreTrainedConfig, name_or_path: str | os.PathLike | None) -> Any:
-    """The image processor of a tower: the one named, or CLIP's mean and deviation with resizing and centre crop for OpenAI's and EVA's towers,
-    and SigLIP2's own (mean and deviation 0.5, both sides resized, bilinear).
-
-    Raises:
-        ConversionError: If the one named cannot be loaded, or makes images of another size.
+    """The image processor of a tower: the one named, or CLIP's mean and deviation with resizing and centre crop for OpenAI's and EVA's towers, and SigLIP2's
+    own (mean and deviation 0.5, both sides resized, bilinear).
     """
     size = config.image_size
     if name_or_path is None:
@@ -51,11 +48,7 @@ def vision_processor_for(config: PreTrainedConfig, name_or_path: str | os.PathLi
 
 
 def load_text_model(name_or_path: str | os.PathLike, revision: str | None, llm_size: int) -> TextModel:
-    """Read the config and the tokenizer of an LLM and hash its weights; the model itself is not loaded.
-
-    Raises:
-        ConversionError: If they cannot be read, or its embeddings are not of `llm_size`.
-    """
+    """Read the config and the tokenizer of an LLM, whose embeddings must be of `llm_size`, and hash its weights; the model itself is not loaded."""
     local = os.path.isdir(name_or_path)
     if local and revision is not None:
         raise ConversionError(
@@ -85,11 +78,7 @@ def load_text_model(name_or_path: str | os.PathLike, revision: str | None, llm_s
 
 
 def make_processor(image_processor: Any, tokenizer: Any, prompt_template: str | None) -> Any:
-    """A [`ProCLIPProcessor`], or the image processor alone where no LLM is named.
-
-    Raises:
-        ConversionError: If the tokenizer or the template does not do.
-    """
+    """A [`ProCLIPProcessor`], or the image processor alone where no LLM is named."""
     if tokenizer is None:
         if prompt_template is not None:
             raise ConversionError("prompt_template is for the tokenizer of an LLM: name the LLM with text_model.")

@@ -17,12 +17,7 @@ MAX_LISTED = 40  # names in one error message
 
 @dataclass(frozen=True)
 class Rule:
-    """One tensor of ours: `transform` of the published tensors `sources`.
-
-    Attributes:
-        sources (`tuple[str, ...]`): Published names.
-        transform (`Callable`): From their tensors to ours; it must also work on meta tensors.
-    """
+    """One tensor of ours: `transform` of the published tensors `sources`. It must also work on meta tensors."""
 
     sources: tuple[str, ...]
     transform: Callable[..., torch.Tensor] = lambda tensor: tensor
@@ -36,13 +31,12 @@ class Tower:
     """The vision tower that a checkpoint holds.
 
     Attributes:
-        title (`str`): What it is, for people.
-        config (`PreTrainedConfig`): Configuration of the tower in Transformers.
-        rules (`Rules`): Rules for its tensors and its projection, under the names of `ProCLIPModel`.
-        projection_dim (`int`, *optional*): Size of the projection, `None` for a tower without one.
-        projection_bias (`bool`): Whether the projection has a bias.
-        ignored (`tuple[str, ...]`): Regular expressions of published names that are expected and not needed.
-        notes (`list[str]`): Remarks for the user.
+        title: What it is, for people.
+        config: Configuration of the tower in Transformers.
+        rules: Rules for its tensors and its projection, under the names of `ProCLIPModel`.
+        projection_dim: Size of the projection, `None` for a tower without one.
+        ignored: Regular expressions of published names that are expected and not needed.
+        notes: Remarks for the user.
     """
 
     title: str
@@ -87,11 +81,8 @@ def count_layers(names: Iterable[str], prefix: str) -> int:
 
 @dataclass(frozen=True)
 class ViTSizes:
-    """Sizes of a ViT, as its tensors' shapes and the options tell.
-
-    Attributes:
-        config_values (`dict[str, int]`): Those that a configuration of Transformers has, by their keys there.
-        grid, stored_grid (`int`): Patches a side of the result, and of the checkpoint.
+    """Sizes of a ViT, as its tensors' shapes and the options tell: those of its configuration, by their keys there, and the patches a side of the result and
+    of the checkpoint.
     """
 
     config_values: dict[str, int]
@@ -111,7 +102,7 @@ def vit_sizes(
     mlp: str,
     head_width: int,
 ) -> ViTSizes:
-    """The sizes of the ViT that a checkpoint holds.
+    """The sizes of the ViT with square images that a checkpoint holds.
 
     Args:
         patches, positions: Names of the patch embedding's kernel and of the position embeddings.
@@ -119,10 +110,6 @@ def vit_sizes(
         leading: Positions in front that belong to no patch, such as the class token's.
         layers: What the names of the layers begin with, before their number.
         mlp: Name within a layer of the first weight of its MLP.
-        head_width: Channels of an attention head.
-
-    Raises:
-        ConversionError: If the shapes fit no ViT with square images.
     """
     width, channels, stored_patch_size, _ = shape_of(tensors, patches, 4)
     count = shape_of(tensors, positions, positions_dims)[-2] - leading
@@ -172,13 +159,8 @@ def chunk(index: int, chunks: int) -> Callable[[torch.Tensor], torch.Tensor]:
 def check(
     rules: Rules, tensors: Mapping[str, StoredTensor], shapes: Mapping[str, tuple[int, ...]], ignored: Iterable[str]
 ) -> list[str]:
-    """Prove that `rules` make every tensor of a model with the given `shapes` out of `tensors`, each used, before anything is read.
-
-    Returns:
-        The published names that are left over and expected to be.
-
-    Raises:
-        ConversionError: With the list of what is missing, of the wrong shape, or unused.
+    """Prove that `rules` make every tensor of a model with the given `shapes` out of `tensors`, each used, before anything is read. Returns the published
+    names that are left over and expected to be; ConversionError lists what is missing, of the wrong shape, or unused.
     """
     used = {name for rule in rules.values() for name in rule.sources}
     problems = []

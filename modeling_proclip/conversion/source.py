@@ -19,9 +19,6 @@ FOLDER_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "py
 def find_source(source: str | os.PathLike, revision: str | None) -> Path:
     """The file or folder that `source` names: a path, or `owner/name`, `owner/name/file.pt` or `owner/name/folder` on the Hub. A folder without
     weights under their usual names stands for the one file of weights in it.
-
-    Raises:
-        ConversionError: If it is neither here nor there, or holds several such files.
     """
     path = Path(source)
     if path.exists() and revision is not None:

@@ -27,14 +27,7 @@ INDEXES = {"model.safetensors.index.json": "model.safetensors", "pytorch_model.b
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a checkpoint, not read yet.
-
-    Attributes:
-        file (`Path`): The file that holds it.
-        name (`str`): Its name in that file.
-        shape (`tuple[int, ...]`), dtype (`torch.dtype`): As the file states them.
-        load (`Callable[[], torch.Tensor]`): Maps it into memory.
-    """
+    """One tensor of a checkpoint, not read yet: its file and name, what the file states of it, and `load`, which maps it into memory."""
 
     file: Path
     name: str
@@ -43,11 +36,7 @@ class StoredTensor:
     load: Callable[[], torch.Tensor]
 
     def read(self) -> torch.Tensor:
-        """The tensor, mapped from the file: its bytes are read when they are used.
-
-        Raises:
-            ConversionError: If it is not what the file states, or holds NaN or infinity.
-        """
+        """The tensor, mapped from the file: its bytes are read when they are used. ConversionError if it is not what the file states, or not finite."""
         try:
             tensor = self.load()
             finite = is_finite(tensor)
@@ -64,11 +53,8 @@ class StoredTensor:
 
 def read_tensors(source: Path) -> dict[str, StoredTensor]:
     """The tensors of a file (`.pt`, `.bin`, `.safetensors`) or of a folder that holds `model.safetensors` or `pytorch_model.bin`, in shards
-    or not. Bare state dicts, `{"state_dict": ...}`, `{"module": ...}` and a `module.` in front of every name are unwrapped.
-
-    Raises:
-        ConversionError: If there is nothing to read, a file is damaged, or a pickle needs more than tensors and plain containers. Nothing of
-            such a pickle is run.
+    or not. Bare state dicts, `{"state_dict": ...}`, `{"module": ...}` and a `module.` in front of every name are unwrapped. Nothing of a pickle that
+    needs more than tensors and plain containers is run.
     """
     tensors: dict[str, StoredTensor] = {}
     for file in _weight_files(source) if source.is_dir() else [source]:
