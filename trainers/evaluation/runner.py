@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 from accelerate import PartialState
-from filelock import FileLock, Timeout
 
 from hub_cards.scrubbing import scrub
 from trainers.evaluation.data.manifest import Manifest
@@ -22,6 +21,7 @@ from trainers.evaluation.scoring.embedding import embed_images, embed_texts, emb
 from trainers.evaluation.scoring.encoders import Encoder
 from trainers.evaluation.scoring.feature_cache import FeatureCache
 from trainers.evaluation.scoring.tasks import Outcome, Task, prepare_task
+from trainers.storage.locks import only_writer
 
 from .comparison import score_cka, write_examples
 from .results import Results
@@ -92,7 +92,8 @@ def evaluate(
     with ExitStack() as stack:
         if state.is_main_process:
             for folder in dict.fromkeys((output_dir, cache_dir)):
-                stack.callback(_lock(folder).release)
+                refusal = f"another evaluation is writing to {folder}: wait for it, or choose another directory"
+                stack.enter_context(only_writer(folder, refusal))
         state.wait_for_everyone()
         folders = [output_dir, output_dir / "baseline", *also_folders(output_dir, names[2:])]
         runs = [
@@ -279,15 +280,3 @@ def _check_sources(sources: Mapping[str, str], manifests: Sequence[Manifest]) ->
             raise ValueError(
                 f"--source names {name!r}, which is no benchmark of this suite: it has {', '.join(m.name for m in manifests)}"
             )
-
-
-def _lock(folder: Path) -> FileLock:
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise ValueError(
-            f"another evaluation is writing to {folder}: wait for it, or choose another directory"
-        ) from error
-    return lock

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from rich.console import Console
 from transformers import AutoTokenizer, CLIPModel, CLIPProcessor, Trainer, set_seed
 
@@ -31,6 +30,7 @@ from trainers.openmoji.images import LANGUAGES
 from trainers.openmoji.task import SIZES, ImageDataset, make_task
 from trainers.storage.files import write_file
 from trainers.storage.folders import replacing_folder
+from trainers.storage.locks import only_writer
 from trainers.text_store.store import TextEmbeddingStore
 
 from .evaluate import embed_images, rank_images, score
@@ -70,14 +70,10 @@ def quickstart(output_dir: Path, size: str = "full", seed: int = 0, llm: str = "
     if llm not in LANGUAGE_MODELS:
         raise ValueError(f"llm must be one of {', '.join(LANGUAGE_MODELS)}, got {llm!r}")
     output_dir = output_dir.resolve()
-    output_dir.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(output_dir / ".lock", timeout=0):
-            return Quickstart(output_dir, size, seed, llm).run()
-    except Timeout as error:
-        raise ValueError(
-            f"another quickstart is writing to {output_dir}: wait for it, or choose another --output-dir"
-        ) from error
+    with only_writer(
+        output_dir, f"another quickstart is writing to {output_dir}: wait for it, or choose another --output-dir"
+    ):
+        return Quickstart(output_dir, size, seed, llm).run()
 
 
 class Quickstart:

@@ -18,22 +18,23 @@ import logging
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from filelock import FileLock, Timeout
 from transformers import AutoTokenizer, Trainer, set_seed
 
 from hub_cards import model_card
 from modeling_proclip import ProCLIPModel, ProCLIPProcessor
 from trainers.data.pairs import iter_texts
+from trainers.data.text_files import TextSource
 from trainers.display.training import training_table
 from trainers.storage.files import write_file
 from trainers.storage.folders import partial_folder, put_folder_in_place, replacing_folder
+from trainers.storage.locks import only_writer
 from trainers.storage.versions import installed_versions
 from trainers.text_store.store import TextEmbeddingStore
 
@@ -134,10 +135,17 @@ class Curriculum(RecipeProgress):
             "data.eval": None if held_out is None else describe_data(held_out, images=False),
         }
 
+    def _captions(self, which: str) -> Iterator[str]:
+        """The texts of a store."""
+        reader = "teacher_text" if which == "teacher" else "text"
+        for field in self.text_sources(which):
+            texts = iter_texts(getattr(self.recipe.data, field), reader)
+            yield from islice(texts, ON_THE_FLY_TEXTS) if self.samples(which) and field != "eval" else texts
+
     def _build_store(self, which: str, model: torch.nn.Module, processor: Any) -> None:
         """Every process embeds its share of the texts."""
         TextEmbeddingStore.build(
-            _Captions(self, which),
+            TextSource(f"data of {which}", lambda: self._captions(which), self.expected_texts(which)),
             model.to(self.processes.device),
             processor,
             self.store_path(which),
@@ -277,41 +285,11 @@ class Curriculum(RecipeProgress):
             work()
         self.processes.wait_for_everyone()
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _locked(self) -> AbstractContextManager:
         if not self.processes.is_main_process:
-            yield
-            return
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.output_dir / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise RecipeError(
-                f"another run is writing to {self.output_dir}: wait for it, or give this recipe another output_dir"
-            ) from error
-        try:
-            yield
-        finally:
-            lock.release()
-
-
-class _Captions:
-    """The texts of a store, with an estimate of their number."""
-
-    def __init__(self, progress: RecipeProgress, which: str):
-        self.progress, self.which = progress, which
-
-    def __iter__(self) -> Iterator[str]:
-        reader = "teacher_text" if self.which == "teacher" else "text"
-        for field in self.progress.text_sources(self.which):
-            texts = iter_texts(getattr(self.progress.recipe.data, field), reader)
-            sampled = self.progress.samples(self.which) and field != "eval"
-            yield from islice(texts, ON_THE_FLY_TEXTS) if sampled else texts
-
-    def __length_hint__(self) -> int:
-        expected = self.progress.expected_texts(self.which)
-        return NotImplemented if expected is None else expected
+            return nullcontext()
+        refusal = f"another run is writing to {self.output_dir}: wait for it, or give this recipe another output_dir"
+        return only_writer(self.output_dir, refusal, error=RecipeError)
 
 
 def versions() -> dict[str, str]:

@@ -15,10 +15,11 @@ from transformers import BatchFeature
 from modeling_proclip.images import BrokenImage, decode_image
 from trainers.display.progress import Progress
 from trainers.evaluation.scoring.encoders import Encoder, join_images
+from trainers.storage.locks import only_writer
 
 from .folder import Folder, ImageFile
 from .image_facts import caption_of, checksum, date_taken, thumbnail
-from .table import SETTINGS_FILE, ImageIndex, any_of, check_place, only_writer
+from .table import LOCK_FILE, SETTINGS_FILE, ImageIndex, any_of, check_place
 
 
 # Images of a step that is on the disk as a whole: what a killed run can lose.
@@ -76,7 +77,8 @@ def index_folder(
     """
     folder = Folder(folder).root.resolve()
     check_place(path)
-    with only_writer(path):
+    refusal = f"{path} is being written by another process: wait until it has finished, then repeat the command"
+    with only_writer(path, refusal, file=LOCK_FILE):
         if (path / SETTINGS_FILE).exists():
             index = ImageIndex(path, to_write=True)
             if index.folder != folder:

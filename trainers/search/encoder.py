@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-import torch
-
+from trainers.compute.dtypes import default_device
 from trainers.evaluation.scoring.encoders import Encoder
 
 from .table import SETTINGS_FILE, ImageIndex
@@ -25,4 +24,4 @@ def load_encoder(index: Path, model: str | None, device: str | None) -> tuple[En
         if Path(model).is_absolute() and not Path(model).is_dir():
             raise FileNotFoundError(f"the model that made {index} is no longer at {model}: say where it is by --model")
     name = str(Path(model).resolve()) if Path(model).is_dir() else model
-    return Encoder.load(model, device or ("cuda" if torch.cuda.is_available() else "cpu")), name
+    return Encoder.load(model, device or default_device()), name

@@ -7,14 +7,12 @@ photos.index/
 """
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lancedb
 import pyarrow as pa
-from filelock import FileLock, Timeout
 
 from trainers.storage.files import TEMPORARY_SUFFIX, write_file
 
@@ -148,20 +146,3 @@ def check_place(path: Path) -> None:
         file.name not in (LOCK_FILE, SETTINGS_FILE + TEMPORARY_SUFFIX) for file in path.iterdir()
     ):
         raise FileExistsError(f"{path} is a file or holds other files: name a folder that is new, empty, or an index")
-
-
-@contextmanager
-def only_writer(path: Path) -> Iterator[None]:
-    """Nobody else writes the index at `path` until the block ends, or its process does.
-
-    Raises:
-        ValueError: If somebody else is writing it.
-    """
-    path.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(path / LOCK_FILE, timeout=0):
-            yield
-    except Timeout as error:
-        raise ValueError(
-            f"{path} is being written by another process: wait until it has finished, then repeat the command"
-        ) from error

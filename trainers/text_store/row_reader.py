@@ -2,9 +2,8 @@
 
 import os
 import resource
-import threading
-from collections import OrderedDict
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +28,9 @@ class RowReader:
         self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])  # first row of each shard, and the end
         self._offsets = np.array([shard.offset("embeds") for shard in shards], dtype=np.int64)  # in the files
         self._checked = np.array([shard.has_checksums for shard in shards], dtype=bool)
-        self._files = _OpenFiles(shards)
+        # The most recently used files are open, of which a process may have a limited number. One is closed when nobody reads it any more.
+        most = min(max(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2, 1), 4096)
+        self._open = lru_cache(most)(lambda number: _OpenFile(shards[number].path))
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -52,16 +53,14 @@ class RowReader:
         shards = np.searchsorted(self._starts, rows[order], side="right") - 1
         inside = rows[order] - self._starts[shards]
         offsets = self._offsets[shards] + inside * size
-        number, file = -1, None
         for position, shard, offset in zip(order.tolist(), shards.tolist(), offsets.tolist(), strict=True):
-            if file is None or shard != number:
-                number, file = shard, self._files.open(shard)
+            file = self._open(shard)
             if os.preadv(file.descriptor, [memory[position * size : (position + 1) * size]], offset) != size:
                 raise self.shards[shard].damaged("it has become shorter since it was opened")
         sound = (row_checksums(result, keys) == checksums)[order]
         for i in np.flatnonzero(~self._checked[shards]).tolist():
             shard = self.shards[shards[i]]
-            file = self._files.open(int(shards[i]))
+            file = self._open(int(shards[i]))
             found = os.pread(file.descriptor, 16, shard.offset("keys") + 16 * int(inside[i]))
             sound[i] = found == keys[order[i]].tobytes()
         if not sound.all():
@@ -80,32 +79,10 @@ class RowReader:
                 f"{shard.path} was replaced by another file while the store was open. Open the store again"
             )
         found = now.read("keys", row, row + 1).numpy()
-        if (found[0] == key).all() and now.has_checksums and not now.is_sound(row):
-            return shard.damaged(f"the embedding in row {row:,} is not what was written there")
         index = shard.path.with_name("index.safetensors")
+        if ((found[0] == key).all() and now.has_checksums and not now.is_sound(row)) or not index.exists():
+            return shard.wrong_row(row)
         return DamagedFileError(index, f"what it says of row {row:,} of {shard.path.name} is wrong", INDEX_REMEDY)
-
-
-class _OpenFiles:
-    """Open files of shards, the most recently used of them: a process may have a limited number. One is closed when nobody reads it any more."""
-
-    def __init__(self, shards: Sequence[EmbeddingShard]):
-        self._shards = shards
-        self._files: OrderedDict[int, _OpenFile] = OrderedDict()
-        self._most = min(max(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2, 1), 4096)
-        self._lock = threading.Lock()
-
-    def open(self, number: int) -> "_OpenFile":
-        """The file of the shard with this number."""
-        with self._lock:
-            file = self._files.get(number)
-            if file is None:
-                file = self._files[number] = _OpenFile(self._shards[number].path)
-                if len(self._files) > self._most:
-                    self._files.popitem(last=False)
-            else:
-                self._files.move_to_end(number)
-            return file
 
 
 class _OpenFile:

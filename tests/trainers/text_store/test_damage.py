@@ -17,6 +17,7 @@ from tests.trainers.tiny_encoders import make_texts
 from trainers.data import TextEmbeddingStore
 from trainers.storage.embedding_shard import blake2b
 from trainers.storage.mapped_safetensors import DamagedFileError
+from trainers.text_store import row_reader
 from trainers.text_store.layout import warn_once
 
 
@@ -203,12 +204,12 @@ def test_a_file_that_is_overwritten_in_place_under_a_reader(path):
         reader.lookup(TEXTS)
 
 
-def test_many_threads_over_many_shards(encoder, tmp_path):
+def test_many_threads_over_many_shards(encoder, tmp_path, monkeypatch):
     """More shards than may be open, and threads that want different ones."""
     texts = make_texts(400)
     encoder.build(texts, tmp_path, shard_size=2)
+    monkeypatch.setattr(row_reader.resource, "getrlimit", lambda kind: (6, 6))
     store = TextEmbeddingStore(tmp_path)
-    store._reader._files._most = 3
     right, failed = torch.stack([fake_embedding(text) for text in texts]), []
 
     def read(seed):

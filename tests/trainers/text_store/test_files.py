@@ -17,6 +17,7 @@ from trainers.data import TextEmbeddingStore
 from trainers.storage.mapped_safetensors import MappedSafetensors
 from trainers.text_store import build as store_build
 from trainers.text_store import index as store_index
+from trainers.text_store import row_reader
 from trainers.text_store import store as text_store
 from trainers.text_store.keys import text_keys
 
@@ -154,13 +155,13 @@ def test_memory_does_not_grow_with_what_was_looked_up(monkeypatch, tmp_path):
     assert grown < 24_000, f"{grown} kB; a block of statistics takes 64 MiB and is gone again"
 
 
-def test_a_process_may_have_few_open_files(encoder, tmp_path):
+def test_a_process_may_have_few_open_files(encoder, tmp_path, monkeypatch):
     texts = make_texts(300)
     encoder.build(texts, tmp_path, shard_size=2)
+    monkeypatch.setattr(row_reader.resource, "getrlimit", lambda kind: (6, 6))
     store = TextEmbeddingStore(tmp_path)
-    store._reader._files._most = 3
     assert torch.equal(store.lookup(texts[::-1]), torch.stack([fake_embedding(text) for text in texts[::-1]]))
-    assert len(store._reader._files._files) == 3
+    assert store._reader._open.cache_info().currsize == 3
 
 
 def test_a_shard_that_becomes_shorter_while_it_is_used_is_named(encoder, tmp_path):

@@ -18,6 +18,7 @@ import torch
 from trainers.storage.embedding_shard import EmbeddingShard, shard_content
 from trainers.storage.files import TEMPORARY_SUFFIX, write_file
 from trainers.text_store.keys import find_keys, sort_order
+from trainers.text_store.row_reader import RowReader
 
 
 # Rows in a shard: what a killed process loses at most.
@@ -65,12 +66,12 @@ class FeatureCache:
                 shard = self._shards[file.name] = EmbeddingShard(file, "float32", None, _REMEDY, self._hash)
                 if not shard.has_checksums:
                     raise shard.damaged("it has no checksums")
-        self._order = list(self._shards.values())
-        sizes = [shard.num_rows for shard in self._order]
-        self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int64)
-        keys = np.concatenate([np.empty((0, 2), np.int64), *(shard.read_keys() for shard in self._order)])
+        shards = list(self._shards.values())
+        self._reader = RowReader(shards, shards[0].dim if shards else 0, torch.float32)
+        keys = np.concatenate([np.empty((0, 2), np.int64), *(shard.read_keys() for shard in shards)])
+        checksums = [np.empty(0, np.int64), *(shard.read("checksums").numpy() for shard in shards)]
         self._rows = sort_order(keys)
-        self._keys = np.ascontiguousarray(keys[self._rows].T)
+        self._keys, self._checksums = np.ascontiguousarray(keys[self._rows].T), np.concatenate(checksums)
 
     def missing(self, keys: np.ndarray) -> np.ndarray:
         """Places in `keys (N, 2)` of those that are not in the cache, of equal ones the first: sorted `(M,)` int64."""
@@ -95,15 +96,7 @@ class FeatureCache:
         rows = self._rows[places]
         for start in range(0, len(rows), size):
             some = rows[start : start + size]
-            shards = np.searchsorted(self._starts, some, side="right") - 1
-            block: torch.Tensor | None = None
-            for number in np.unique(shards):
-                inside = np.flatnonzero(shards == number)
-                found = self._order[number].rows(some[inside] - self._starts[number], keys[start + inside])
-                if block is None:
-                    block = torch.empty(len(some), found.shape[1])
-                block[torch.from_numpy(inside)] = found
-            yield block
+            yield self._reader.read(some, keys[start : start + size], self._checksums[some])
 
 
 class ShardWriter:
