@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from .options import print_facts
+
 
 def convert(
     source: Annotated[
@@ -56,10 +58,6 @@ def convert(
     Sizes are read from the tensors' shapes. Nothing in the file is run: a pickle that needs more than tensors is refused. Costs one pass
     over the file, and memory for the file and one tensor.
     """
-    from rich.console import Console
-    from rich.table import Column, Table
-    from rich.text import Text
-
     from modeling_proclip import convert as run
 
     report = run(
@@ -87,8 +85,5 @@ def convert(
     ]
     if report.ignored:
         rows.append(("not needed", f"{len(report.ignored)} tensors, such as {report.ignored[0]}"))
-    table = Table("found", Column(Text(str(report.source))))
-    for name, value in [*rows, *(("note", note) for note in report.notes)]:
-        table.add_row(Text(name), Text(value))  # not markup: names come from the file
-    Console().print(table)
+    print_facts("found", report.source, [*rows, *(("note", note) for note in report.notes)])
     typer.echo(f"{verb} {report.output}")

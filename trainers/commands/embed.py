@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from .options import ATTENTION, DEVICE, TOKEN_BUDGET
+
 
 def embed(
     texts: Annotated[
@@ -34,10 +36,7 @@ def embed(
     dtype: Annotated[
         Literal["float32", "float16", "bfloat16"], typer.Option(help="dtype of the stored embeddings.")
     ] = "float32",
-    token_budget: Annotated[
-        int | None,
-        typer.Option(min=1, help="Padded tokens in a batch. Default: 1,000 on the CPU, 16,384 on a GPU."),
-    ] = None,
+    token_budget: TOKEN_BUDGET = None,
     shard_size: Annotated[
         int,
         typer.Option(
@@ -45,17 +44,12 @@ def embed(
             help="Texts in a shard, which is also the most that a killed run loses. Use 65536 for tens of millions of texts.",
         ),
     ] = 8192,
-    device: Annotated[
-        str | None, typer.Option(help="Such as cpu or cuda:1. Default: the GPU if there is one.")
-    ] = None,
+    device: DEVICE = None,
     model_dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16", "stored"],
         typer.Option(help="Of the model. auto: bfloat16 where the device multiplies it natively, else float32."),
     ] = "stored",
-    attn_implementation: Annotated[
-        str | None,
-        typer.Option(help="Such as sdpa, eager or flash_attention_2. Texts are packed on a GPU with any of them."),
-    ] = None,
+    attn_implementation: ATTENTION = None,
     compile_layers: Annotated[
         bool | None,
         typer.Option(

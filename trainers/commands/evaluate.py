@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from .options import ATTENTION, DEVICE, TOKEN_BUDGET
+
 
 def evaluate(
     model: Annotated[str, typer.Argument(help="Folder or Hub name of a ProCLIP, CLIP, SigLIP or similar model.")],
@@ -49,7 +51,7 @@ def evaluate(
         int | None,
         typer.Option(min=2, help="Draw only this many rows of every benchmark; results are marked as partial."),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda. Default: the GPU if there is one.")] = None,
+    device: DEVICE = None,
     model_dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16", "stored"],
         typer.Option(
@@ -58,15 +60,9 @@ def evaluate(
             help="Of the models. auto: bfloat16 where the device multiplies it natively, else float32. stored: as each part was saved.",
         ),
     ] = "float32",
-    attn_implementation: Annotated[
-        str | None,
-        typer.Option(help="Such as sdpa, eager or flash_attention_2. Texts are packed on a GPU with any of them."),
-    ] = None,
+    attn_implementation: ATTENTION = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images in a batch.")] = 64,
-    token_budget: Annotated[
-        int | None,
-        typer.Option(min=1, help="Padded tokens in a batch. Default: 1,000 on the CPU, 16,384 on a GPU."),
-    ] = None,
+    token_budget: TOKEN_BUDGET = None,
     seed: Annotated[
         int,
         typer.Option(min=0, help="Seed of the rows that --limit draws, and of the report's intervals and examples."),

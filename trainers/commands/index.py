@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from .options import DEVICE
+
 
 _SHOWN = 20  # unreadable files that are named without --list-unreadable
 
@@ -19,9 +21,7 @@ def index(
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images in a batch.")] = 32,
-    device: Annotated[
-        str | None, typer.Option(help="Such as cpu or cuda:1. Default: the GPU if there is one.")
-    ] = None,
+    device: DEVICE = None,
     export: Annotated[
         Path | None,
         typer.Option(

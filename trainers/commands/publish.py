@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .options import print_facts
+
 
 if TYPE_CHECKING:
     from hub_cards.publish import PublishReport
@@ -71,10 +73,6 @@ def publish(
     listed before. After an interruption, give the same command again: large files that the Hub has are not sent twice. The token is that of
     `hf auth login` or HF_TOKEN.
     """
-    from rich.console import Console
-    from rich.table import Column, Table
-    from rich.text import Text
-
     from hub_cards.publish import MESSAGE
     from hub_cards.publish import publish as run
     from trainers.storage.yaml_files import check_fields, read_yaml
@@ -111,10 +109,7 @@ def publish(
         )
         rows.append(("not sent", shown))
     rows += [(f"removed {name}", "of an earlier state") for name in report.removed]
-    table = Table("lean" if report.lean else "full", Column(Text(report.repo_id)))
-    for name, value in [*rows, *(("note", note) for note in report.notes)]:
-        table.add_row(Text(name), Text(value))  # not markup: names come from the folder
-    Console().print(table)
+    print_facts("lean" if report.lean else "full", report.repo_id, [*rows, *(("note", note) for note in report.notes)])
     typer.echo(
         f"{verb} {report.num_bytes:,} bytes to {report.url or report.repo_id}"
         + (f", commit {report.commit}" if report.commit else "")

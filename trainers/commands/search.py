@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from .options import DEVICE
+
 
 def search(
     index: Annotated[Path, typer.Argument(help="Folder of the index, made by `proclip index`.")],
@@ -34,9 +36,7 @@ def search(
     model: Annotated[
         str | None, typer.Option(help="Folder or Hub name of the model that made the index, if it has moved.")
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="Such as cpu or cuda:1. Default: the GPU if there is one.")
-    ] = None,
+    device: DEVICE = None,
 ) -> None:
     """Search an index of images by text, by image, or by both.
 
