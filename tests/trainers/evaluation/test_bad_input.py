@@ -79,7 +79,7 @@ def test_an_empty_set_and_one_image(bench: Bench, tmp_path):
     datasets.Dataset.from_dict({"image": [], "captions": []}, features=empty).to_parquet(tmp_path / "empty.parquet")
     assert "mine: " in bench.refused(retrieval(str(tmp_path / "empty.parquet")))
     source = save_rows(tmp_path, [bench.pair("a fox")])
-    assert "one image has nothing to be told from" in bench.refused(retrieval(source))
+    assert "one row alone is always found" in bench.refused(retrieval(source))
 
 
 def test_empty_captions_are_named(bench: Bench, tmp_path):

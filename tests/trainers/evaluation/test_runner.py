@@ -378,7 +378,7 @@ def test_your_own_images_and_captions(tmp_path):
         assert str(tmp_path) not in (tmp_path / "out" / file).read_text(), file
     assert load_file(tmp_path / "out" / task["items_file"])["text_to_image"].tolist() == [0, 0, 1, 1, 2, 3]
     result = run()
-    assert result.exit_code == 1 and "line 2 has no column 'image'; it has file, text" in result.output
+    assert result.exit_code == 1 and "line 2 has no column 'image'; its columns are file, text" in result.output
     (tmp_path / "pictures" / "2.png").unlink()
     result = run("--image-column", "file", "--caption-column", "text")
     assert result.exit_code == 1 and "the image '2.png': there is no file" in result.output
