@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from modeling_proclip.conversion.code_references import code_names, without_code
+from modeling_proclip.conversion.convert_llm_to_hf import TOKENIZER_FILES
 from modeling_proclip.conversion.json_files import read_json
 from modeling_proclip.conversion.stored_tensors import read_tensors
 
@@ -27,16 +28,6 @@ SETTINGS = (
     "tokenizer_config.json",
     "config_sentence_transformers.json",
     "sentence_bert_config.json",
-)
-# A tokenizer's files are sent as they are, or not at all.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
 )
 LEGAL_FILES = tuple(
     name + ending
@@ -127,9 +118,9 @@ class OutgoingFiles:
             self.write_settings(name, read_json(file), auto_map)
 
     def copy_tokenizer(self) -> None:
-        """Copy the files of a tokenizer but its settings."""
+        """Copy the files of a tokenizer but its settings: as they are, or not at all."""
         for name in TOKENIZER_FILES:
-            if file := self.find(name):
+            if name not in SETTINGS and (file := self.find(name)):
                 self._refuse_secrets(name, file.read_bytes().decode("utf-8", "replace"))
                 shutil.copyfile(file, self.folder / name)
 

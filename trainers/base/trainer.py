@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, send_to_device
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
@@ -64,6 +64,10 @@ class StageTrainer(Trainer):
     ) -> torch.Tensor:
         """The loss `()` of a training batch, detached, with its gradients added to the parameters' `.grad`: by `compute_loss`."""
         return super().training_step(model, batch, num_items_in_batch)
+
+    def evaluation_loss(self, model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+        """The loss `()` of an evaluation batch: by `compute_loss`."""
+        return self.compute_loss(model, batch)
 
     def after_optimizer_step(self) -> None:
         """Called after every optimizer step, also one that was skipped because float16 gradients overflowed."""
@@ -132,6 +136,21 @@ class StageTrainer(Trainer):
         batches = super().get_batch_samples(*args, **kwargs)
         self._seconds_waiting += time.perf_counter() - started
         return batches
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor, None, None]:
+        """The loss of an evaluation batch by `evaluation_loss`, and no predictions. Raises ValueError if it is not finite."""
+        texts = inputs.pop(TEXTS, ())
+        batch = send_to_device(inputs, self.accelerator.device)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.evaluation_loss(model, batch).detach()
+        self.check_evaluated(loss, model, batch, texts)
+        return loss, None, None
 
     def check_evaluated(self, loss: torch.Tensor, model: nn.Module, batch: Mapping[str, Any], texts: Any) -> None:
         """Raises ValueError if the loss `()` of an evaluation batch is not finite."""

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import send_to_device
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
@@ -221,19 +220,6 @@ class MaskedNextTokenTrainer(StageTrainer):
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
         loss = masked_next_token_loss(outputs.logits, inputs["labels"])
         return (loss, outputs) if return_outputs else loss
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[torch.Tensor, None, None]:
-        """The loss of an evaluation batch `()`, and no predictions."""
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, send_to_device(inputs, self.accelerator.device))
-        self.check_evaluated(loss, model, inputs, ())
-        return loss.detach(), None, None
 
     def merge(self) -> PreTrainedModel:
         """The base model with the LoRA merged into its weights, to continue with in stage 0. Call this last."""

@@ -2,7 +2,6 @@
 
 import os
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -120,8 +119,3 @@ class HubFiles:
         if not inside:
             raise ValueError(f"{name!r:.200} lies outside of the dataset {self.repository}")
         return Path(name)
-
-
-def settle(files: NamedFiles | None, names: Sequence[str]) -> NamedFiles | None:
-    """`files` with the reading of names that fits the first of `names`, if there is one."""
-    return files.settled(names[0]) if isinstance(files, DataFolder) and names else files

@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 
 from .archives import TarShard
-from .data_folder import NamedFiles, settle
+from .data_folder import DataFolder, NamedFiles
 from .folders import read_beside
 from .pair_source import PairSource
 from .sources import FoundRows, find_rows
@@ -74,7 +74,8 @@ def read_found(found: FoundRows, source: PairSource, *, images: bool, streaming:
     files = found.files
     if image_columns and source.image_folder is not None:
         first = next(found.rows(image_columns), {})
-        files = settle(files, [value for column in image_columns if isinstance(value := first.get(column), str)])
+        names = [value for column in image_columns if isinstance(value := first.get(column), str)]
+        files = files.settled(names[0]) if isinstance(files, DataFolder) and names else files
     return RawRows(
         found.name,
         found.stream(heads) if streaming else found.by_number(heads),
