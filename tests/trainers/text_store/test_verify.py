@@ -38,16 +38,21 @@ def test_a_sound_store(path):
     assert problems(path) == [] and contents(path) == before
 
 
-@pytest.mark.parametrize("tensor", ["embeds", "keys", "checksums"])
-def test_one_bit_that_has_changed(path, encoder, tensor):
+@pytest.mark.parametrize(
+    "tensor, reason",
+    [
+        ("embeds", "its embeds have changed since they were written"),
+        ("keys", "its keys have changed since they were written"),
+        ("checksums", "the embedding in row 0 is not what was written there"),
+    ],
+)
+def test_one_bit_that_has_changed(path, encoder, tensor, reason):
     whole, shard = contents(path), path / "shard-00001.safetensors"
     data = bytearray(shard.read_bytes())
     data[open_shard(shard, 6, "float32").offset(tensor) + 5] ^= 4
     shard.write_bytes(data)
     (problem,) = problems(path)
-    assert problem.startswith(
-        f"{shard} is damaged: its {tensor} have changed since they were written. Delete this file"
-    )
+    assert problem.startswith(f"{shard} is damaged: {reason}. Delete this file")
     shard.unlink()
     encoder.embedded.clear()
     encoder.build(TEXTS, path)

@@ -87,8 +87,8 @@ class FeatureCache:
         write_file(self.path / name, shard_content(embeds.contiguous(), keys, self._hash))
 
     def blocks(self, keys: np.ndarray, size: int = 4096) -> Iterator[torch.Tensor]:
-        """The embeddings of `keys (N, 2)` in their order, `size` at a time: `(n, dim)` float32. KeyError if one is not there, DamagedFileError if one is not
-        what was written with this key.
+        """The embeddings of `keys (N, 2)` in their order, `size` at a time: `(n, dim)` float32. KeyError if one is not there, DamagedFileError if
+        one is not what was written with this key.
         """
         places = find_keys(self._keys, keys)
         if (places < 0).any():
