@@ -1,7 +1,7 @@
 """`proclip index`: index a folder of images for `proclip search`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -18,6 +18,20 @@ def index(
         str | None,
         typer.Option(
             help="Folder or Hub name of a ProCLIP checkpoint, or of a CLIP or SigLIP. Default: the one that made the index."
+        ),
+    ] = None,
+    truncate_dim: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Keep only the first so many dimensions of the embeddings; meant for models trained with matryoshka_dims. Default: those of "
+            "the index, and all in a new one.",
+        ),
+    ] = None,
+    precision: Annotated[
+        Literal["float32", "int8", "binary"] | None,
+        typer.Option(
+            help="Of the stored embeddings: 4 bytes, 1 byte or 1 bit a dimension. Default: that of the index, and float32 in a new one."
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images in a batch.")] = 32,
@@ -46,7 +60,9 @@ def index(
 
     Folder(folder)  # refused before the model is loaded
     encoder, name = load_encoder(output, model, device)
-    images, summary = index_folder(output, folder, name, encoder, batch_size, progress=True)
+    images, summary = index_folder(
+        output, folder, name, encoder, batch_size, progress=True, truncate_dim=truncate_dim, precision=precision
+    )
     typer.echo(
         f"{output}: {summary.total:,} images ({summary.embedded:,} embedded, {summary.reused:,} moved or copied, {summary.unchanged:,} unchanged, "
         f"{summary.removed:,} removed); {summary.duplicates:,} duplicates, {len(summary.unreadable):,} unreadable files, "

@@ -57,7 +57,7 @@ def search(
     cut = encoder.count_truncated([text for text in (query, negative) if text])
     if cut:
         typer.echo("note: the model does not read the text to its end", err=True)
-    results = run(images, question.embedding(encoder), top, where, words, exact=exact)
+    results = run(images, question.embedding(encoder, images.dim), top, where, words, exact=exact)
     if explain:
         typer.echo(describe(images, exact), err=True)
     if as_json:

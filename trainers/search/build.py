@@ -4,15 +4,17 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lancedb.index import FTS, IvfSq
-from PIL import Image
-from torch.nn import functional as F
+import torch
+from lancedb.index import FTS, IvfFlat, IvfSq
 from transformers import BatchFeature
 
 from modeling_proclip.images import BrokenImage, decode_image
+from trainers.compute.precision import unit_length
+from trainers.compute.quantization import Precision, Quantization
 from trainers.display.progress import Progress
 from trainers.evaluation.scoring.encoders import Encoder, join_images
 from trainers.storage.locks import only_writer
@@ -28,6 +30,9 @@ STEP_SIZE = 256
 APPROXIMATE_FROM = 50_000
 # What changes an embedding by a rounding, and no search: an index outlives updates of the libraries.
 _ROUNDING = ("device", "dtype", "versions")
+# int8's ranges come from so many images, drawn evenly from the folder; an index that had fewer than the second number is made anew when
+# there are more (sentence-transformers warns below it).
+CALIBRATION_SIZE, MIN_CALIBRATED = 256, 100
 _OF_CONTENT = ["checksum", "width", "height", "taken", "thumbnail", "embedding"]
 
 
@@ -59,7 +64,14 @@ class _Read:
 
 
 def index_folder(
-    path: Path, folder: Path, model: str, encoder: Encoder, batch_size: int = 32, progress: bool = False
+    path: Path,
+    folder: Path,
+    model: str,
+    encoder: Encoder,
+    batch_size: int = 32,
+    progress: bool = False,
+    truncate_dim: int | None = None,
+    precision: Precision | None = None,
 ) -> tuple[ImageIndex, UpdateSummary]:
     """Bring the index at `path` up to date with the images in `folder`; it is made if it is not there. Stopped in the middle, it keeps what was
     done, and the same call does the rest.
@@ -69,11 +81,14 @@ def index_folder(
         encoder: embeds the images.
         batch_size: images that are embedded together.
         progress: show a bar.
+        truncate_dim: keep only the first so many dimensions of the embeddings; by default as the index has them, and all in a new one.
+        precision: of the stored embeddings, see [`Quantization`]; by default as the index has it, and float32 in a new one.
 
     Raises:
         NotADirectoryError: If there is no such folder.
         FileExistsError: If `path` holds other files.
-        ValueError: If the index is of another folder, was made by another model (names what differs), or is being written by another process.
+        ValueError: If the index is of another folder, model (names what differs), size or precision, the model's embeddings are shorter than
+            `truncate_dim`, or another process is writing the index.
     """
     folder = Folder(folder).root.resolve()
     check_place(path)
@@ -84,9 +99,16 @@ def index_folder(
             if index.folder != folder:
                 raise ValueError(f"{path} is the index of {index.folder}, not of {folder}: give another --output")
             check_model(index, encoder)
+            asked = index.dim if truncate_dim is None else truncate_dim, precision or index.precision
+            if asked != (index.dim, index.precision):
+                raise ValueError(
+                    f"{path} holds embeddings of {index.dim} dimensions in {index.precision}, not of {asked[0]} in {asked[1]}: leave size and "
+                    "precision out, or index the folder again with another --output"
+                )
         else:
-            one = encoder.prepare_images([Image.new("RGB", (8, 8))])
-            index = ImageIndex.create(path, folder, model, identity_of(encoder), encoder.encode_images(one).shape[-1])
+            encoder.check_truncate_dim(truncate_dim)
+            dim = truncate_dim or encoder.embedding_dim
+            index = ImageIndex.create(path, folder, model, identity_of(encoder), dim, precision or "float32")
         return index, _Update(index, encoder, batch_size).run(progress)
 
 
@@ -111,34 +133,52 @@ class _Update:
     def __init__(self, index: ImageIndex, encoder: Encoder, batch_size: int):
         self.index, self.encoder, self.batch_size = index, encoder, batch_size
         self.folder, self.summary = Folder(index.folder), UpdateSummary()
-        known = index.rows(index.images, ["path", "checksum", "caption"]).to_pydict()
-        self.captions: dict[str, str | None] = dict(zip(known["path"], known["caption"]))
-        self.checksums: set[str] = set(known["checksum"])
 
     def run(self, progress: bool) -> UpdateSummary:
-        images, unreadable = (self.index.signatures(table) for table in (self.index.images, self.index.unreadable))
-        present: set[str] = set()
-        waiting: list[ImageFile] = []
-        for file in self.folder.files():
-            present.add(file.path)
-            if images.get(file.path) == file.signature:
-                if caption_of(self.index.folder / file.path) == self.captions[file.path]:
-                    self.summary.unchanged += 1
-                    continue
-            elif unreadable.get(file.path) == file.signature:
-                continue
-            waiting.append(file)
+        waiting, gone = self._compare()
+        if waiting and self.index.precision == "int8" and self.index.settings["num_calibrated"] < MIN_CALIBRATED:
+            self._calibrate()
+            waiting, gone = self._compare()
         with Progress("embedding images", len(waiting), "images", shown=progress) as bar:
             for step in self._read(waiting):
                 self._write(step)
                 bar.advance(len(step))
         # After what has moved was copied from them.
-        gone = [path for path in images if path not in present]
-        self.index.remove(self.index.images, gone)
-        self.index.remove(self.index.unreadable, [path for path in unreadable if path not in present])
-        self.summary.removed = len(gone)
+        for table, paths in zip((self.index.images, self.index.unreadable), gone):
+            self.index.remove(table, paths)
+        self.summary.removed = len(gone[0])
         self._finish()
         return self.summary
+
+    def _compare(self) -> tuple[list[ImageFile], tuple[list[str], list[str]]]:
+        """The files to read, and the paths that are no longer there, of images and of unreadable files."""
+        known = self.index.rows(self.index.images, ["path", "checksum", "caption"]).to_pydict()
+        captions: dict[str, str | None] = dict(zip(known["path"], known["caption"]))
+        self.checksums: set[str] = set(known["checksum"])
+        images, unreadable = (self.index.signatures(table) for table in (self.index.images, self.index.unreadable))
+        present: set[str] = set()
+        waiting: list[ImageFile] = []
+        self.summary.unchanged = 0
+        for file in self.folder.files():
+            present.add(file.path)
+            if images.get(file.path) == file.signature:
+                if caption_of(self.index.folder / file.path) == captions[file.path]:
+                    self.summary.unchanged += 1
+                    continue
+            elif unreadable.get(file.path) == file.signature:
+                continue
+            waiting.append(file)
+        gone_images, gone_files = ([path for path in some if path not in present] for some in (images, unreadable))
+        return waiting, (gone_images, gone_files)
+
+    def _calibrate(self) -> None:
+        """Takes int8's ranges from images all over the folder, which are embedded for it once more. What had other ranges leaves the index."""
+        files = list(self.folder.files())
+        stride = max(1, len(files) // CALIBRATION_SIZE)
+        reads = (self._read_one(file, decode=True) for start in range(stride) for file in files[start::stride])
+        images = list(islice((read.image for read in reads if read.image is not None), CALIBRATION_SIZE))
+        if images:
+            self.index.calibrate(Quantization.calibrated("int8", self._embeddings(images)), len(images))
 
     def _read(self, files: Sequence[ImageFile]) -> Iterator[list[_Read]]:
         """The files, read and decoded a batch ahead in other threads, in steps."""
@@ -205,15 +245,19 @@ class _Update:
 
     def _embed(self, reads: Sequence[_Read]) -> dict[str, dict[str, Any]]:
         """The same of new contents."""
-        content: dict[str, dict[str, Any]] = {}
-        for start in range(0, len(reads), self.batch_size):
-            batch = reads[start : start + self.batch_size]
-            inputs = join_images([read.image for read in batch if read.image is not None])
-            embeddings = F.normalize(self.encoder.encode_images(inputs), dim=-1)
-            content |= {
-                read.checksum: {**read.facts, "embedding": row.tolist()} for read, row in zip(batch, embeddings)
-            }
-        return content
+        if not reads:
+            return {}
+        codes = self.index.quantization.encode(
+            self._embeddings([read.image for read in reads if read.image is not None])
+        )
+        return {read.checksum: {**read.facts, "embedding": row.tolist()} for read, row in zip(reads, codes)}
+
+    def _embeddings(self, images: Sequence[BatchFeature]) -> torch.Tensor:
+        """`(len(images), dim)` float32, of unit length, of the size that the index keeps."""
+        batches = (images[start : start + self.batch_size] for start in range(0, len(images), self.batch_size))
+        return torch.cat(
+            [unit_length(self.encoder.encode_images(join_images(batch))[:, : self.index.dim]) for batch in batches]
+        )
 
     def _row(self, read: _Read, content: dict[str, Any]) -> dict[str, Any]:
         caption = caption_of(self.index.folder / read.file.path)
@@ -232,9 +276,16 @@ class _Update:
         if len(self.index) and "words_idx" not in have:
             images.create_index("words", config=FTS(stem=False, remove_stop_words=False))
         if len(self.index) >= APPROXIMATE_FROM and "embedding_idx" not in have:
-            images.create_index("embedding", config=IvfSq(distance_type="cosine"))
+            self._create_embedding_index()
         checksums = self.index.rows(images, ["checksum"])["checksum"].to_pylist()
         summary.total, summary.duplicates = len(checksums), len(checksums) - len(set(checksums))
         summary.num_links = self.folder.num_links
         found = self.index.rows(self.index.unreadable, ["path", "reason"]).to_pydict()
         summary.unreadable = sorted([*zip(found["path"], found["reason"]), *self.folder.unlisted])
+
+    def _create_embedding_index(self) -> None:
+        """The approximate index, of float32 and binary embeddings: the database compares no int8 ones, which are searched exactly."""
+        if self.index.precision != "int8":
+            binary = self.index.precision == "binary"
+            config = IvfFlat(distance_type="hamming") if binary else IvfSq(distance_type="cosine")
+            self.index.images.create_index("embedding", config=config)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from modeling_proclip.images import decode_image
 from trainers.evaluation.scoring.encoders import Encoder
 
+from .quantized import search_quantized
 from .table import ImageIndex
 
 
@@ -44,30 +45,30 @@ class Question:
         if not 0 <= self.image_weight <= 1:
             raise ValueError(f"the weight of the image must be from 0 to 1, got {self.image_weight}")
 
-    def embedding(self, encoder: Encoder) -> torch.Tensor:
-        """`(p,)` float32 of unit length."""
+    def embedding(self, encoder: Encoder, dim: int | None = None) -> torch.Tensor:
+        """`(dim,)` float32 of unit length; `dim` is that of the index, or None for all dimensions."""
         parts: list[tuple[float, torch.Tensor]] = []
         if self.text:
             weight = 1.0 if self.image is None else 1 - self.image_weight
-            parts.append((weight, embed_text(encoder, self.text)))
+            parts.append((weight, embed_text(encoder, self.text, dim)))
         if self.image is not None:
             weight = self.image_weight if self.text else 1.0
-            parts.append((weight, embed_image(encoder, self.image)))
+            parts.append((weight, embed_image(encoder, self.image, dim)))
         if self.negative:
-            parts.append((-self.negative_weight, embed_text(encoder, self.negative)))
+            parts.append((-self.negative_weight, embed_text(encoder, self.negative, dim)))
         joined = sum((weight * part for weight, part in parts), torch.zeros_like(parts[0][1]))
         return F.normalize(joined, dim=-1)
 
 
-def embed_text(encoder: Encoder, text: str) -> torch.Tensor:
-    """The embedding `(p,)` of a text in the space of the images, float32, of unit length."""
+def embed_text(encoder: Encoder, text: str, dim: int | None = None) -> torch.Tensor:
+    """The embedding `(dim,)` of a text in the space of the images, float32, of unit length."""
     (batch,) = encoder.encode_texts([text])
-    return F.normalize(encoder.project_texts(batch.embeddings)[0].float(), dim=-1)
+    return F.normalize(encoder.project_texts(batch.embeddings)[0, :dim].float(), dim=-1)
 
 
-def embed_image(encoder: Encoder, image: Any) -> torch.Tensor:
-    """The embedding `(p,)` of an image (path, bytes, Pillow), float32, of unit length."""
-    return F.normalize(encoder.encode_images(encoder.prepare_images([decode_image(image)]))[0], dim=-1)
+def embed_image(encoder: Encoder, image: Any, dim: int | None = None) -> torch.Tensor:
+    """The embedding `(dim,)` of an image (path, bytes, Pillow), float32, of unit length."""
+    return F.normalize(encoder.encode_images(encoder.prepare_images([decode_image(image)]))[0, :dim], dim=-1)
 
 
 def search(
@@ -82,12 +83,13 @@ def search(
     """The images nearest to `embedding`, best first.
 
     Args:
-        embedding: `(p,)`, of unit length.
+        embedding: `(index.dim,)`, of unit length.
         top: how many.
         where: an SQL condition on `path`, `size` (bytes), `width`, `height` (pixels), `taken` (`2025-01-31T12:00:00`), `caption`.
         words: words that captions and file names are searched for as well; both orders are joined by reciprocal rank.
         columns: columns of the results.
-        exact: compare with every embedding even where there is an approximate index.
+        exact: compare with every embedding even where there is an approximate index. Binary embeddings are compared by their signs, and the
+            best [`_CANDIDATES`] times `top` with `embedding` itself.
 
     Returns:
         The `columns` of each, and "score": the cosine, or with `words` the joined reciprocal rank.
@@ -95,10 +97,32 @@ def search(
     Raises:
         ValueError: If the embedding has another size, or `where` is no condition on these columns.
     """
-    if embedding.shape != (index.settings["dim"],):
-        raise ValueError(
-            f"the embedding has the shape {tuple(embedding.shape)}, those of {index.path} ({index.settings['dim']},)"
-        )
+    if embedding.shape != (index.dim,):
+        raise ValueError(f"the embedding has the shape {tuple(embedding.shape)}, those of {index.path} ({index.dim},)")
+    try:
+        if index.precision == "float32":
+            return _search_float32(index, embedding, top, where, words, columns, exact)
+        return search_quantized(index, embedding, top, where, words, columns, top * _CANDIDATES, _PARTITIONS, exact)
+    except (ValueError, RuntimeError, OSError) as error:
+        reason = str(error).splitlines()[0].split(", /")[0]  # without the place in the database's own code
+        if "INVERTED index" in reason:
+            raise ValueError(
+                f"{index.path} is not ready for words: repeat `proclip index`, which makes their index last"
+            ) from error
+        if where is None:
+            raise ValueError(f"{index.path} cannot be searched: {reason}") from error
+        raise ValueError(f"--where {where!r:.200} is no condition that the index understands: {reason}") from error
+
+
+def _search_float32(
+    index: ImageIndex,
+    embedding: torch.Tensor,
+    top: int,
+    where: str | None,
+    words: str | None,
+    columns: Sequence[str],
+    exact: bool,
+) -> list[dict[str, Any]]:
     vector = embedding.numpy()
     query: Any  # the database's builders share no type
     if words:
@@ -113,30 +137,25 @@ def search(
         query = query.where(where, prefilter=True)
     if not words:
         query = query.select([*columns, score])
-    try:
-        found = query.limit(top).to_list()
-    except (ValueError, RuntimeError, OSError) as error:
-        reason = str(error).splitlines()[0].split(", /")[0]  # without the place in the database's own code
-        if "INVERTED index" in reason:
-            raise ValueError(
-                f"{index.path} is not ready for words: repeat `proclip index`, which makes their index last"
-            ) from error
-        if where is None:
-            raise ValueError(f"{index.path} cannot be searched: {reason}") from error
-        raise ValueError(f"--where {where!r:.200} is no condition that the index understands: {reason}") from error
-    results = [
-        {name: row[name] for name in columns} | {"score": row[score] if words else 1 - row[score]} for row in found
+    return [
+        {name: row[name] for name in columns} | {"score": row[score] if words else 1 - row[score]}
+        for row in query.limit(top).to_list()
     ]
-    return results
 
 
 def describe(index: ImageIndex, exact: bool) -> str:
     """How a search goes through `index`, in a sentence."""
     approximate = any(config.name == "embedding_idx" for config in index.images.list_indices())
     if exact or not approximate:
+        if index.precision == "binary":
+            return (
+                f"exact: the signs of the question are compared with those of all {len(index):,} embeddings, and the question itself with the best "
+                f"{_CANDIDATES} for every result"
+            )
         return f"exact: the question is compared with all {len(index):,} embeddings"
     statistics = index.images.index_stats("embedding_idx")
+    bits = "1 bit" if index.precision == "binary" else "8 bits"
     return (
-        f"approximate: {statistics.num_indexed_rows:,} embeddings of 8 bits, of which the {_PARTITIONS} nearest partitions are searched and the "
+        f"approximate: {statistics.num_indexed_rows:,} embeddings of {bits}, of which the {_PARTITIONS} nearest partitions are searched and the "
         f"best candidates compared exactly; {statistics.num_unindexed_rows:,} new ones all compared exactly"
     )

@@ -1,7 +1,7 @@
 """The index on the disk: a LanceDB database of two tables, and a file that says which model and folder it is of.
 
 photos.index/
-    index.json          format, folder, model, what decides an embedding, size of an embedding
+    index.json          format, folder, model, what decides an embedding, its size, precision and ranges
     images.lance/       a row for every image
     unreadable.lance/   a row for every file that no image could be read from
 """
@@ -14,6 +14,7 @@ from typing import Any
 import lancedb
 import pyarrow as pa
 
+from trainers.compute.quantization import Precision, Quantization
 from trainers.storage.files import TEMPORARY_SUFFIX, write_file
 
 
@@ -27,7 +28,7 @@ def _file_fields() -> list[pa.Field]:
     return [pa.field("path", pa.string(), nullable=False), *(pa.field(name, pa.int64()) for name in _SIGNATURE)]
 
 
-def image_schema(dim: int) -> pa.Schema:
+def image_schema(dim: int, precision: Precision = "float32") -> pa.Schema:
     """The columns of an image. `taken` is text, so that `taken >= '2025-01-01'` compares dates; embeddings have unit length."""
     return pa.schema(
         [
@@ -39,9 +40,15 @@ def image_schema(dim: int) -> pa.Schema:
             pa.field("caption", pa.string()),
             pa.field("words", pa.string()),  # of caption and file name, for search by words
             pa.field("thumbnail", pa.binary()),
-            pa.field("embedding", pa.list_(pa.float32(), dim)),
+            pa.field("embedding", _embedding_type(dim, precision)),
         ]
     )
+
+
+def _embedding_type(dim: int, precision: Precision) -> pa.DataType:
+    if precision == "binary":
+        return pa.list_(pa.uint8(), Quantization(precision, dim).num_bytes)
+    return pa.list_(pa.int8() if precision == "int8" else pa.float32(), dim)
 
 
 UNREADABLE_SCHEMA = pa.schema([*_file_fields(), pa.field("reason", pa.string())])
@@ -77,7 +84,7 @@ class ImageIndex:
             )
         database = lancedb.connect(str(path))
         if to_write:
-            database.create_table("images", schema=image_schema(self.settings["dim"]), exist_ok=True)
+            database.create_table("images", schema=image_schema(self.dim, self.precision), exist_ok=True)
             database.create_table("unreadable", schema=UNREADABLE_SCHEMA, exist_ok=True)
         try:
             self.images, self.unreadable = database.open_table("images"), database.open_table("unreadable")
@@ -87,12 +94,42 @@ class ImageIndex:
             ) from error
 
     @classmethod
-    def create(cls, path: Path, folder: Path, model: str, identity: dict[str, Any], dim: int) -> "ImageIndex":
-        """A new, empty index at `path`. `identity` is what decides an embedding."""
+    def create(
+        cls,
+        path: Path,
+        folder: Path,
+        model: str,
+        identity: dict[str, Any],
+        dim: int,
+        precision: Precision = "float32",
+    ) -> "ImageIndex":
+        """A new, empty index at `path`, of embeddings of `dim` dimensions. `identity` is what decides an embedding."""
         # First, so that whoever finds the tables knows that they belong to an index.
         settings = {"format": FORMAT, "folder": str(folder), "model": model, "dim": dim, "identity": identity}
+        settings |= {"precision": precision, "ranges": None, "num_calibrated": 0}
         write_file(path / SETTINGS_FILE, json.dumps(settings, indent=2).encode())
         return cls(path, to_write=True)
+
+    @property
+    def dim(self) -> int:
+        """Dimensions of an embedding."""
+        return self.settings["dim"]
+
+    @property
+    def precision(self) -> Precision:
+        """Of the stored embeddings; earlier releases wrote float32 alone and did not say so."""
+        return self.settings.get("precision", "float32")
+
+    @property
+    def quantization(self) -> Quantization:
+        """How embeddings are stored; of int8 after [`calibrate`]."""
+        return Quantization.from_dict({"ranges": None, "precision": "float32", **self.settings})
+
+    def calibrate(self, quantization: Quantization, num_calibrated: int) -> None:
+        """Empty the index, which is to be of `quantization` from now on, with the ranges of `num_calibrated` images."""
+        self.images.delete("true")
+        self.settings |= {**quantization.to_dict(), "num_calibrated": num_calibrated}
+        write_file(self.path / SETTINGS_FILE, json.dumps(self.settings, indent=2).encode())
 
     @property
     def folder(self) -> Path:

@@ -66,11 +66,25 @@ def test_a_model_that_has_moved(folder):
         (folder / "other place").rename(folder / "model")
 
 
+def test_a_smaller_index():
+    options = ("--truncate-dim", "8", "--precision", "int8")
+    run("index", "photos", "--model", "model", "--output", "small.index", *options)
+    again = run("index", "photos", "--output", "small.index")
+    assert "10 unchanged" in again.stdout
+    image = ("--image", "photos/first/blue.png")
+    found = json.loads(run("search", "small.index", *image, "--top", "3", "--json").stdout)
+    assert len(found) == 3 and found[0]["path"] == "first/blue.png"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("index", "photos", "--output", "new.index"), "name its model by --model"),
         (("index", "nowhere", "--model", "model", "--output", "new.index"), "nowhere is no folder"),
+        (
+            ("index", "photos", "--model", "model", "--output", "new.index", "--truncate-dim", "17"),
+            "the embeddings of model have 16 dimensions",
+        ),
         (("search", "new.index", "a fox"), "holds no index of images"),
         (("search", "photos.index"), "nothing to search for"),
         (("search", "photos.index", "--image", "nowhere.png"), "nowhere.png"),

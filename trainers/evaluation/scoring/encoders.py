@@ -108,6 +108,19 @@ class Encoder:
         return next(p.dtype for p in vision.parameters() if p.is_floating_point())
 
     @cached_property
+    def embedding_dim(self) -> int:
+        """Size p of the shared embedding space. Costs one forward pass of an image."""
+        return self.encode_images(self.prepare_images([Image.new("RGB", (8, 8))])).shape[-1]
+
+    def check_truncate_dim(self, truncate_dim: int | None) -> None:
+        """Raises ValueError if embeddings of this model cannot be cut to `truncate_dim` dimensions."""
+        if truncate_dim is not None and not 0 < truncate_dim <= self.embedding_dim:
+            raise ValueError(
+                f"truncate_dim={truncate_dim}, but the embeddings of {self.name} have {self.embedding_dim} dimensions: give 1 to "
+                f"{self.embedding_dim}"
+            )
+
+    @cached_property
     def weights_sha256(self) -> str:
         """Content hash of all weights, as they are in memory: another dtype has another hash."""
         return state_sha256(self.model.state_dict())
