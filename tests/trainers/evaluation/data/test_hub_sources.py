@@ -10,7 +10,7 @@ from huggingface_hub import HfApi
 
 from tests.hub_server import TOKEN, hub_server
 from tests.trainers.evaluation.stand_ins import write_tar
-from tests.trainers.evaluation.test_runner import pictures, save, tiny_encoder
+from tests.trainers.evaluation.tiny_benchmarks import pictures, save, tiny_encoder
 from tests.trainers.tiny_encoders import make_texts
 from trainers.evaluation.data.manifest import parse_manifest
 from trainers.evaluation.results import read_results
