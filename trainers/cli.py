@@ -115,7 +115,8 @@ def _set_environment(verbose: bool) -> None:
         os.environ.setdefault(name, value)
     if not verbose:
         warnings.simplefilter("ignore")
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it names what it skips of torchvision, which nothing here needs
+        # It names what it skips of torchvision, which nothing here needs.
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
 
 
 def _print_version(wanted: bool) -> None:
