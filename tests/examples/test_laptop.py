@@ -22,7 +22,7 @@ def test_the_laptop_recipe_runs_end_to_end(tmp_path):
         return done.stdout
 
     said = run(str(ROOT / "examples" / "emoji_dataset.py"), "laptop-data", "--size", "small")
-    assert said.startswith("laptop-data: 160 pictures with captions, 889 texts, 160 test pictures")
+    assert said.startswith("laptop-data: 160 images with captions, 889 texts, 160 test images")
     # Captions of the pictures alone: the LLM reads fewer texts.
     settings = [
         "data.texts=null",
