@@ -23,7 +23,7 @@ def test_the_laptop_recipe_runs_end_to_end(tmp_path):
 
     said = run(str(ROOT / "examples" / "emoji_dataset.py"), "laptop-data", "--size", "small")
     assert said.startswith("laptop-data: 160 images with captions, 889 texts, 160 test images")
-    # Captions of the pictures alone: the LLM reads fewer texts.
+    # Captions of the images alone: the LLM reads fewer texts.
     settings = [
         "data.texts=null",
         "data.train.text_columns=short",

@@ -63,11 +63,17 @@ def index(
     images, summary = index_folder(
         output, folder, name, encoder, batch_size, progress=True, truncate_dim=truncate_dim, precision=precision
     )
-    typer.echo(
-        f"{output}: {summary.total:,} images ({summary.embedded:,} embedded, {summary.reused:,} moved or copied, {summary.unchanged:,} unchanged, "
-        f"{summary.removed:,} removed); {summary.duplicates:,} duplicates, {len(summary.unreadable):,} unreadable files, "
-        f"{summary.num_links:,} links not followed"
-    )
+    counts = {
+        "embedded": summary.embedded,
+        "moved or copied": summary.reused,
+        "unchanged": summary.unchanged,
+        "removed": summary.removed,
+        "duplicates": summary.duplicates,
+        "unreadable files": len(summary.unreadable),
+        "links not followed": summary.num_links,
+    }
+    parts = [f"{name}: {count:,}" for name, count in counts.items() if count]
+    typer.echo(f"{output}: {summary.total:,} images" + (f"; {', '.join(parts)}" if parts else ""))
     shown = summary.unreadable if list_unreadable else summary.unreadable[:_SHOWN]
     for path, reason in shown:
         typer.echo(f"  unreadable: {printable(path)}: {printable(reason)}")

@@ -12,7 +12,9 @@ from .progress import SECONDS_BETWEEN_LINES, Progress, duration
 
 # What is logged besides the parts of the loss, and has no column or another place.
 _NO_COLUMN = ("loss", "grad_norm", "learning_rate", "epoch", "samples_per_second")
-_WIDTH = 9  # all columns of stage 2 fit into 80 characters
+# All columns of stage 2 fit into 80 characters.
+_WIDTH = 8
+_SHORT_TITLES = {"logit_scale": "scale", "logit_bias": "bias", "data_wait": "wait"}
 
 
 @contextmanager
@@ -74,15 +76,15 @@ class _Table(TrainerCallback):
             return
         if not self._columns:
             self._columns = ["loss", *(name for name in logs if name not in _NO_COLUMN)]
-            titles = [name.removesuffix("_loss").replace("_", " ") for name in self._columns]
+            titles = [_SHORT_TITLES.get(name, name.removesuffix("_loss").replace("_", " ")) for name in self._columns]
             self._titles = ["step", *titles, "rows/s", "left"]
             self._print(self._aligned(self._titles))
         self._bars[0].note = f"loss {_number(logs['loss'])}"
         seconds = (time.monotonic() - self._started) / max(state.global_step - self._first_step, 1)
         rows = args.train_batch_size * args.world_size / seconds
-        values = [_number(logs[name]) if name in logs else "" for name in self._columns]
+        values = [_number(logs[name], digits=3) if name in logs else "" for name in self._columns]
         left = duration((state.max_steps - state.global_step) * seconds)
-        self._row = self._aligned([f"{state.global_step:,}", *values, _number(rows), left])
+        self._row = self._aligned([f"{state.global_step:,}", *values, _number(rows, digits=3), left])
         if time.monotonic() - self._printed >= SECONDS_BETWEEN_LINES:
             self._print_row()
 
@@ -122,7 +124,7 @@ def _is_result(name: str) -> bool:
     return "r@" in name or name == "eval_loss"
 
 
-def _number(value: float) -> str:
-    """Four digits: 0.0123, 1.234, 123.4, 12,345."""
+def _number(value: float, digits: int = 4) -> str:
+    """Significant digits, by default four: 0.0123, 1.234, 123.4, 12,345."""
     value = float(value)
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"

@@ -145,7 +145,7 @@ def test_a_terminal_that_cannot_move_its_cursor_gets_no_bars(variables):
 
 
 def rows(text: str) -> list[list[str]]:
-    return [re.split(r"  +", line.strip()) for line in text.splitlines()]
+    return [re.split(r"  +| (?=[\d.])", line.strip()) for line in text.splitlines()]
 
 
 def test_a_training_is_a_growing_table(tmp_path, capsys, monkeypatch):
@@ -153,21 +153,13 @@ def test_a_training_is_a_growing_table(tmp_path, capsys, monkeypatch):
     trainer = tuning_trainer(tmp_path, max_steps=3)
     with training_table(trainer):
         trainer.train()
-    header, *table = rows(capsys.readouterr().out)
-    assert header == [
-        "step",
-        "loss",
-        "info nce",
-        "logit scale",
-        "instance",
-        "structure",
-        "data wait",
-        "rows/s",
-        "left",
-    ]
+    lines = capsys.readouterr().out.splitlines()
+    assert all(len(line) < 80 for line in lines)
+    header, *table = rows("\n".join(lines))
+    assert header == ["step", "loss", "info nce", "scale", "instance", "structure", "wait", "rows/s", "left"]
     assert [row[0] for row in table] == ["1", "2", "3"] and [len(row) for row in table] == [9] * 3
     logs = [log for log in trainer.state.log_history if "info_nce_loss" in log]
-    assert [float(row[2]) for row in table] == pytest.approx([log["info_nce_loss"] for log in logs], rel=1e-3)
+    assert [float(row[2]) for row in table] == pytest.approx([log["info_nce_loss"] for log in logs], rel=5e-3)
     assert table[-1][-1] == "0:00"
 
 
