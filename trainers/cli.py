@@ -22,6 +22,7 @@ from trainers.commands.index import index
 from trainers.commands.publish import publish
 from trainers.commands.quickstart import quickstart
 from trainers.commands.search import search
+from trainers.commands.serve import serve
 from trainers.commands.train import train
 from trainers.storage.versions import installed_versions
 
@@ -144,7 +145,7 @@ def main(
     _set_environment(verbose)
 
 
-for command in (quickstart, index, search, embed, train, evaluate, convert, export, publish):
+for command in (quickstart, index, search, embed, train, evaluate, convert, export, serve, publish):
     app.command()(command)
 
 
