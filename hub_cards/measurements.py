@@ -51,6 +51,7 @@ class Measurement:
         primary: Whether it is the number that stands for the task.
         limit: Rows that were drawn of the data set, if not all were read; the number is then no benchmark's.
         precision: What it was computed in, in words, where that is recorded: another dtype gives another number.
+        changed: Whether the embeddings were cut or quantised before they were scored; the number is then not the model's own.
     """
 
     task: str
@@ -65,6 +66,7 @@ class Measurement:
     primary: bool = True
     limit: int | None = None
     precision: str | None = None
+    changed: bool = False
 
 
 def read_measurements(path: str | Path) -> list[Measurement]:
@@ -82,10 +84,8 @@ def read_measurements(path: str | Path) -> list[Measurement]:
     if "tasks" in content:
         evaluation = checked(_Evaluation, content, f"{file} is no result that a card can show")
         limit = evaluation.partial.limit if evaluation.partial else None
-        computed_in = precision(evaluation.protocol or {})
-        return [
-            measurement for task in evaluation.tasks for measurement in _task_measurements(task, limit, computed_in)
-        ]
+        protocol = evaluation.protocol or {}
+        return [measurement for task in evaluation.tasks for measurement in _task_measurements(task, limit, protocol)]
     if "rows" in content:
         return _quickstart_measurements(content, file)
     raise ValueError(
@@ -98,7 +98,16 @@ def precision(protocol: Mapping[str, Any]) -> str | None:
     dtype = protocol.get("dtype")
     if not isinstance(dtype, Mapping):
         return None
-    return scrub(f"images in {dtype.get('image')} and texts in {dtype.get('text')}, on {protocol.get('device')}")
+    computed = f"images in {dtype.get('image')} and texts in {dtype.get('text')}, on {protocol.get('device')}"
+    if changes_embeddings(protocol):
+        cut = f"; embeddings cut to {protocol['truncate_dim']} dimensions" if protocol.get("truncate_dim") else ""
+        computed += f"{cut}; image embeddings stored in {protocol.get('precision')}"
+    return scrub(computed)
+
+
+def changes_embeddings(protocol: Mapping[str, Any]) -> bool:
+    """Whether the embeddings were cut or quantised before they were scored."""
+    return protocol.get("truncate_dim") is not None or protocol.get("precision", "float32") != "float32"
 
 
 def results_for_others(content: dict[str, Any]) -> dict[str, Any]:
@@ -119,7 +128,8 @@ def evaluated_weights(path: str | Path) -> str | None:
 
 
 def model_index(results: Iterable[Measurement]) -> list[EvalResult]:
-    """The results as the Hub's `model-index` holds them, without those of drawn rows, which are no benchmark's.
+    """The results as the Hub's `model-index` holds them, without those of drawn rows, which are no benchmark's, and of cut or quantised
+    embeddings, which are not the model's own.
 
     The Hub's library merges entries that agree in task, type, configuration, split and revision of the data set and keeps one name of them; so
     the task's name is the configuration too.
@@ -137,7 +147,7 @@ def model_index(results: Iterable[Measurement]) -> list[EvalResult]:
             metric_value=result.value,
         )
         for result in results
-        if result.limit is None
+        if result.limit is None and not result.changed
     ]
 
 
@@ -214,7 +224,7 @@ class _Quickstart:
     protocol: dict[str, Any] | None = None
 
 
-def _task_measurements(task: _Task, limit: int | None, computed_in: str | None) -> list[Measurement]:
+def _task_measurements(task: _Task, limit: int | None, protocol: Mapping[str, Any]) -> list[Measurement]:
     data, own = task.dataset, task.group == "own"  # of a person's own images the title is their folder
     source = Path(data.source).name if own else shown_source(vars(data))
     return [
@@ -230,7 +240,8 @@ def _task_measurements(task: _Task, limit: int | None, computed_in: str | None) 
             value=value,
             primary=metric == task.metric,
             limit=limit,
-            precision=computed_in,
+            precision=precision(protocol),
+            changed=changes_embeddings(protocol),
         )
         for metric, value in {task.metric: task.value, **task.metrics}.items()
     ]

@@ -63,6 +63,18 @@ def evaluate(
     attn_implementation: ATTENTION = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images in a batch.")] = 64,
     token_budget: TOKEN_BUDGET = None,
+    truncate_dim: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Score only the first so many dimensions of the embeddings, beside the whole ones; meant for models trained with "
+            "matryoshka_dims.",
+        ),
+    ] = None,
+    precision: Annotated[
+        Literal["float32", "int8", "binary"],
+        typer.Option(help="Score images stored in 4 bytes, 1 byte or 1 bit a dimension, beside the whole ones."),
+    ] = "float32",
     seed: Annotated[
         int,
         typer.Option(min=0, help="Seed of the rows that --limit draws, and of the report's intervals and examples."),
@@ -87,6 +99,7 @@ def evaluate(
     from trainers.evaluation.runner import also_folders
     from trainers.evaluation.runner import evaluate as run
     from trainers.evaluation.scoring.encoders import Encoder
+    from trainers.evaluation.scoring.stored import StoredEmbeddings
 
     if (images is None) != (captions is None):
         raise ValueError("--images and --captions belong together")
@@ -124,6 +137,7 @@ def evaluate(
         batch_size=batch_size,
         token_budget=token_budget,
         seed=seed,
+        stored=StoredEmbeddings(truncate_dim, precision),
     )
     if state.is_main_process:
         print_results(results[0], results[1] if baseline is not None else None)

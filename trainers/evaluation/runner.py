@@ -20,6 +20,7 @@ from trainers.evaluation.report.examples import Retrieved
 from trainers.evaluation.scoring.embedding import embed_images, embed_texts, embeddings, image_keys
 from trainers.evaluation.scoring.encoders import Encoder
 from trainers.evaluation.scoring.feature_cache import FeatureCache
+from trainers.evaluation.scoring.stored import WHOLE, StoredEmbeddings
 from trainers.evaluation.scoring.tasks import Outcome, Task, prepare_task
 from trainers.storage.locks import only_writer
 
@@ -51,6 +52,7 @@ def evaluate(
     token_budget: int | None = None,
     seed: int = 0,
     progress: bool = True,
+    stored: StoredEmbeddings = WHOLE,
 ) -> list[dict[str, Any]]:
     """Evaluates a model, perhaps a baseline, and perhaps other models beside them, on benchmarks.
 
@@ -69,6 +71,7 @@ def evaluate(
         token_budget: padded tokens in a batch of texts, see [`trainers.text_store.encoding.encode_texts`].
         seed: seed of the rows that `limit` draws, and of the examples.
         progress: whether to show bars.
+        stored: what is kept of the embeddings before they are scored. The cache holds whole ones, so that another size costs no embedding.
 
     Returns:
         What `results.json` holds, for each of `encoders`.
@@ -84,6 +87,8 @@ def evaluate(
         raise ValueError(f"models that are compared need different names, but these are called {', '.join(names)}")
     if limit is not None and limit < 2:
         raise ValueError(f"limit must be at least 2, got {limit}")
+    for encoder in encoders:
+        encoder.check_truncate_dim(stored.truncate_dim)
     state = PartialState()
     output_dir = Path(output_dir).resolve()
     cache_dir = Path(cache_dir).resolve() if cache_dir else output_dir / "features"
@@ -97,7 +102,7 @@ def evaluate(
         state.wait_for_everyone()
         folders = [output_dir, output_dir / "baseline", *also_folders(output_dir, names[2:])]
         runs = [
-            _Run(encoder, folder, cache_dir, state, limit, seed, batch_size, token_budget, progress)
+            _Run(encoder, folder, cache_dir, state, limit, seed, batch_size, token_budget, progress, stored)
             for encoder, folder in zip(encoders, folders, strict=False)
         ]
         for manifest in manifests:
@@ -149,9 +154,10 @@ class _Run:
         batch_size: int,
         token_budget: int | None,
         progress: bool,
+        stored: StoredEmbeddings,
     ):
         self.encoder, self.state, self.batch_size, self.token_budget = encoder, state, batch_size, token_budget
-        self.progress = progress
+        self.progress, self.stored = progress, stored
         self.images = FeatureCache(cache_dir, "images", encoder.image_fingerprint(), state.process_index)
         self.texts = FeatureCache(cache_dir, "texts", encoder.text_fingerprint(), state.process_index)
         if state.is_main_process:
@@ -161,7 +167,7 @@ class _Run:
         self.results = Results(
             folder,
             encoder.identity(),
-            {**encoder.protocol(), **SCORING},
+            {**encoder.protocol(), **SCORING, **stored.protocol()},
             seed,
             None if limit is None else {"limit": limit},
         )
@@ -182,7 +188,7 @@ class _Run:
             shared = task.space == "shared"
             image_embeds = embeddings(self.encoder, self.images, keys, project=False) if len(keys) else None
             text_embeds = embeddings(self.encoder, self.texts, text_keys, project=shared) if task.texts else None
-            outcome = task.score(image_embeds, text_embeds)  # type: ignore[misc]  # only CKA has none
+            outcome, image_embeds, text_embeds = self.stored.score(task, image_embeds, text_embeds)
             self._add(task, keys, outcome, started)
             if task.manifest.kind == "retrieval":
                 retrieved = Retrieved(self.encoder.name, image_embeds, text_embeds, outcome.items["t2i_rank"])

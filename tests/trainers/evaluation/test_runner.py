@@ -8,20 +8,25 @@ import datasets
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import load_file
 from transformers import SiglipModel
 
+from hub_cards.measurements import model_index, read_measurements
 from modeling_proclip import ProCLIPModel
 from tests.golden import load
 from tests.trainers.evaluation.stand_ins import ColorModel, ColorWorld
 from tests.trainers.evaluation.tiny_benchmarks import NUM_PICTURES, pictures, tiny_encoder, write_data
 from tests.trainers.tiny_encoders import tiny_clip, tiny_proclip
+from trainers.compute.quantization import Quantization
 from trainers.evaluation import retrieval_recall, zero_shot_accuracy, zero_shot_classifier
 from trainers.evaluation.data.manifest import load_suite, parse_manifest
+from trainers.evaluation.report.table import print_results
 from trainers.evaluation.results import read_results
 from trainers.evaluation.runner import also_folders, evaluate
 from trainers.evaluation.scoring import encoders
 from trainers.evaluation.scoring.encoders import Encoder
+from trainers.evaluation.scoring.stored import StoredEmbeddings
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +97,56 @@ def test_truncated_texts_are_counted_also_from_the_cache(suite: Path, tmp_path):
     for _ in range(2):
         (results,) = evaluate([encoder], load_suite(suite).tasks[:1], tmp_path, progress=False)
         assert results["tasks"][0]["protocol"]["num_truncated"] == expected
+
+
+@pytest.mark.parametrize(("truncate_dim", "precision"), [(5, "float32"), (None, "int8"), (11, "binary")])
+def test_smaller_embeddings_are_scored_beside_the_whole_ones(suite: Path, tmp_path, truncate_dim, precision):
+    encoder = tiny_encoder("proclip")
+    tasks = load_suite(suite).tasks
+    (whole,) = evaluate([encoder], tasks, tmp_path, progress=False)
+    cache = {file: file.stat().st_mtime_ns for file in (tmp_path / "features").rglob("shard-*")}
+    stored = StoredEmbeddings(truncate_dim, precision)
+    (results,) = evaluate([encoder], tasks, tmp_path, progress=False, stored=stored)
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "features").rglob("shard-*")} == cache
+
+    rows = datasets.Dataset.from_parquet(str(suite.parent / "data.parquet"))
+    texts = [text for some in rows["captions"] for text in some]
+    dim, unit = truncate_dim or 16, torch.nn.functional.normalize
+    with torch.no_grad():
+        pixels = encoder.processor(images=list(rows["image"]), return_tensors="pt")
+        images = unit(encoder.model.get_image_features(**pixels, truncate_dim=dim).pooler_output, dim=1)
+        found = [
+            encoder.model.get_text_features(**encoder.processor(text=[text], return_tensors="pt"), truncate_dim=dim)
+            for text in texts
+        ]
+    if precision != "float32":
+        quantization = Quantization.calibrated(precision, images)
+        images = quantization.decode(quantization.encode(images))
+    own = [i for i, some in enumerate(rows["captions"]) for _ in some]
+    expected = retrieval_recall(images, torch.cat([one.pooler_output for one in found]), own)
+    find = results["tasks"][0]
+    assert {name: find["metrics"][name] for name in expected} == expected
+    for task, before in zip(results["tasks"], whole["tasks"]):
+        size = {"float32": 4 * dim, "int8": dim, "binary": 2}[precision]
+        of_whole = {"dim": 16, "bytes": 64, "metrics": before["metrics"]}
+        assert task["embedding"] == {"dim": dim, "precision": precision, "bytes": size, "whole": of_whole}
+        assert "embedding" not in before
+    assert whole["protocol"].keys() == results["protocol"].keys() - {"truncate_dim", "precision"}
+
+    shown = Console(record=True, width=200)
+    print_results(results, console=shown)
+    text = shown.export_text()
+    assert f"{dim} dimensions in {precision}, {size} bytes each" in text and "lost" in text
+    assert f"{100 * before['value']:.1f}" in text
+    measurements = read_measurements(tmp_path)
+    assert f"image embeddings stored in {precision}" in measurements[0].precision
+    assert model_index(measurements) == []
+
+
+def test_more_dimensions_than_a_model_has(suite: Path, tmp_path):
+    with pytest.raises(ValueError, match="truncate_dim=17, but the embeddings of proclip have 16 dimensions"):
+        evaluate([tiny_encoder("proclip")], load_suite(suite).tasks, tmp_path / "out", stored=StoredEmbeddings(17))
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_was_embedded_is_not_embedded_again(tmp_path):

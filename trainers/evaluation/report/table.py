@@ -18,6 +18,9 @@ def print_results(
     console.print(results_table(results, baseline))
     for model in (results, *([] if baseline is None else [baseline])):
         console.print(Text(f"{model['model']['name']}: {precision(model['protocol'])}", style="dim"))
+    sizes = {_sizes(task["embedding"]) for task in results["tasks"] if "embedding" in task}
+    for size in sorted(sizes):
+        console.print(Text(size, style="dim"))
     for task in results["tasks"]:
         for note in task["notes"]:
             console.print(Text(f"{task['name']}: {note}", style="dim"))
@@ -40,6 +43,9 @@ def results_table(results: dict[str, Any], baseline: dict[str, Any] | None = Non
     if baseline is not None:
         for title in (baseline["model"]["name"], "difference"):
             table.add_column(title, justify="right")
+    whole = {task["name"]: task["embedding"]["whole"]["metrics"] for task in results["tasks"] if "embedding" in task}
+    for title in ("whole", "lost") if whole else ():
+        table.add_column(title, justify="right")
     before = {} if baseline is None else {task["name"]: task["metrics"] for task in baseline["tasks"]}
     groups: dict[str, list[dict[str, Any]]] = {}
     for task in results["tasks"]:
@@ -47,7 +53,8 @@ def results_table(results: dict[str, Any], baseline: dict[str, Any] | None = Non
     for group, tasks in groups.items():
         for task in tasks:
             for metric in _shown(task):
-                _add(table, task["name"], metric, task["metrics"][metric], before.get(task["name"], {}).get(metric))
+                ours, name = task["metrics"][metric], task["name"]
+                _add(table, name, metric, ours, before.get(name, {}).get(metric), whole.get(name, {}).get(metric))
         if len(tasks) > 1 and len({task["metric"] for task in tasks}) == 1:
             metric = tasks[0]["metric"]
             for metric in _shown(tasks[0]):
@@ -60,12 +67,30 @@ def results_table(results: dict[str, Any], baseline: dict[str, Any] | None = Non
     return table
 
 
+def _sizes(embedding: dict[str, Any]) -> str:
+    whole = embedding["whole"]
+    return (
+        f"Images are stored as {embedding['dim']} dimensions in {embedding['precision']}, {embedding['bytes']:,} bytes each; whole in float32 "
+        f"({whole['dim']} dimensions) they take {whole['bytes']:,}, by which the columns whole and lost are measured."
+    )
+
+
 def _shown(task: dict[str, Any]) -> list[str]:
     return ["i2t_r@1", "t2i_r@1"] if task["kind"] == "retrieval" else [task["metric"]]
 
 
-def _add(table: Table, name: str, metric: str, ours: float, theirs: float | None, style: str = "") -> None:
+def _add(
+    table: Table,
+    name: str,
+    metric: str,
+    ours: float,
+    theirs: float | None,
+    whole: float | None = None,
+    style: str = "",
+) -> None:
     cells: list[Any] = [Text(name), Text(metric), f"{100 * ours:.1f}"]
     if theirs is not None:
         cells += [f"{100 * theirs:.1f}", f"{100 * (ours - theirs):+.1f}"]
+    if whole is not None:
+        cells += [f"{100 * whole:.1f}", f"{100 * (whole - ours):.1f}"]
     table.add_row(*cells, style=style)
