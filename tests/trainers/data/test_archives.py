@@ -16,12 +16,6 @@ from trainers.data.archives import TarShard
 from trainers.data.text_files import read_texts
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    """`datasets` keeps what it copies in a folder of this test."""
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-
-
 def pack(path: Path, members: dict[str, bytes] | list[tuple[str, bytes]], **options) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", **options) as tar:

@@ -19,14 +19,6 @@ from trainers.storage import digests
 from trainers.storage.digests import file_digest
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch) -> Path:
-    """`datasets` keeps what it copies in a folder of this test."""
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", folder)
-    return folder
-
-
 def write(file: Path, words: str) -> None:
     """Rows of `words` in `file`, of the same size and time whatever the words are."""
     texts = [f"{words} {i}" for i in range(4)]

@@ -18,14 +18,8 @@ from trainers.data import PairSource, open_pairs, remote_images
 from trainers.data.data_folder import DataFolder, HubFiles
 from trainers.evaluation.data.manifest import Data, Manifest
 from trainers.evaluation.data.sources import open_data
-from trainers.evaluation.scoring.embedding import picture_bytes as evaluated_bytes
+from trainers.evaluation.scoring.embedding import image_bytes as evaluated_bytes
 from trainers.evaluation.scoring.tasks import prepare_task
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    """`datasets` keeps what it copies in a folder of this test."""
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture

@@ -11,12 +11,6 @@ from tests.trainers.tiny_pairs import LAYOUTS, captions, color, picture, picture
 from trainers.data import PairSource, iter_texts, open_pairs
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    """`datasets` keeps what it copies in a folder of this test."""
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-
-
 def numbers(rows) -> list[int]:
     """Which pictures the rows show; checks that each has its captions."""
     shown = [row["image"].getpixel((0, 0))[0] for row in rows]
