@@ -19,6 +19,7 @@ from .packing import attending_by_segments
 from .pooling import pool_segments, pool_tokens
 from .pretrained_proclip import ProCLIPPreTrainedModel
 from .pretrained_towers import bidirectional
+from .rotary import check_lengths
 from .text_adapter import TextAdapter
 
 
@@ -229,7 +230,8 @@ class ProCLIPModel(ProCLIPPreTrainedModel):
             `torch.FloatTensor` of shape `(batch_size, text_config.hidden_size)`.
 
         Raises:
-            ValueError: If the model was loaded without its LLM, or `input_ids` are floats.
+            ValueError: If the model was loaded without its LLM, `input_ids` are floats, or a text would have other positions in this batch than
+                alone (see [`rotary`]).
         """
         return self._run_text_model(input_ids, attention_mask, token_type_ids, **kwargs).pooler_output
 
@@ -244,13 +246,15 @@ class ProCLIPModel(ProCLIPPreTrainedModel):
                 "get_text_features; get_llm_embeds makes them of tokens."
             )
         bounds = kwargs.get("cu_seq_lens_q")
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if bounds is None:
+            check_lengths(self.config.text_config, mask)
         with nullcontext() if bounds is None else attending_by_segments(self.text_model):
             outputs = self.text_model(
                 input_ids=input_ids, attention_mask=attention_mask, use_cache=False, return_dict=True, **kwargs
             )
         states, pooling = outputs.last_hidden_state, self.config.text_pooling
         if bounds is None:
-            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             pooled = pool_tokens(states, mask, token_type_ids, pooling)
         else:
             pooled = pool_segments(states[0], bounds, None if token_type_ids is None else token_type_ids[0], pooling)

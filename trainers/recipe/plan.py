@@ -8,6 +8,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from trainers.caption_contrastive.batches import count_batches
+from trainers.storage.model_files import loading_from
 from trainers.text_store.build import bytes_of_text
 from trainers.text_store.store import TextEmbeddingStore
 
@@ -138,7 +139,8 @@ def _dim(curriculum: RecipeProgress, which: str) -> int | None:
     model = curriculum.recipe.model
     try:
         name, revision = model.place_of("text" if which == "llm" else "teacher")
-        config = AutoConfig.from_pretrained(name, revision=revision)
+        with loading_from((name, revision)):
+            config = AutoConfig.from_pretrained(name, revision=revision)
         if which == "llm":
             return config.get_text_config().hidden_size
     except OSError:

@@ -20,6 +20,7 @@ from trainers.caption_contrastive.trainer import CaptionContrastiveTrainer
 from trainers.contrastive_tuning.trainer import ContrastiveTuningTrainer
 from trainers.data.pairs import open_pairs
 from trainers.inheritance.trainer import RepresentationInheritanceTrainer
+from trainers.storage.model_files import loading_from
 from trainers.text_store.on_the_fly import OnTheFlyStore
 from trainers.text_store.store import TextEmbeddingStore
 
@@ -31,23 +32,25 @@ def untrained_pair(steps: RecipeSteps) -> tuple[ProCLIPModel, ProCLIPProcessor]:
     """Image encoder, LLM and a fresh adapter; the LLM is that of the recipe, or what its first stages made of it."""
     settings = steps.recipe.model
     text, text_revision = steps.llm_of(None)
-    model = ProCLIPModel.from_vision_text_pretrained(
-        _vision(steps),
-        text,
-        vision_revision=settings.vision_revision,
-        text_revision=text_revision,
-        dtype={"vision_config": torch.float32, "text_config": getattr(torch, steps.precision)},
-        attn_implementation=settings.attn_implementation,
-        **settings.config,
-    )
-    return model, _processor(steps, text, text_revision)
+    with loading_from((settings.vision, settings.vision_revision), (text, text_revision)):
+        model = ProCLIPModel.from_vision_text_pretrained(
+            _vision(steps),
+            text,
+            vision_revision=settings.vision_revision,
+            text_revision=text_revision,
+            dtype={"vision_config": torch.float32, "text_config": getattr(torch, steps.precision)},
+            attn_implementation=settings.attn_implementation,
+            **settings.config,
+        )
+        return model, _processor(steps, text, text_revision)
 
 
 def teacher(steps: RecipeSteps) -> tuple[PreTrainedModel, Any]:
     """The CLIP or SigLIP whose text encoder teaches stage 1, and its tokenizer."""
     name, revision = steps.recipe.model.place_of("teacher")
-    model = AutoModel.from_pretrained(name, revision=revision, dtype=torch.float32).eval()
-    return model, AutoTokenizer.from_pretrained(name, revision=revision)
+    with loading_from((name, revision)):
+        model = AutoModel.from_pretrained(name, revision=revision, dtype=torch.float32).eval()
+        return model, AutoTokenizer.from_pretrained(name, revision=revision)
 
 
 def llm_trainer(steps: RecipeSteps, stage: str) -> MaskedNextTokenTrainer | CaptionContrastiveTrainer:
@@ -60,21 +63,24 @@ def llm_trainer(steps: RecipeSteps, stage: str) -> MaskedNextTokenTrainer | Capt
         "attn_implementation": steps.recipe.model.attn_implementation,
     }
     if stage == MASKED_NEXT_TOKEN:
-        model, info = AutoModelForCausalLM.from_pretrained(text, output_loading_info=True, **loading)
+        with loading_from((text, revision)):
+            model, info = AutoModelForCausalLM.from_pretrained(text, output_loading_info=True, **loading)
+            tokenizer = AutoTokenizer.from_pretrained(text, revision=revision)
         if info["missing_keys"]:
             raise RecipeError(
                 f"stages.{stage}: {text} has no {min(info['missing_keys'])}: masked tokens are predicted by an LLM with its language-modelling "
                 "head. Take the causal LM itself, not its base model"
             )
-        tokenizer = AutoTokenizer.from_pretrained(text, revision=revision)
         return MaskedNextTokenTrainer(model, args, rows, held_out, processing_class=tokenizer)
     plain_texts = steps.recipe.data.plain_texts
+    with loading_from((text, revision)):
+        llm, processor = AutoModel.from_pretrained(text, **loading), _processor(steps, text, revision)
     return CaptionContrastiveTrainer(
-        AutoModel.from_pretrained(text, **loading),
+        llm,
         args,
         rows,
         held_out,
-        processing_class=_processor(steps, text, revision),
+        processing_class=processor,
         plain_text_dataset=plain_texts and open_pairs(plain_texts, steps.recipe.seed, images=False),
     )
 

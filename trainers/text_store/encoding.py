@@ -20,8 +20,10 @@ from modeling_proclip.identity import (
 )
 from modeling_proclip.lean_checkpoint import text_model_sha256
 from modeling_proclip.packing import pack_rows, why_padded
+from modeling_proclip.rotary import rotary_boundary
 from trainers.compute.dtypes import ModelDtype, default_device, loading_dtype
 from trainers.compute.onednn import fastest_linear
+from trainers.storage.model_files import loading_from
 
 from .token_batches import TokenRow, length_sorted_batches, pad_rows
 
@@ -101,7 +103,11 @@ def encode_texts(
     model.eval()
     packed = _packs(model, device, packed)
     rows, truncated = _tokenize(texts, model, processor)
-    for indices in length_sorted_batches(rows, token_budget, boundary=_rotary_boundary(text_tower, rows)):
+    _check_vocabulary(text_tower, rows)
+    boundary = rotary_boundary(
+        getattr(text_tower, "config", None), max((len(r["input_ids"]) for r in rows), default=0)
+    )
+    for indices in length_sorted_batches(rows, token_budget, boundary=boundary):
         batch = [rows[i] for i in indices]
         inputs = pack_rows(batch) if packed else pad_rows(batch, tokenizer.pad_token_id, tokenizer.padding_side)
         inputs = {name: _on(device, values) for name, values in inputs.items()}
@@ -144,11 +150,12 @@ def load_encoder(
     """
     device = device or default_device()
     attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    model = AutoModel.from_pretrained(name_or_path, **loading_dtype(dtype, device), **attention)
-    _check_text_side(model)
-    model.to(device)
-    loader = AutoProcessor if isinstance(model, ProCLIPModel) else AutoTokenizer
-    return model, loader.from_pretrained(name_or_path)
+    with loading_from((name_or_path, None)):
+        model = AutoModel.from_pretrained(name_or_path, **loading_dtype(dtype, device), **attention)
+        _check_text_side(model)
+        model.to(device)
+        loader = AutoProcessor if isinstance(model, ProCLIPModel) else AutoTokenizer
+        return model, loader.from_pretrained(name_or_path)
 
 
 def text_dtype(model: torch.nn.Module) -> torch.dtype:
@@ -254,23 +261,15 @@ def _packs(model: torch.nn.Module, device: torch.device, packed: bool | None) ->
     return wanted and reason is None
 
 
-def _rotary_boundary(text_tower: torch.nn.Module, rows: Sequence[TokenRow]) -> int | None:
-    """The length beyond which an LLM has other rotary frequencies. It chooses them by the longest text of a batch (LongRoPE), so that shorter texts
-    must not be in one with longer ones. ValueError if they depend on all texts that came before (dynamic).
-    """
+def _check_vocabulary(text_tower: torch.nn.Module, rows: Sequence[TokenRow]) -> None:
+    """ValueError if a tokenizer gives tokens that the model does not have: on a GPU they would end the process."""
     config = getattr(text_tower, "config", None)  # a module of your own need not have one
-    parameters = getattr(config, "rope_parameters", None) or {}
-    for rope in (parameters, *(value for value in parameters.values() if isinstance(value, dict))):
-        if rope.get("rope_type") == "longrope":
-            return rope["original_max_position_embeddings"]
-        if rope.get("rope_type") == "dynamic":
-            longest, limit = max((len(row["input_ids"]) for row in rows), default=0), config.max_position_embeddings
-            if longest > limit:
-                raise ValueError(
-                    f"a text has {longest} tokens, and beyond {limit} this LLM's positions (dynamic RoPE) depend on the texts before it: set "
-                    f"processor.max_length = {limit}"
-                )
-    return None
+    size = getattr(getattr(config, "text_config", config), "vocab_size", None)
+    largest = max((max(row["input_ids"], default=0) for row in rows), default=0)
+    if size is not None and largest >= size:
+        raise ValueError(
+            f"the tokenizer gives token {largest:,}, and the model has {size:,} tokens: they do not belong together"
+        )
 
 
 def _on(device: torch.device, value: Any) -> Any:

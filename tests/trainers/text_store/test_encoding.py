@@ -75,6 +75,11 @@ def test_longrope_is_chosen_by_a_text_s_own_length(packed):
     alone, _ = gather(texts, model, processor, token_budget=1, packed=False)
     embeddings, _ = gather(texts, model, processor, token_budget=100_000, packed=packed)
     torch.testing.assert_close(embeddings, alone, atol=1e-5, rtol=1e-5)
+    together = processor(text=texts, return_tensors="pt")
+    with pytest.raises(
+        ValueError, match=r"beyond 24 tokens this LLM has other positions .LongRoPE.* of \d+ tokens was padded to 64"
+    ):
+        model.get_text_features(**together)
     rope["rope_type"] = "dynamic"
     model.text_model.config.rope_parameters = rope
     model.text_model.config.max_position_embeddings = 24
@@ -82,6 +87,15 @@ def test_longrope_is_chosen_by_a_text_s_own_length(packed):
         ValueError, match="beyond 24 this LLM's positions .dynamic RoPE. depend on the texts before it"
     ):
         next(encode_texts(texts, model, processor))
+    with pytest.raises(ValueError, match="beyond 24 this LLM's positions .dynamic RoPE."):
+        model.get_text_features(**together)
+
+
+def test_a_tokenizer_of_another_model_is_refused():
+    model, processor = tiny_proclip()
+    processor.tokenizer.add_tokens([f"token-{i}" for i in range(100)])
+    with pytest.raises(ValueError, match=r"the tokenizer gives token \d+, and the model has 420 tokens"):
+        next(encode_texts(["a token-99"], model, processor))
 
 
 @pytest.mark.parametrize("family", ["clip", "siglip"])

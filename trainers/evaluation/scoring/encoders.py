@@ -15,6 +15,7 @@ import modeling_proclip  # noqa: F401  registers the classes
 from modeling_proclip import ProCLIPModel
 from modeling_proclip.identity import config_values, library_versions, own_weights_sha256, state_sha256
 from trainers.compute.dtypes import ModelDtype, loading_dtype
+from trainers.storage.model_files import loading_from
 from trainers.text_store.encoding import (
     EncodedBatch,
     count_truncated,
@@ -86,8 +87,9 @@ class Encoder:
         if dtype not in get_args(ModelDtype):
             raise ValueError(f"dtype must be one of {', '.join(get_args(ModelDtype))}, got {dtype!r}")
         attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-        model = AutoModel.from_pretrained(name_or_path, **loading_dtype(dtype, device), **attention)
-        processor = AutoProcessor.from_pretrained(name_or_path)
+        with loading_from((name_or_path, None)):
+            model = AutoModel.from_pretrained(name_or_path, **loading_dtype(dtype, device), **attention)
+            processor = AutoProcessor.from_pretrained(name_or_path)
         path = Path(name_or_path)
         return cls(model.to(device), processor, path.resolve().name if path.exists() else name_or_path)
 
