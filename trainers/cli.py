@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from trainers.commands.convert import convert
+from trainers.commands.demo import demo
 from trainers.commands.embed import embed
 from trainers.commands.evaluate import evaluate
 from trainers.commands.export import export
@@ -32,6 +33,7 @@ ENVIRONMENT = {
     # Threads that wait for each other sleep instead of spinning: with another program on one of two cores, a training step took a quarter to
     # a tenth of the time.
     "OMP_WAIT_POLICY": "passive",
+    "GRADIO_ANALYTICS_ENABLED": "False",
 }
 # Progress is shown by `trainers.display` and mistakes are errors; bars, logs and warnings of the libraries would bury both.
 QUIET_ENVIRONMENT = {
@@ -51,6 +53,7 @@ EXTRA_OF = {
     "evaluate": "evaluation",
     "fastapi": "serve",
     "gguf": "quickstart",
+    "gradio": "demo",
     "lancedb": "search",
     "matplotlib": "quickstart",
     "onnx": "onnx",
@@ -145,7 +148,7 @@ def main(
     _set_environment(verbose)
 
 
-for command in (quickstart, index, search, embed, train, evaluate, convert, export, serve, publish):
+for command in (quickstart, index, search, demo, embed, train, evaluate, convert, export, serve, publish):
     app.command()(command)
 
 

@@ -1,7 +1,7 @@
 """Brings an index up to date with its folder: only what is new or has changed is read, and only new content is embedded."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
@@ -72,6 +72,7 @@ def index_folder(
     progress: bool = False,
     truncate_dim: int | None = None,
     precision: Precision | None = None,
+    on_step: Callable[[int, int], object] = lambda done, total: None,
 ) -> tuple[ImageIndex, UpdateSummary]:
     """Bring the index at `path` up to date with the images in `folder`; it is made if it is not there. Stopped in the middle, it keeps what was
     done, and the same call does the rest.
@@ -83,6 +84,7 @@ def index_folder(
         progress: show a bar.
         truncate_dim: keep only the first so many dimensions of the embeddings; by default as the index has them, and all in a new one.
         precision: of the stored embeddings, see [`Quantization`]; by default as the index has it, and float32 in a new one.
+        on_step: called with the number of images that are done and that are to do, at the start and after each step.
 
     Raises:
         NotADirectoryError: If there is no such folder.
@@ -109,7 +111,7 @@ def index_folder(
             encoder.check_truncate_dim(truncate_dim)
             dim = truncate_dim or encoder.embedding_dim
             index = ImageIndex.create(path, folder, model, identity_of(encoder), dim, precision or "float32")
-        return index, _Update(index, encoder, batch_size).run(progress)
+        return index, _Update(index, encoder, batch_size).run(progress, on_step)
 
 
 def identity_of(encoder: Encoder) -> dict[str, Any]:
@@ -134,15 +136,19 @@ class _Update:
         self.index, self.encoder, self.batch_size = index, encoder, batch_size
         self.folder, self.summary = Folder(index.folder), UpdateSummary()
 
-    def run(self, progress: bool) -> UpdateSummary:
+    def run(self, progress: bool, on_step: Callable[[int, int], object]) -> UpdateSummary:
         waiting, gone = self._compare()
         if waiting and self.index.precision == "int8" and self.index.settings["num_calibrated"] < MIN_CALIBRATED:
             self._calibrate()
             waiting, gone = self._compare()
+        done = 0
+        on_step(done, len(waiting))
         with Progress("embedding images", len(waiting), "images", shown=progress) as bar:
             for step in self._read(waiting):
                 self._write(step)
                 bar.advance(len(step))
+                done += len(step)
+                on_step(done, len(waiting))
         # After what has moved was copied from them.
         for table, paths in zip((self.index.images, self.index.unreadable), gone):
             self.index.remove(table, paths)

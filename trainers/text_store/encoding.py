@@ -129,6 +129,22 @@ def count_truncated(texts: Sequence[str], model: torch.nn.Module, processor: Any
     return sum(sum(_tokenize(texts[i : i + 4096], model, processor)[1]) for i in range(0, len(texts), 4096))
 
 
+def characters_read(text: str, model: torch.nn.Module, processor: Any) -> int:
+    """How many characters of `text` the model reads: what comes after them changes nothing. A word that is cut counts whole."""
+    (tokens,), (truncated,) = _tokenize([text], model, processor)
+    if not truncated:
+        return len(text)
+    # Halved until one character fewer gives other tokens, as tokenizers and templates each count in their own way.
+    too_few, enough = 0, len(text)
+    while enough - too_few > 1:
+        middle = (too_few + enough) // 2
+        if _tokenize([text[:middle]], model, processor)[0] == [tokens]:
+            enough = middle
+        else:
+            too_few = middle
+    return enough
+
+
 def load_encoder(
     name_or_path: str,
     device: str | None = None,

@@ -11,7 +11,7 @@ from tests.trainers.tiny_encoders import make_texts, tiny_clip, tiny_proclip
 from trainers.compute import onednn
 from trainers.data import encode_texts
 from trainers.text_store import encoding
-from trainers.text_store.encoding import encoder_fingerprint, load_encoder
+from trainers.text_store.encoding import characters_read, count_truncated, encoder_fingerprint, load_encoder
 
 
 def gather(texts, model, processor, **kwargs):
@@ -145,6 +145,21 @@ def test_truncated_texts_are_counted_and_a_text_that_just_fits_is_not():
     model, tokenizer = tiny_clip(context=10)
     _, batches = gather(["fox", "fox " * 8, "fox " * 9], model, tokenizer)
     assert sum(batch.num_truncated for batch in batches) == 1
+
+
+@pytest.mark.parametrize("kind", ["proclip", "clip", "siglip"])
+@pytest.mark.parametrize("text", ["two red fox under the house " * 20, "狐狸" * 100, "house" * 60, " fox", ""])
+def test_what_comes_after_the_characters_read_changes_nothing(kind, text):
+    model, processor = tiny_proclip(max_length=40) if kind == "proclip" else tiny_clip(kind)
+    read = characters_read(text, model, processor)
+    if count_truncated([text], model, processor):
+        assert 0 < read < len(text)
+        tails = [text, text[:read], text[:read] + " quiet river", text[:read] + "🦊"]
+        embeddings = [gather([tail], model, processor)[0] for tail in tails]
+        assert all(torch.equal(embeddings[0], other) for other in embeddings[1:])
+        assert not torch.equal(embeddings[0], gather([text[: read - 1]], model, processor)[0])
+    else:
+        assert read == len(text)
 
 
 def test_runs_in_eval_mode_without_gradient_and_leaves_grad_mode_alone():

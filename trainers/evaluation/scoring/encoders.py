@@ -18,6 +18,7 @@ from trainers.compute.dtypes import ModelDtype, loading_dtype
 from trainers.storage.model_files import loading_from
 from trainers.text_store.encoding import (
     EncodedBatch,
+    characters_read,
     count_truncated,
     embeddings_of,
     encode_texts,
@@ -193,6 +194,10 @@ class Encoder:
     def count_truncated(self, texts: Sequence[str]) -> int:
         """How many of `texts` the model does not read to the end."""
         return count_truncated(texts, self.model, self.processor)
+
+    def characters_read(self, text: str) -> int:
+        """How many characters of `text` the model reads; see [`trainers.text_store.encoding.characters_read`]."""
+        return characters_read(text, self.model, self.processor)
 
     def protocol(self) -> dict[str, Any]:
         """How this model was given its images and texts, for the results."""
