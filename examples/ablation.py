@@ -15,7 +15,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -23,11 +23,10 @@ from typing import Any
 
 import torch
 import transformers
-from filelock import FileLock, Timeout
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, CLIPModel, CLIPProcessor, set_seed
 
 from modeling_proclip import ProCLIPModel, ProCLIPProcessor
@@ -38,6 +37,7 @@ from trainers import (
     RepresentationInheritanceTrainer,
 )
 from trainers.compute.dtypes import native_dtype
+from trainers.compute.precision import unit_length
 from trainers.contrastive_tuning.config import PUBLISHED_LAMBDA, batch_invariant_weights
 from trainers.data import TextEmbeddingStore
 from trainers.losses import info_nce_loss, instance_alignment_loss, structure_alignment_loss
@@ -45,9 +45,12 @@ from trainers.openmoji.task import SIZES, ImageDataset, Size, make_task
 from trainers.quickstart.evaluate import embed_images, score
 from trainers.quickstart.language_model import unpack_language_model
 from trainers.quickstart.run import ADAPTER, FRESH_ADAPTER, INHERITANCE, TUNING
+from trainers.storage.files import write_file, write_safetensors
+from trainers.storage.locks import only_writer
 
 
 BATCHES = (64, 128, 256, 512, 1024)
+LLM2CLIP = {"method": "llm2clip"}
 LAMBDAS = (0.5, 1.0, 1.5, 2.5)  # times the published 4e-4: Table 7's 2e-4, 4e-4, 6e-4, 1e-3
 COLUMNS = {
     "zero_shot_seen": "seen",
@@ -79,29 +82,16 @@ def table_5(size: Size) -> list[Run]:
         Run("clip", "CLIP", None),
         Run("l_ins", "L_ins", **inheritance, settings={**INHERITANCE, "lambda_struct": 0.0}),
         Run("l_struct", "+ L_struct", **inheritance, settings=INHERITANCE),
-        Run("l_info", "+ L_info", **tuning, settings={**TUNING, "method": "llm2clip"}),
-        Run("proclip", "+ L_reg = ProCLIP", **tuning, settings={**TUNING, **_weights(1.0)}),
-        Run(
-            "llm2clip",
-            "LLM2CLIP",
-            "tuning",
-            size.baseline_steps,
-            settings={**TUNING, **FRESH_ADAPTER, "method": "llm2clip"},
-        ),
+        Run("l_info", "+ L_info", **tuning, settings=TUNING | LLM2CLIP),
+        Run("proclip", "+ L_reg = ProCLIP", **tuning, settings=TUNING | _weights(1.0)),
+        Run("llm2clip", "LLM2CLIP", "tuning", size.baseline_steps, settings=TUNING | FRESH_ADAPTER | LLM2CLIP),
     ]
 
 
 def table_7(size: Size) -> list[Run]:
     """Other weights of L_reg than the published one, which is the last row of Table 5 (ProCLIP, arXiv 2510.18795, Table 7)."""
     return [
-        Run(
-            f"lambda-{factor}",
-            f"λ × {factor}",
-            "tuning",
-            size.tuning_steps,
-            "l_struct",
-            {**TUNING, **_weights(factor)},
-        )
+        Run(f"lambda-{factor}", f"λ × {factor}", "tuning", size.tuning_steps, "l_struct", TUNING | _weights(factor))
         for factor in LAMBDAS
         if factor != 1.0
     ]
@@ -113,14 +103,13 @@ def batch_sweep(size: Size) -> list[Run]:
     runs = []
     for batch in batches(size):
         published = {"method": "proclip", "reduction": "sum"}  # its weights are 4e-4 and 4e-4
-        kinds = {"none": {"method": "llm2clip"}, "mean": _weights(1.0), "sum": published}
+        kinds = {"none": LLM2CLIP, "mean": _weights(1.0), "sum": published}
         for kind, settings in kinds.items():
             if batch == normal and kind != "sum":
                 continue  # l_info and proclip of Table 5
-            settings = {**TUNING, **settings, "per_device_train_batch_size": batch}
-            runs.append(
-                Run(f"batch-{batch}-{kind}", f"{batch}, {kind}", "tuning", round(pairs / batch), "l_struct", settings)
-            )
+            settings = TUNING | settings | {"per_device_train_batch_size": batch}
+            name, steps = f"batch-{batch}-{kind}", round(pairs / batch)
+            runs.append(Run(name, f"{batch}, {kind}", "tuning", steps, "l_struct", settings))
     # The smallest and the largest batch say most: they come first, in case the rest is not waited for.
     return sorted(runs, key=lambda run: (64, 1024, 128, 512, 256).index(run.settings["per_device_train_batch_size"]))
 
@@ -191,23 +180,18 @@ class Seed:
             "seed": self.seed,
             **run.settings,
         }
-        trainer: Any
         if run.stage == "inheritance":
             rows = [{"text": text} for text in self.task.inheritance_texts]
-            trainer = RepresentationInheritanceTrainer(
-                model,
-                RepresentationInheritanceConfig(**arguments),
-                rows,
-                text_store=self.text_store,
-                teacher_store=self.teacher_store,
-            )
+            inheritance = RepresentationInheritanceConfig(**arguments)
+            stores = {"text_store": self.text_store, "teacher_store": self.teacher_store}
+            trainer = RepresentationInheritanceTrainer(model, inheritance, rows, **stores)
         else:
-            trainer = ContrastiveTuningTrainer(
-                model, ContrastiveTuningConfig(**arguments), self.alignment, text_store=self.text_store
-            )
+            tuning = ContrastiveTuningConfig(**arguments)
+            trainer = ContrastiveTuningTrainer(model, tuning, self.alignment, text_store=self.text_store)
         trainer.train()
         if keep:
-            write_whole(self.state_file(run.name), lambda path: save_file(model.state_dict(), path))
+            self.state_file(run.name).parent.mkdir(exist_ok=True)
+            write_safetensors(self.state_file(run.name), model.state_dict(), {"format": "pt"})
         row = self._score(embed_images(model, self.test_pixels), functools.partial(self._embed_texts, model))
         logs = [log for log in trainer.state.log_history if "loss" in log]
         return {"run": asdict(run), **row, "last_log": logs[-1], "seconds": round(time.perf_counter() - start, 1)}
@@ -215,7 +199,7 @@ class Seed:
     def _score(self, images: torch.Tensor, embed_texts: Callable[[list[str]], torch.Tensor]) -> dict[str, Any]:
         row = score(self.task, images, embed_texts)
         others = [accuracy for language, accuracy in row["zero_shot_by_language"].items() if language != "en"]
-        drift = instance_alignment_loss(unit(images), unit(self.clip_images))
+        drift = instance_alignment_loss(unit_length(images), unit_length(self.clip_images))
         return {**row, "others": statistics.mean(others), "drift": float(drift)}
 
     @torch.inference_mode()
@@ -241,7 +225,7 @@ class Seed:
                 outputs = tuned(pixel_values=pixels, llm_embeds=llm_embeds)
                 student, texts = outputs.image_embeds, outputs.text_embeds
                 with torch.no_grad():
-                    target = unit(teacher.get_image_features(pixel_values=pixels).pooler_output)
+                    target = unit_length(teacher.get_image_features(pixel_values=pixels).pooler_output)
                 losses = {"info": info_nce_loss(student, texts, tuned.logit_scale.exp())}
                 for kind, weights in (("mean", means), ("sum", sums)):
                     losses[kind] = weights[0] * instance_alignment_loss(student, target, kind)
@@ -254,19 +238,6 @@ class Seed:
         return {"gradient_share": shares}
 
 
-def unit(embeds: torch.Tensor) -> torch.Tensor:
-    """`(num_images, dim)` to unit length."""
-    return torch.nn.functional.normalize(embeds, dim=-1)
-
-
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file so that it is there as a whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    write(partial)
-    os.replace(partial, path)
-
-
 def read_row(path: Path, settings: dict[str, Any] | None) -> dict[str, Any] | None:
     """A finished row, or None if it is not there or was run with other settings."""
     if not path.is_file():
@@ -276,39 +247,38 @@ def read_row(path: Path, settings: dict[str, Any] | None) -> dict[str, Any] | No
 
 
 def summarise(
-    rows: dict[tuple[int, str], dict[str, Any]], names: list[str], titles: list[str]
+    rows: dict[tuple[int, str], dict[str, Any]], names: Sequence[str], titles: Sequence[str]
 ) -> list[dict[str, Any]]:
     """One entry a run: mean and standard deviation (of the sample, over the seeds that have it) of every column."""
     entries = []
     for name, title in zip(names, titles, strict=True):
         found = {seed: row for (seed, run), row in rows.items() if run == name}
-        if not found:
-            continue
-        entry: dict[str, Any] = {"name": name, "title": title, "seeds": sorted(found)}
-        for key in COLUMNS:
-            values = [row[key] for row in found.values()]
-            entry[key] = {
-                "mean": statistics.mean(values),
-                "std": statistics.stdev(values) if len(values) > 1 else None,
-            }
-        entries.append(entry)
+        if found:
+            columns = {key: _mean_and_std([row[key] for row in found.values()]) for key in COLUMNS}
+            entries.append({"name": name, "title": title, "seeds": sorted(found), **columns})
     return entries
+
+
+def _mean_and_std(values: list[float]) -> dict[str, float | None]:
+    return {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
 
 
 def print_entries(console: Console, title: str, entries: list[dict[str, Any]]) -> None:
     """The other languages, of which an English LLM knows little, are only in the JSON."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("", no_wrap=True)
     columns = [key for key in COLUMNS if key != "others"]
-    for heading in (*(COLUMNS[key] for key in columns), "seeds"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = _table(title, [*(COLUMNS[key] for key in columns), "seeds"])
     for entry in entries:
-        cells = [
-            _with_spread(entry[key], 1, digits=3) if key == "drift" else _with_spread(entry[key], 100, digits=1)
-            for key in columns
-        ]
+        cells = (_with_spread(entry[key], *((1, 3) if key == "drift" else (100, 1))) for key in columns)
         table.add_row(entry["title"], *cells, str(len(entry["seeds"])))
     console.print(table)
+
+
+def _table(title: str, headings: Iterable[str]) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("", no_wrap=True)
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
 
 
 def _with_spread(value: dict[str, Any], scale: int, digits: int) -> str:
@@ -318,11 +288,7 @@ def _with_spread(value: dict[str, Any], scale: int, digits: int) -> str:
 
 def print_shares(console: Console, shares: dict[str, dict[str, Any]]) -> None:
     """How hard L_reg pulls, a row a reduction and a column a batch."""
-    table = Table(title="|grad λ L_reg| / |grad L_info| in the image encoder, by batch", title_justify="left")
-    table.box, table.padding = box.SIMPLE_HEAD, (0, 1, 0, 0)
-    table.add_column("", no_wrap=True)
-    for batch in next(iter(shares.values())):
-        table.add_column(batch, justify="right", no_wrap=True)
+    table = _table("|grad λ L_reg| / |grad L_info| in the image encoder, by batch", next(iter(shares.values())))
     for kind, title in (("mean", "mean (ours)"), ("sum", "sum (published)")):
         table.add_row(title, *(_with_spread(value, 1, digits=3) for value in shares[kind].values()))
     console.print(table)
@@ -338,32 +304,23 @@ def collect(folder: Path, size: Size, seeds: list[int]) -> dict[str, Any]:
         for seed in seeds
         if (row := read_row(row_file(folder, seed, run.name), asdict(run))) is not None
     }
+    shared = {(128, "none"): "l_info", (128, "mean"): "proclip"}  # rows of Table 5
     orders = {
         "table_5": [("clip", "CLIP"), ("llm2clip", "LLM2CLIP")]
         + [(run.name, run.title) for run in tables["table_5"] if run.name not in ("clip", "llm2clip")],
         "table_7": [("proclip" if f == 1 else f"lambda-{f}", f"λ = {f * PUBLISHED_LAMBDA:.0e}") for f in LAMBDAS],
         "batch_sweep": [
-            (
-                {(128, "none"): "l_info", (128, "mean"): "proclip"}.get((batch, kind), f"batch-{batch}-{kind}"),
-                f"{batch}, {kind}",
-            )
+            (shared.get((batch, kind), f"batch-{batch}-{kind}"), f"{batch}, {kind}")
             for kind in ("none", "mean", "sum")
             for batch in batches(size)
         ],
     }
-    results: dict[str, Any] = {
-        key: summarise(rows, [name for name, _ in order], [title for _, title in order])
-        for key, order in orders.items()
-    }
+    results: dict[str, Any] = {key: summarise(rows, *zip(*order, strict=True)) for key, order in orders.items()}
     found = [row["gradient_share"] for seed in seeds if (row := read_row(row_file(folder, seed, "gradients"), None))]
     if found:
         results["gradient_share"] = {
             kind: {
-                batch: {
-                    "mean": statistics.mean(share[kind][batch] for share in found),
-                    "std": statistics.stdev(share[kind][batch] for share in found) if len(found) > 1 else None,
-                    "seeds": len(found),
-                }
+                batch: {**_mean_and_std([share[kind][batch] for share in found]), "seeds": len(found)}
                 for batch in found[0][kind]
             }
             for kind in ("mean", "sum")
@@ -377,7 +334,8 @@ def row_file(folder: Path, seed: int, name: str) -> Path:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    write_whole(path, lambda partial: partial.write_text(json.dumps(content, indent=1) + "\n"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def main() -> None:
@@ -394,20 +352,15 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     console, size, folder = Console(highlight=False), SIZES[args.size], args.output_dir.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
     # All seeds of the tables come before the sweep: a table of one seed has no spread.
-    plan: list[tuple[int, Run | None]] = [
-        (seed, run) for seed in args.seeds for run in (*table_5(size), *table_7(size))
-    ]
-    plan += [(seed, None) for seed in args.seeds]
+    runs = [*table_5(size), *table_7(size), None]
+    plan = [(seed, run) for seed in args.seeds for run in runs]
     if not args.skip_sweep:
         plan += [(seed, run) for seed in args.seeds for run in batch_sweep(size)]
     if not args.report:
-        try:
-            with FileLock(folder / ".lock", timeout=0):
-                train(console, folder, size, plan)
-        except Timeout:
-            sys.exit(f"error: another run is writing to {folder}: wait for it, or choose another --output-dir")
+        refusal = f"error: another run is writing to {folder}: wait for it, or choose another --output-dir"
+        with only_writer(folder, refusal, error=SystemExit):
+            train(console, folder, size, plan)
 
     results = collect(folder, size, args.seeds)
     print_entries(console, "Table 5: the losses, on the quickstart's data", results["table_5"])

@@ -9,7 +9,7 @@ from filelock import FileLock, Timeout
 
 @contextmanager
 def only_writer(
-    folder: Path, refusal: str, *, file: str = ".lock", error: type[ValueError] = ValueError
+    folder: Path, refusal: str, *, file: str = ".lock", error: type[BaseException] = ValueError
 ) -> Iterator[None]:
     """Nobody else writes `folder`, which is made if it is not there, until the block ends, or its process does. Raises `error` with the message
     `refusal` if somebody is writing it.
