@@ -207,15 +207,12 @@ def find_rows(source: PairSource, *, streaming: bool, any_split: bool = False) -
 
 def _files(source: PairSource, files: Sequence[str], any_split: bool) -> FoundRows:
     """Files that the user names."""
-    if not any_split and source.split != "train" and not (len(files) == 1 and _declares_splits(files[0])):
+    declares_splits = len(files) == 1 and kind_of(files[0]) == "json" and TableFile(files[0]).declares_splits()
+    if not any_split and source.split != "train" and not declares_splits:
         raise ValueError(f"{source.source} is read as files, whose only split is 'train', not {source.split!r}")
     root = Path(os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files]))
     names = [os.path.basename(file) if len(files) == 1 else os.path.relpath(file, root) for file in files]
     return _shards(source, root, list(files), names)
-
-
-def _declares_splits(file: str) -> bool:
-    return kind_of(file) == "json" and TableFile(file).declares_splits()
 
 
 def _shards(source: PairSource, root: Path, files: Sequence[str], names: Sequence[str]) -> FoundRows:
@@ -374,13 +371,8 @@ def _saved(source: PairSource, path: Path, any_split: bool) -> FoundRows:
 def _on_the_hub(source: PairSource, streaming: bool) -> FoundRows:
     files = [source.data_files] if isinstance(source.data_files, str) else source.data_files
     for file in files or ():  # as of a file on this computer, or elsewhere
-        if (
-            "://" in file
-            or "::" in file
-            or os.path.isabs(file)
-            or ".." in Path(file).parts
-            or "/" not in source.source
-        ):
+        elsewhere = "://" in file or "::" in file or os.path.isabs(file) or ".." in Path(file).parts
+        if elsewhere or "/" not in source.source:
             raise ValueError(
                 f"{file!r:.200} is not the name of a file within a dataset owner/name on the Hub, here {source.source}"
             )
