@@ -147,7 +147,7 @@ def make_texts(mean_words: int, count: int) -> list[str]:
 
 
 def flops_of(model: ProCLIPModel, lengths: Sequence[int]) -> float:
-    """Of one forward pass over texts of so many tokens, without padding."""
+    """Operations of one forward pass over texts of so many tokens, without padding."""
     config = model.text_model.config
     weights = (
         sum(p.numel() for p in model.text_model.parameters()) - model.text_model.get_input_embeddings().weight.numel()

@@ -146,7 +146,7 @@ class Seed:
         texts = self.task.all_texts()
         self.text_store = TextEmbeddingStore.build(texts, self.pair, processor, folder / "text-store")
         self.teacher_store = TextEmbeddingStore.build(texts, self.clip, clip_processor, folder / "clip-text-store")
-        # Of this seed's texts: the store grows with every seed, and its own statistics would depend on which ones came before.
+        # From this seed's texts: the store grows with every seed, and its own statistics would depend on which ones came before.
         embeds = self.text_store.lookup(texts).double()
         self.pair.text_adapter.set_input_statistics(embeds.mean(dim=0), embeds.std(dim=0, correction=0))
         self.pair.text_model = None  # what trains and scores reads the LLM's embeddings from the store

@@ -92,7 +92,7 @@ def description_rows(concepts: list[Concept], seed: int) -> list[dict[str, Any]]
 
 
 def evaluation_rows() -> dict[str, list[dict[str, Any]]]:
-    """Of held-out concepts: two English descriptions of one picture, and the English name with that in each other language."""
+    """Rows about held-out concepts: two English descriptions of one picture, and the English name with that in each other language."""
     concepts, rng = held_out_concepts(), random.Random("evaluation")
     rows = {"captions": [{"text": rng.sample(descriptions(c, random_view(rng)), 2)} for c in concepts * 2]}
     for language in LANGUAGES[1:]:

@@ -21,7 +21,7 @@ from .segment_attention import HAS_VARLEN, SEGMENT_ATTENTION
 logger = logging.get_logger(__name__)
 
 _FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
-# Of each LLM, by device, dtype and attention: why its texts are padded.
+# Why the texts of an LLM are padded, by device, dtype and attention.
 _TRIED: WeakKeyDictionary[nn.Module, dict[tuple, str | None]] = WeakKeyDictionary()
 
 

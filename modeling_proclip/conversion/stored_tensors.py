@@ -19,7 +19,7 @@ from .errors import ConversionError, first_line
 from .json_files import read_json
 
 
-# Of safetensors headers; other types are no weights of the published models.
+# Types as safetensors headers name them; no published model has weights of another one.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 WRAPPERS = ("state_dict", "module")  # OpenCLIP's trainer and DeepSpeed
 INDEXES = {"model.safetensors.index.json": "model.safetensors", "pytorch_model.bin.index.json": "pytorch_model.bin"}

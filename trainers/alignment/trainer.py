@@ -133,7 +133,7 @@ class AlignmentTrainer(StageTrainer):
             )
 
     def _shorter_dims(self, config: ProCLIPConfig) -> list[int]:
-        """Of `matryoshka_dims` those below the whole size, which counts anyway. Raises ValueError if one is above it."""
+        """The `matryoshka_dims` below the whole size, which counts anyway. Raises ValueError if one is above it."""
         dims = self.args.matryoshka_dims or []
         if dims and max(dims) > config.projection_dim:
             raise ValueError(

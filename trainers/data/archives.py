@@ -21,7 +21,7 @@ from .text_lines import parse_json
 
 ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
-# Of a row that cannot be used: why, under this name. Such a row counts as broken, and is no error of the whole shard.
+# The column that says why a row cannot be used. Such a row counts as broken, and is no error of the whole shard.
 BROKEN = "__broken__"
 
 _TEXTS = ("txt", "text", "transcript", "caption")

@@ -21,7 +21,7 @@ from .tables import Placed
 
 logger = logging.getLogger(__name__)
 
-# Of a row: where it is, for messages.
+# The column that says where a row is, for messages.
 PLACE = "__place__"
 
 _VERSION = 1  # of how rows are copied: another one makes other copies

@@ -117,7 +117,7 @@ class ImageIndex:
 
     @property
     def precision(self) -> Precision:
-        """Of the stored embeddings; earlier releases wrote float32 alone and did not say so."""
+        """What the stored embeddings are rounded to; earlier releases wrote float32 alone and did not say so."""
         return self.settings.get("precision", "float32")
 
     @property

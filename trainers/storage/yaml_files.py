@@ -196,7 +196,7 @@ def _message(error: ValidationError, values: Any, where: str, kind: Any, skipped
     """One line for one mistake: an unknown key if there is one, as a missing one may be meant by it, else the first."""
     found = [(_path(problem["loc"], values, problem["type"]), problem) for problem in error.errors()]
     found.sort(key=lambda item: item[1]["type"] != _UNKNOWN)
-    # Of the choices of a union, that which reaches deepest into the value tells most.
+    # The choice of a union that reaches deepest into the value tells most.
     deepest = max(len(path) for path, _ in found if path[: skipped + 1] == found[0][0][: skipped + 1])
     path, first = next((path, problem) for path, problem in found if len(path) == deepest)
     for name in path[skipped:]:

@@ -41,7 +41,7 @@ METRICS: dict[str, tuple[str, ...]] = {
     "cka": ("cka_debiased", "cka"),
 }
 
-# Of fine-grained benchmarks of two images and two texts a row: the columns and the metrics.
+# Columns and metrics of fine-grained benchmarks, which have two images and two texts a row.
 PAIR_COLUMNS = {"image_1", "image_2", "caption_1", "caption_2"}
 PAIR_METRICS = ("text_score", "image_score", "group_score")
 
