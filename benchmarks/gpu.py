@@ -4,11 +4,13 @@
 
 Texts: `encode_texts` of a Llama with random weights in bfloat16, of 8B shape (1B with --quick), tokens a second and the share of the card's
 own matmul rate: 2 x parameters without embeddings x tokens, plus the attention's two products, over the time and the rate of an 8,192 cubed
-matmul. The plain loop pads 32 texts at a time in the order that they come in, as most scripts do; sentence-transformers sorts and pads 32.
+matmul. The plain loop pads 32 texts at a time in the order that they come in, as most scripts do; sentence-transformers sorts and pads 32, and the model packs them.
 Packed embeddings are compared with padded ones.
 
 Training: `ContrastiveTuningTrainer.train()` with a ViT-L/14 at 224 (ViT-B/32 with --quick), images a second after the first steps, against a
-plain loop of the same loss. The LLM's embeddings are looked up, so it takes no part.
+plain loop of the same loss, with the share of the matmul rate, the peak of the card's memory and the share of the time spent waiting for
+data. A backward pass counts as two forward passes, the EMA teacher's forward pass and that of gradient caching as one each. The LLM's
+embeddings are looked up, so it takes no part.
 
 Without a GPU it runs on the CPU at tiny sizes, to see that it does; those numbers mean nothing.
 """
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch.nn import functional as F
 from transformers import AutoTokenizer, CLIPImageProcessorPil
 
@@ -272,8 +275,16 @@ def training_model(size: str) -> ProCLIPModel:
     )
 
 
-def trained(size: str, batch_size: int, steps: int, **settings: Any) -> float:
-    """Images a second of the second half of `steps` steps of the trainer."""
+def image_flops(model: ProCLIPModel) -> float:
+    """Of one forward pass of the image encoder over one image."""
+    config = model.config.vision_config
+    num_tokens = (IMAGE_SIZE // config.patch_size) ** 2 + 1
+    weights = sum(p.numel() for name, p in model.vision_model.named_parameters() if "embeddings" not in name)
+    return 2 * weights * num_tokens + 4 * config.num_hidden_layers * config.hidden_size * num_tokens**2
+
+
+def trained(size: str, batch_size: int, steps: int, **settings: Any) -> dict[str, float]:
+    """The last log of `steps` steps of the trainer, which is of their second half."""
     with tempfile.TemporaryDirectory() as folder:
         args = ContrastiveTuningConfig(
             folder,
@@ -289,7 +300,7 @@ def trained(size: str, batch_size: int, steps: int, **settings: Any) -> float:
         )
         trainer = ContrastiveTuningTrainer(training_model(size), args, Rows(), text_store=Store())
         trainer.train()
-        return [log for log in trainer.state.log_history if "samples_per_second" in log][-1]["samples_per_second"]
+        return [log for log in trainer.state.log_history if "samples_per_second" in log][-1]
 
 
 def plain_training(size: str, batch_size: int, steps: int) -> float:
@@ -310,26 +321,46 @@ def plain_training(size: str, batch_size: int, steps: int) -> float:
     return batch_size * steps / timed(lambda: [step() for _ in range(steps)])[0]
 
 
-def measure_training(size: str, batch_size: int, steps: int, quick: bool) -> list[dict[str, Any]]:
+def measure_training(size: str, batch_size: int, steps: int, quick: bool, rate: float) -> list[dict[str, Any]]:
     """The trainer's methods, and a batch eight times as large in cached parts, against the plain loop."""
-    cached = {"gradient_caching_batch_size": batch_size}
-    ways = {
-        "LLM2CLIP": (batch_size, {"method": "llm2clip"}),
-        "ProCLIP": (batch_size, {}),
-        "ProCLIP, cached": (8 * batch_size, cached),
+    cached, compiled = {"gradient_caching_batch_size": batch_size}, {"torch_compile": True}
+    # Name -> rows of a batch, settings, and forward passes that an image costs.
+    ways: dict[str, tuple[int, dict[str, Any], int]] = {
+        "LLM2CLIP": (batch_size, {"method": "llm2clip"}, 3),
+        "ProCLIP": (batch_size, {}, 4),
+        "ProCLIP, cached": (8 * batch_size, cached, 5),
     }
     if GPU and not quick:
-        ways["ProCLIP, cached, compiled"] = (8 * batch_size, {**cached, "torch_compile": True})
+        ways["ProCLIP, compiled"] = (batch_size, compiled, 4)
+        ways["ProCLIP, cached, compiled"] = (8 * batch_size, {**cached, **compiled}, 5)
+    flops = image_flops(training_model(size))
     peer, rows = plain_training(size, batch_size, steps), []
-    print(f"{'plain loop':26} {peer:10,.1f} images/s", flush=True)
-    for name, (rows_a_batch, settings) in ways.items():
-        speed = trained(size, rows_a_batch, max(steps * batch_size // rows_a_batch, 4), **settings)
-        rows.append(
-            {"name": f"stage 2: {name}", "ours": speed, "peer": peer, "ratio": speed / peer, "unit": "images/s"}
-        )
-        print(f"{name:26} {speed:10,.1f} images/s  {speed / peer:.2f} of the plain loop", flush=True)
+    print(f"{'plain loop':26} {peer:10,.1f} images/s  {3 * flops * peer / rate:.3f} of the matmul rate", flush=True)
+    for name, (rows_a_batch, settings, passes) in ways.items():
         if GPU:
             torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        log = trained(size, rows_a_batch, max(steps * batch_size // rows_a_batch, 4), **settings)
+        speed = log["samples_per_second"]
+        share, memory = passes * flops * speed / rate, torch.cuda.max_memory_allocated() / 1e9 if GPU else None
+        rows.append(
+            {
+                "name": f"stage 2: {name}",
+                "ours": speed,
+                "peer": peer,
+                "ratio": speed / peer,
+                "unit": "images/s",
+                "share_of_matmul_rate": share,
+                "data_wait": log["data_wait"],
+                "peak_memory_gb": memory,
+            }
+        )
+        peak = "" if memory is None else f", {memory:.0f} GB"
+        print(
+            f"{name:26} {speed:10,.1f} images/s  {share:.3f} of the matmul rate{peak}, {speed / peer:.2f} of the plain loop, "
+            f"{log['data_wait']:.0%} of the time waiting for data",
+            flush=True,
+        )
     return rows
 
 
@@ -344,6 +375,7 @@ def main() -> None:
     machine = {
         "device": torch.cuda.get_device_name() if GPU else "CPU, tiny sizes: no measurement",
         "torch": torch.__version__,
+        "transformers": transformers.__version__,
         "dtype": str(DTYPE).removeprefix("torch."),
     }
     print(machine, flush=True)
@@ -358,7 +390,7 @@ def main() -> None:
     rows = measure_texts(llm, sets, share, rate)
     if GPU:
         torch.cuda.empty_cache()
-    rows += measure_training(vision, batch_size, steps, arguments.quick)
+    rows += measure_training(vision, batch_size, steps, arguments.quick, rate)
     if arguments.json:
         arguments.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n", encoding="utf-8")
 

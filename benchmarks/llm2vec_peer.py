@@ -1,6 +1,6 @@
 """The peer of `text_encoding.py`: encodes texts with llm2vec, in the environment that has it.
 
-    python llm2vec_peer.py MODEL_FOLDER THREADS
+    python llm2vec_peer.py MODEL_FOLDER THREADS DTYPE
 
 Reads one JSON object a line, `{"texts": [...], "batch_size": 32, "save": FILE or null}`, and answers each by one:
 `{"seconds": ..., "cpu_seconds": ..., "shapes": [[batch, tokens], ...]}`, after the embeddings are saved to FILE (.npy) if there is one.
@@ -15,11 +15,11 @@ import torch
 from llm2vec import LLM2Vec
 
 
-def main(folder: str, threads: str) -> None:
+def main(folder: str, threads: str, dtype: str) -> None:
     """Answers requests on standard input until it ends."""
     answers, sys.stdout = sys.stdout, sys.stderr  # llm2vec prints what it does
     torch.set_num_threads(int(threads))
-    encoder = LLM2Vec.from_pretrained(folder, pooling_mode="mean", max_length=512, torch_dtype=torch.float32)
+    encoder = LLM2Vec.from_pretrained(folder, pooling_mode="mean", max_length=512, torch_dtype=getattr(torch, dtype))
     shapes: list[list[int]] = []
     forward = encoder.forward
 
@@ -39,7 +39,7 @@ def main(folder: str, threads: str) -> None:
             "shapes": shapes,
         }
         if request["save"]:
-            np.save(request["save"], embeddings.numpy())
+            np.save(request["save"], embeddings.float().numpy())
         print(json.dumps(answer), file=answers, flush=True)
 
 

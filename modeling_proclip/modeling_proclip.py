@@ -15,7 +15,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 from .configuration_eva_clip import EvaCLIPVisionConfig
 from .configuration_proclip import TOWERS, ProCLIPConfig
 from .modeling_eva_clip import EvaCLIPVisionModel
-from .packing import attending_by_segments
+from .packing import attending_by_segments, pack_batch, packs
 from .pooling import pool_segments, pool_tokens
 from .pretrained_proclip import ProCLIPPreTrainedModel
 from .pretrained_towers import bidirectional
@@ -265,6 +265,22 @@ class ProCLIPModel(ProCLIPPreTrainedModel):
             attentions=outputs.attentions,
         )
 
+    def _run_fastest(self, input_ids, attention_mask, token_type_ids, **kwargs) -> BaseModelOutputWithPooling:
+        """As `_run_text_model`. A padded batch is packed where that is faster, without gradient, if only the last states are asked for."""
+        asked = {name for name, value in kwargs.items() if value is not None and value is not False} - {"return_dict"}
+        packed = None
+        if not (asked or attention_mask is None or self.text_model is None or torch.is_grad_enabled()):
+            if packs(self.text_model, input_ids.device):
+                packed = pack_batch(input_ids, attention_mask, token_type_ids)
+        if packed is None:
+            return self._run_text_model(input_ids, attention_mask, token_type_ids, **kwargs)
+        row, places = packed
+        outputs = self._run_text_model(**{"attention_mask": None, "token_type_ids": None, **row})
+        states = outputs.last_hidden_state[0]
+        outputs.last_hidden_state = states.new_zeros(*input_ids.shape, states.shape[1])
+        outputs.last_hidden_state.flatten(0, 1)[places] = states
+        return outputs
+
     @can_return_tuple
     def get_text_features(
         self,
@@ -302,7 +318,7 @@ class ProCLIPModel(ProCLIPPreTrainedModel):
                     "LLM, by get_llm_embeds or `proclip embed`."
                 )
             return BaseModelOutputWithPooling(pooler_output=self.text_adapter(llm_embeds)[:, :truncate_dim])
-        outputs = self._run_text_model(input_ids, attention_mask, token_type_ids, **kwargs)
+        outputs = self._run_fastest(input_ids, attention_mask, token_type_ids, **kwargs)
         outputs.pooler_output = self.text_adapter(outputs.pooler_output)[:, :truncate_dim]
         return outputs
 

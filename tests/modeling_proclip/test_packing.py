@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModel
 
-from modeling_proclip import ProCLIPModel, segment_attention
-from modeling_proclip.packing import pack_rows, why_padded
+from modeling_proclip import ProCLIPModel, modeling_proclip, segment_attention
+from modeling_proclip.packing import pack_rows, packs, why_padded
 from tests.modeling_proclip import tiny
 from tests.modeling_proclip.test_attention_proof import FAMILIES, text_model
 
@@ -133,6 +134,45 @@ def test_all_that_the_features_and_the_model_give():
     found = model.get_text_features(**pack_rows(rows()))
     torch.testing.assert_close(found.pooler_output, expected, atol=1e-5, rtol=0)
     assert found.last_hidden_state.shape == (1, sum(LENGTHS), tiny.TEXT["hidden_size"])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("pooling", POOLINGS)
+@torch.no_grad()
+def test_a_padded_batch_is_packed_on_a_gpu(pooling, side, monkeypatch):
+    """By whoever asks for text features, such as sentence-transformers: the same embeddings, and states where they would be."""
+    model = model_of("llama", pooling)
+    texts = [{**text, "attention_mask": [1] * len(text["input_ids"])} for text in rows()]
+    batch = {
+        name: nn.utils.rnn.pad_sequence([torch.tensor(text[name]) for text in texts], True, 0, side)
+        for name in texts[0]
+    }
+    expected = model.get_text_features(**batch)
+    monkeypatch.setattr(modeling_proclip, "packs", lambda text_model, device: True)
+    calls = []
+    model.text_model.register_forward_pre_hook(lambda module, args, kwargs: calls.append(kwargs), with_kwargs=True)
+    found = model.get_text_features(**batch)
+    assert calls[0]["input_ids"].shape == (1, sum(LENGTHS)) and calls[0]["attention_mask"] is None
+    torch.testing.assert_close(found.pooler_output, expected.pooler_output, atol=1e-5, rtol=0)
+    mask = batch["attention_mask"][..., None]
+    torch.testing.assert_close(found.last_hidden_state, expected.last_hidden_state * mask, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        model(**batch).text_embeds, nn.functional.normalize(expected.pooler_output), atol=1e-5, rtol=0
+    )
+
+    # What packing cannot give, or would change, is padded: hidden states, gradients, texts without tokens, what a caller packs or not.
+    assert len(model.get_text_features(**batch, output_hidden_states=True).hidden_states) == 3
+    with torch.enable_grad():
+        model.get_text_features(**batch).pooler_output.sum().backward()
+    model.get_llm_embeds(**batch)
+    model.get_text_features(**{**batch, "attention_mask": torch.zeros_like(batch["attention_mask"])})
+    assert [call["input_ids"].shape[0] for call in calls[2:]] == [len(LENGTHS)] * 4
+
+
+def test_texts_are_packed_on_cuda_if_they_can_be():
+    model = text_model("llama")
+    assert packs(model, torch.device("cuda")) and not packs(model, torch.device("cpu"))
+    assert not packs(text_model("roberta"), torch.device("cuda"))
 
 
 @pytest.mark.parametrize(

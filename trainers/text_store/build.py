@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from trainers.compute.ahead import one_ahead
 from trainers.display.progress import Progress
 
-from .encoding import encode_texts, shorten
+from .encoding import EncodedBatch, encode_texts, shorten
 from .fingerprint import check_same_encoder
 from .keys import find_keys, sort_order, text_keys
 from .layout import FORMAT_VERSION, Writer, read_settings
@@ -122,16 +123,21 @@ def build_store(
     first = list(islice(texts, 1))
     with Progress("embedding texts", num_texts // share.count or None, "texts", shown=progress) as bar:
         fresh = _fresh_texts(chain(first, texts), share, is_stored, summary, bar)
-        while window := list(islice(fresh, shard_size)):
-            window_texts, keys = zip(*window, strict=True)
+
+        def windows() -> Iterator[tuple[tuple[str, ...], tuple[np.ndarray, ...], Iterator[EncodedBatch]]]:
+            while window := list(islice(fresh, shard_size)):
+                window_texts, keys = zip(*window, strict=True)
+                yield window_texts, keys, encode_texts(window_texts, model, processor, token_budget=token_budget)
+
+        for window_texts, keys, batches in one_ahead(windows()):
             if not summary.num_new and num_texts >= _WORTH_ESTIMATING:
-                sample = window_texts[:: max(len(window) // _SAMPLE, 1)][:_SAMPLE]
+                sample = window_texts[:: max(len(window_texts) // _SAMPLE, 1)][:_SAMPLE]
                 encode = lambda some: encode_texts(some, model, processor, token_budget=token_budget)  # noqa: E731
                 bar.write(estimate(writer.path, max(num_texts - num_stored, 0), sample, encode, dtype, share.count))
             embeds: torch.Tensor | None = None
-            for batch in encode_texts(window_texts, model, processor, token_budget=token_budget):
+            for batch in batches:
                 if embeds is None:
-                    embeds = torch.empty(len(window), batch.embeddings.shape[1], dtype=getattr(torch, dtype))
+                    embeds = torch.empty(len(window_texts), batch.embeddings.shape[1], dtype=getattr(torch, dtype))
                 embeds[batch.indices] = stored_as(
                     embeds.dtype, batch.embeddings, [window_texts[i] for i in batch.indices]
                 )
@@ -141,7 +147,7 @@ def build_store(
                 settings = writer.write_settings(embeds.shape[1], dtype, fingerprint)
                 check_same_encoder(writer.path, settings, dtype, fingerprint)
             writer.write_shard(embeds, np.stack(keys))
-            summary.num_new += len(window)
+            summary.num_new += len(window_texts)
     if (
         settings is None and first
     ):  # no text fell to this process: the others' store is as wide as any text's embedding

@@ -74,10 +74,11 @@ def encode_texts(
     """Embeds `texts`, the longest first, in batches of similar length: packed without padding on a GPU, padded elsewhere.
 
     Both give the same embeddings up to rounding. On the CPU packing has nothing to save: batches are sorted by length, and SDPA takes a mask
-    at no cost.
+    at no cost. All texts are tokenised by the call itself, before the first batch is asked for: give a window of a long stream at a time, and call
+    for the next one in a thread (see [`one_ahead`]).
 
     Args:
-        texts: the texts. All are tokenised before the first batch comes, so give a window of a long stream at a time.
+        texts: the texts.
         model: a [`ProCLIPModel`], for the pooled embeddings of its LLM before the adapter (`get_llm_embeds`, `(N, hidden_size)`), or a
             two-tower model such as `CLIPModel`, for its projected text embeddings (`get_text_features`, `(N, projection_dim)`). It is put
             in eval mode and runs without gradient.
@@ -86,8 +87,8 @@ def encode_texts(
             the CPU and 16,384 on a GPU.
         packed: whether a ProCLIP's texts are packed. By default on a GPU, if the LLM can; see [`why_padded`].
 
-    Yields:
-        [`EncodedBatch`]; every text is in exactly one.
+    Returns:
+        [`EncodedBatch`]es, made as they are asked for; every text is in exactly one.
 
     Raises:
         ValueError: If the model has no text side, the processor does not fit it, the budget is not positive, `packed` texts are asked of a
@@ -100,23 +101,40 @@ def encode_texts(
     if token_budget < 1:
         raise ValueError(f"token_budget must be at least 1, got {token_budget}")
     tokenizer = _tokenizer(processor)
-    model.eval()
     packed = _packs(model, device, packed)
     rows, truncated = _tokenize(texts, model, processor)
     _check_vocabulary(text_tower, rows)
-    boundary = rotary_boundary(
-        getattr(text_tower, "config", None), max((len(r["input_ids"]) for r in rows), default=0)
-    )
-    for indices in length_sorted_batches(rows, token_budget, boundary=boundary):
+    longest = max((len(row["input_ids"]) for row in rows), default=0)
+    boundary = rotary_boundary(getattr(text_tower, "config", None), longest)
+
+    def inputs_of(indices: list[int]) -> dict[str, Any]:
         batch = [rows[i] for i in indices]
         inputs = pack_rows(batch) if packed else pad_rows(batch, tokenizer.pad_token_id, tokenizer.padding_side)
-        inputs = {name: _on(device, values) for name, values in inputs.items()}
+        return _on_device(inputs, device)
+
+    batches = length_sorted_batches(rows, token_budget, boundary=boundary)
+    prepared = ((indices, inputs_of(indices)) for indices in batches)
+    return (
+        EncodedBatch(indices, embeddings, sum(truncated[i] for i in indices))
+        for indices, embeddings in _embed(model, prepared, device)
+    )
+
+
+def _embed(
+    model: torch.nn.Module, prepared: Iterator[tuple[list[int], dict[str, Any]]], device: torch.device
+) -> Iterator[tuple[list[int], torch.Tensor]]:
+    model.eval()
+    following = next(prepared, None)
+    while following is not None:
+        indices, inputs = following
         with torch.no_grad(), fastest_linear(device):
             if isinstance(model, ProCLIPModel):
                 embeddings = model.get_llm_embeds(**inputs)
             else:
                 embeddings = embeddings_of(model.get_text_features(**inputs))
-        yield EncodedBatch(indices, embeddings, sum(truncated[i] for i in indices))
+        # A GPU computes by itself until somebody looks at the embeddings: meanwhile the next batch is packed and copied.
+        following = next(prepared, None)
+        yield indices, embeddings
 
 
 def embeddings_of(features: Any) -> torch.Tensor:
@@ -288,11 +306,18 @@ def _check_vocabulary(text_tower: torch.nn.Module, rows: Sequence[TokenRow]) -> 
         )
 
 
-def _on(device: torch.device, value: Any) -> Any:
-    """A tensor on `device`, where a GPU fetches it while it works; other values as they are."""
-    if not isinstance(value, torch.Tensor):
-        return value
-    return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
+def _on_device(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """`inputs` with their tensors, of whole numbers, on `device`: on CUDA by one copy from pinned memory, for which the host does not wait."""
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    if device.type != "cuda":
+        return {**inputs, **{name: tensor.to(device) for name, tensor in tensors.items()}}
+    joined = torch.cat([tensor.flatten().long() for tensor in tensors.values()]).pin_memory()
+    parts = joined.to(device, non_blocking=True).split([tensor.numel() for tensor in tensors.values()])
+    copied = {
+        name: part.view(tensor.shape).to(tensor.dtype)
+        for (name, tensor), part in zip(tensors.items(), parts, strict=True)
+    }
+    return {**inputs, **copied}
 
 
 def _tokenizer(processor: Any) -> PreTrainedTokenizerBase:

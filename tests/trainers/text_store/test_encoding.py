@@ -265,3 +265,45 @@ def test_load_encoder_of_a_clip_and_of_a_model_without_texts(tmp_path):
     CLIPVisionModel(model.config.vision_config).save_pretrained(tmp_path / "vision")
     with pytest.raises(ValueError, match="CLIPVisionModel has no text side"):
         load_encoder(str(tmp_path / "vision"), "cpu")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_batch_goes_to_a_gpu_in_one_pinned_copy(monkeypatch, packed):
+    """With copying replaced by a list of what would be copied."""
+    rows = [{"input_ids": [5, 6, 7], "attention_mask": [1] * 3, "token_type_ids": [0, 1, 1]}] * 2
+    inputs = encoding.pack_rows(rows) if packed else encoding.pad_rows(rows, 0, "left")
+    to, copies = torch.Tensor.to, []
+
+    def copy(tensor, target, non_blocking=False):
+        if isinstance(target, torch.dtype):
+            return to(tensor, target)
+        assert tensor.flags_pinned and target.type == "cuda" and non_blocking
+        copies.append(tensor)
+        return tensor
+
+    def pin(tensor):
+        tensor.flags_pinned = True
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(torch.Tensor, "to", copy)
+    copied = encoding._on_device(inputs, torch.device("cuda"))
+    assert len(copies) == 1 and list(copied) == list(inputs)
+    for name, value in inputs.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(copied[name], value) and copied[name].dtype == value.dtype
+        else:
+            assert copied[name] == value
+
+
+def test_the_next_batch_is_prepared_before_the_last_one_is_looked_at(monkeypatch):
+    """So that a GPU never waits for it; and texts are tokenised by the call itself."""
+    model, processor = tiny_proclip()
+    events = []
+    for name in ("_tokenize", "_on_device"):
+        real = getattr(encoding, name)
+        monkeypatch.setattr(encoding, name, lambda *args, name=name, real=real: events.append(name) or real(*args))
+    batches = encode_texts(make_texts(2), model, processor, token_budget=1)
+    assert events == ["_tokenize"]
+    next(batches)
+    assert events == ["_tokenize", "_on_device", "_on_device"]

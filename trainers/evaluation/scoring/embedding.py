@@ -13,6 +13,7 @@ from accelerate.utils import gather_object
 from PIL import Image
 
 from modeling_proclip.images import BrokenImage, decode_image
+from trainers.compute.ahead import one_ahead
 from trainers.display.progress import Progress
 from trainers.text_store.encoding import shorten
 from trainers.text_store.keys import text_keys
@@ -86,9 +87,10 @@ def embed_texts(
     mine = cache.missing(keys)[state.process_index :: state.num_processes].tolist()
     bar = Progress(f"{task.manifest.name}: embedding texts", len(mine), "texts", shown=progress)
     with bar, ShardWriter(cache, keys, lambda i: f"the text {shorten(task.texts[i])}") as writer:
-        for start in range(0, len(mine), _TEXT_WINDOW):
-            window = mine[start : start + _TEXT_WINDOW]
-            for batch in encoder.encode_texts([task.texts[i] for i in window], token_budget):
+        windows = (mine[start : start + _TEXT_WINDOW] for start in range(0, len(mine), _TEXT_WINDOW))
+        calls = ((window, encoder.encode_texts([task.texts[i] for i in window], token_budget)) for window in windows)
+        for window, batches in one_ahead(calls):
+            for batch in batches:
                 writer.add([window[i] for i in batch.indices], batch.embeddings)
                 bar.advance(len(batch.indices))
     return keys
