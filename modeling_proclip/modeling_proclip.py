@@ -271,6 +271,7 @@ class ProCLIPModel(ProCLIPPreTrainedModel):
         packed = None
         if not (asked or attention_mask is None or self.text_model is None or torch.is_grad_enabled()):
             if packs(self.text_model, input_ids.device):
+                check_lengths(self.config.text_config, attention_mask)
                 packed = pack_batch(input_ids, attention_mask, token_type_ids)
         if packed is None:
             return self._run_text_model(input_ids, attention_mask, token_type_ids, **kwargs)

@@ -169,6 +169,17 @@ def test_a_padded_batch_is_packed_on_a_gpu(pooling, side, monkeypatch):
     assert [call["input_ids"].shape[0] for call in calls[2:]] == [len(LENGTHS)] * 4
 
 
+@torch.no_grad()
+def test_texts_of_two_rotary_lengths_are_refused_packed_too(monkeypatch):
+    monkeypatch.setattr(modeling_proclip, "packs", lambda text_model, device: True)
+    model = model_of("llama")
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": 4, "rope_theta": 100.0}
+    model.text_model.config.rope_parameters = rope
+    mask = torch.tensor([[1] * 6, [0] * 3 + [1] * 3])
+    with pytest.raises(ValueError, match="beyond 4 tokens this LLM has other positions"):
+        model.get_text_features(torch.full((2, 6), 7), mask)
+
+
 def test_texts_are_packed_on_cuda_if_they_can_be():
     model = text_model("llama")
     assert packs(model, torch.device("cuda")) and not packs(model, torch.device("cpu"))
