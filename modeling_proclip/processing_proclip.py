@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from huggingface_hub import get_session
 from PIL import Image, ImageFile
 from transformers import BatchFeature, PreTrainedTokenizerBase, PreTrainedTokenizerFast, ProcessorMixin
@@ -134,7 +135,8 @@ class ProCLIPProcessor(ProcessorMixin):
         **kwargs: Any,
     ) -> BatchFeature:
         r"""Args:
-            images: An image or a list of images: PIL images, paths and http(s) URLs, which [`decode_image`] decodes, or arrays and tensors.
+            images: An image or a list of images: PIL images, paths and http(s) URLs, which [`decode_image`] decodes, or arrays and tensors of
+                values from 0 to 255.
             text (`str` or `list[str]`): Texts of any length and language; whitespace at the end is dropped. Those over `max_length` lose
                 the end of their content, never the template, and a warning says so once.
             kwargs: Arguments of the tokenizer and the image processor, such as `return_tensors="pt"`, `padding` or `max_length`.
@@ -145,8 +147,8 @@ class ProCLIPProcessor(ProcessorMixin):
             `(num_images, 3, height, width)`.
 
         Raises:
-            ValueError: If neither is given, an image cannot be decoded, a text is not a string, or `max_length` leaves no room beside the
-                template.
+            ValueError: If neither is given, an image cannot be decoded or is an array of values from 0 to 1, a text is not a string, or
+                `max_length` leaves no room beside the template.
             TypeError: If an argument is unknown.
         """
         if images is None and text is None:
@@ -154,6 +156,11 @@ class ProCLIPProcessor(ProcessorMixin):
         self._check_arguments(kwargs)
         if images is not None:
             images = to_rgb(images)
+            rescales = getattr(self.image_processor, "do_rescale", True)
+            if {**kwargs.get("common_kwargs", {}), **kwargs, **kwargs.get("images_kwargs", {})}.get(
+                "do_rescale", rescales
+            ):
+                _refuse_rescaled(images)
         if text is None:
             return super().__call__(images=images, **kwargs)
         settings = {**self.text_kwargs, **kwargs.get("common_kwargs", {}), **kwargs, **kwargs.get("text_kwargs", {})}
@@ -260,6 +267,19 @@ def to_rgb(images: Any, name: str = "images") -> Any:
             images = images.filename if isinstance(images, ImageFile.ImageFile) else ""
         file = f" ({os.fspath(images)})" if images else ""
         raise ValueError(f"{name}{file} cannot be read: {error}.") from error
+
+
+def _refuse_rescaled(images: Any, name: str = "images") -> None:
+    """ValueError if an array or tensor holds floats from 0 to 1: divided by 255 once more, it would be black."""
+    if isinstance(images, (list, tuple)):
+        for i, image in enumerate(images):
+            _refuse_rescaled(image, f"{name}[{i}]")
+    elif isinstance(images, (np.ndarray, torch.Tensor)):
+        values = torch.as_tensor(images)
+        if values.is_floating_point() and values.numel() and values.max() <= 1:
+            raise ValueError(
+                f"{name} holds floats from 0 to 1, which would be divided by 255 again: pass values from 0 to 255, or do_rescale=False."
+            )
 
 
 def _download(url: str) -> bytes:

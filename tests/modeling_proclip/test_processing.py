@@ -270,3 +270,17 @@ def test_sharing_a_tokenizer():
     assert first(text="rice")["input_ids"] == [*HEADER, 268, 276, EOT]
     assert second(text="rice")["input_ids"] == [0, 268, 276]
     assert tokenizer("rice")["input_ids"] == [0, 268, 276]
+
+
+def test_floats_that_were_rescaled_before_are_refused(processor):
+    """They would become black without a word."""
+    white = np.ones((3, 16, 16), np.float32)
+    for images, name in ((white, "images"), ([torch.from_numpy(white)], r"images\[0\]")):
+        with pytest.raises(ValueError, match=f"{name} holds floats from 0 to 1, which would be divided by 255 again"):
+            processor(images=images, return_tensors="pt")
+    expected = processor(images=Image.new("RGB", (16, 16), "white"), return_tensors="pt")["pixel_values"]
+    for given in ({"do_rescale": False}, {"images_kwargs": {"do_rescale": False}}):
+        torch.testing.assert_close(processor(images=white, return_tensors="pt", **given)["pixel_values"], expected)
+    torch.testing.assert_close(
+        processor(images=(255 * white).astype(np.uint8), return_tensors="pt")["pixel_values"], expected
+    )

@@ -2,11 +2,16 @@
 
 import hashlib
 import io
+import logging
 from datetime import datetime
 from pathlib import Path
 
 from PIL import Image
 
+from trainers.data.text_lines import read_lines
+
+
+logger = logging.getLogger(__name__)
 
 THUMBNAIL_SIDE = 256  # pixels of the longer side
 # A caption beside an image is a sentence or a page; what is larger is another kind of file.
@@ -41,11 +46,16 @@ def thumbnail(image: Image.Image) -> bytes:
 
 
 def caption_of(image: Path) -> str | None:
-    """The caption in the `.txt` file beside `image`, or `None` if there is none that is text in UTF-8 of at most 64 KiB."""
-    file = image.with_suffix(".txt")
+    """The caption in the `.txt` file beside `image`, or `None` if there is none. A warning names one that cannot be read: not UTF-8, or larger than
+    64 KiB.
+    """
+    file = next((file for ending in (".txt", ".TXT") if (file := image.with_suffix(ending)).is_file()), None)
+    if file is None or file.is_symlink():
+        return None
     try:
-        if file.is_symlink() or not file.is_file() or file.stat().st_size > MAX_CAPTION_BYTES:
-            return None
-        return file.read_text(encoding="utf-8-sig").strip() or None
-    except (OSError, UnicodeDecodeError):
+        if (size := file.stat().st_size) > MAX_CAPTION_BYTES:
+            raise ValueError(f"{file} has {size:,} bytes, more than a caption's {MAX_CAPTION_BYTES:,}")
+        return "".join(read_lines(file)).strip() or None
+    except (OSError, ValueError) as error:
+        logger.warning("%s is indexed without its caption: %s", image, error)
         return None

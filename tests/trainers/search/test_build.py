@@ -100,6 +100,15 @@ def test_a_caption_that_changes(run, photos):
     assert (summary.embedded, summary.reused) == (0, 2)
 
 
+def test_captions_under_other_endings_and_in_other_encodings(run, photos, caplog):
+    (photos / "first/red.txt").rename(photos / "first/red.TXT")
+    (photos / "first/blue.txt").write_bytes(b"caf\xe9")
+    index, _ = run()
+    captions = {row["path"]: row["caption"] for row in contents(index)}
+    assert captions["first/red.png"] and captions["first/blue.png"] is None
+    assert "blue.png is indexed without its caption: " in caplog.text and "byte 4 is 0xE9" in caplog.text
+
+
 def test_a_hostile_folder(run, photos, tmp_path):
     outside = tmp_path / "outside"
     outside.mkdir()
