@@ -98,7 +98,7 @@ def rename_text_model(config: ProCLIPConfig, name: str, revision: str | None, le
             "text_model names the LLM of a lean checkpoint; this one holds its LLM: leave text_model out."
         )
     if not is_hub_name(name):
-        raise PublishError(f"text_model {name!r} is no name on the Hub (owner/name), where others could find it.")
+        raise PublishError(f"text_model {name!r} is not a name on the Hub (owner/name), where others could find it.")
     commit = HfApi().model_info(name, revision=revision).sha
     found = weights_sha256(name, commit)
     if config.text_model_sha256 not in (None, found):

@@ -196,5 +196,5 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
             return {name: {"dtype": part.get_dtype(), "shape": part.get_shape()} for name, part in stored.items()}
     except (OSError, SafetensorError) as error:
         raise ValueError(
-            f"{file} is no safetensors file or is cut short ({error}): save the checkpoint again"
+            f"{file} is not a safetensors file, or is cut short ({error}): save the checkpoint again"
         ) from error

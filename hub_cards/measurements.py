@@ -82,14 +82,14 @@ def read_measurements(path: str | Path) -> list[Measurement]:
     file = _results_file(path)
     content = read_json(file)
     if "tasks" in content:
-        evaluation = checked(_Evaluation, content, f"{file} is no result that a card can show")
+        evaluation = checked(_Evaluation, content, f"{file} is not a result that a card can show")
         limit = evaluation.partial.limit if evaluation.partial else None
         protocol = evaluation.protocol or {}
         return [measurement for task in evaluation.tasks for measurement in _task_measurements(task, limit, protocol)]
     if "rows" in content:
         return _quickstart_measurements(content, file)
     raise ValueError(
-        f'{file} is no result of `proclip evaluate` or `proclip quickstart`: it has neither "tasks" nor "rows"'
+        f'{file} is not a result of `proclip evaluate` or `proclip quickstart`: it has neither "tasks" nor "rows"'
     )
 
 
@@ -248,7 +248,7 @@ def _task_measurements(task: _Task, limit: int | None, protocol: Mapping[str, An
 
 
 def _quickstart_measurements(content: dict[str, Any], file: Path) -> list[Measurement]:
-    unfit = f"{file} is no result that a card can show"
+    unfit = f"{file} is not a result that a card can show"
     results = checked(_Quickstart, content, unfit)
     row = next((row for row in results.rows if row.get("model") == "proclip"), None)
     if row is None:

@@ -240,7 +240,7 @@ def full_name(repo_id: str, token: str | None = None) -> str:
 
 
 def check_name(repo_id: str) -> None:
-    """Refuse what is no name of a repository, such as its address, and say which name was meant."""
+    """Refuse what is not the name of a repository, such as its address, and say which name was meant."""
     address = re.match(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?:models/)?([^/?#]+/[^/?#]+)", repo_id)
     if address:
         raise PublishError(f"{repo_id!r} is an address: give the repository's name, {address[1]!r}.")
@@ -248,7 +248,7 @@ def check_name(repo_id: str) -> None:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise PublishError(
-            f"{scrub(repo_id)!r} is no name of a repository: give OWNER/NAME, or NAME for one of your own; letters, digits, -, _ and . are allowed."
+            f"{scrub(repo_id)!r} is not the name of a repository: give OWNER/NAME, or NAME for one of your own; letters, digits, -, _ and . are allowed."
         ) from error
 
 
@@ -284,7 +284,9 @@ def _in_bytes(size: int | str | None) -> int | None:
     try:
         return None if size is None else convert_file_size_to_int(size)
     except ValueError as error:
-        raise PublishError(f"max_shard_size {size!r} is no size: give a number with its unit, such as 2GB.") from error
+        raise PublishError(
+            f"max_shard_size {size!r} is not a size: give a number with its unit, such as 2GB."
+        ) from error
 
 
 @contextmanager

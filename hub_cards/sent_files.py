@@ -200,7 +200,7 @@ def read_text(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise PublishError(f"{file} is not UTF-8, so it is no text that can be sent: save it as UTF-8.") from error
+        raise PublishError(f"{file} is not UTF-8, so it is not text that can be sent: save it as UTF-8.") from error
 
 
 def _names(folder: Path) -> list[str]:

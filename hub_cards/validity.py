@@ -51,12 +51,12 @@ def check_metadata(data: CardData) -> None:
             try:
                 validate_repo_id(name)
             except HFValidationError as error:
-                raise ValueError(f"{key} {name!r} is no name on the Hub: {error}") from error
+                raise ValueError(f"{key} {name!r} is not a name on the Hub: {error}") from error
     names: dict[tuple, str] = {}
     for result in listed(data.get("eval_results")) or _results_of(data):
         value = result.metric_value
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ValueError(f"the value of {result.metric_name!r} is {value!r}, which is no finite number")
+            raise ValueError(f"the value of {result.metric_name!r} is {value!r}, which is not a finite number")
         if names.setdefault(result.unique_identifier, result.dataset_name) != result.dataset_name:
             raise ValueError(
                 f"the results on {names[result.unique_identifier]!r} and on {result.dataset_name!r} agree in task, type, configuration, split "

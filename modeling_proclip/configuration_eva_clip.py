@@ -53,7 +53,7 @@ class EvaCLIPVisionConfig(PreTrainedConfig):
         """Part of the `@strict` validation: refuses combinations that no model can be built from."""
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"EvaCLIPVisionConfig.hidden_size ({self.hidden_size}) is no multiple of num_attention_heads "
+                f"EvaCLIPVisionConfig.hidden_size ({self.hidden_size}) is not a multiple of num_attention_heads "
                 f"({self.num_attention_heads})."
             )
         head_size = self.hidden_size // self.num_attention_heads

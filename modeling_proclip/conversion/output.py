@@ -47,7 +47,9 @@ def new_folder(output: Path) -> Iterator[Path]:
     parent, prefix = (output if output.is_dir() else output.parent), f".{output.name}.partial-"
     remove_leftovers(parent, prefix)
     if output.exists() and (not output.is_dir() or {entry.name for entry in output.iterdir()} - {"lost+found"}):
-        raise ConversionError(f"{output} is there already, and is no empty folder: name another output, or remove it.")
+        raise ConversionError(
+            f"{output} is there already, and is not an empty folder: name another output, or remove it."
+        )
     parent.mkdir(parents=True, exist_ok=True)
     with scratch_folder(parent, prefix) as files:
         yield files

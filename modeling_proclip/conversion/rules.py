@@ -115,7 +115,9 @@ def vit_sizes(
     count = shape_of(tensors, positions, positions_dims)[-2] - leading
     stored_grid = round(max(count, 0) ** 0.5)
     if stored_grid < 1 or stored_grid**2 != count:
-        raise ConversionError(f"{tensors[positions].file}: {positions} has {count} patches, which is no square grid.")
+        raise ConversionError(
+            f"{tensors[positions].file}: {positions} has {count} patches, which is not a square grid."
+        )
     patch_size = options.patch_size or stored_patch_size
     image_size = options.image_size or stored_grid * stored_patch_size
     if image_size < patch_size:

@@ -159,7 +159,7 @@ def _refusal(file: Path, error: Exception) -> str:
             f"{file} is refused, and nothing of it was run: beside weights it needs {needed[0]}, which can run code. If you trust its "
             "source, load it there, and save its state dict alone, as safetensors."
         )
-    return f"{file} is refused, and nothing of it was run: it is no pickle of weights, or damaged."
+    return f"{file} is refused, and nothing of it was run: it is not a pickle of weights, or damaged."
 
 
 def _names_in(file: Path) -> list[str]:

@@ -124,11 +124,11 @@ def test_adapters_that_are_not_finite_or_another_model_s_are_refused(hub, tmp_pa
         ("https://huggingface.co/alice/x", "is an address: give the repository's name, 'alice/x'"),
         ("https://huggingface.co/alice/x/tree/main", "'alice/x'"),
         ("hf.co/alice/x", "'alice/x'"),
-        ("https://alice:hunter2@example.org/x", "is no name of a repository: give OWNER/NAME"),
-        ("a/b/c", "is no name of a repository"),
-        ("my model", "is no name of a repository"),
-        ("~/x", "is no name of a repository"),
-        ("", "is no name of a repository"),
+        ("https://alice:hunter2@example.org/x", "is not the name of a repository: give OWNER/NAME"),
+        ("a/b/c", "is not the name of a repository"),
+        ("my model", "is not the name of a repository"),
+        ("~/x", "is not the name of a repository"),
+        ("", "is not the name of a repository"),
     ],
 )
 @pytest.mark.parametrize("dry_run", [(), ("--dry-run",)])

@@ -218,4 +218,4 @@ def test_command(checkpoint, hub):
     assert not [name for name in hub.files("alice/x", "dev") if name.endswith(".py")]
     assert repository.branches["dev"] in result.output and TOKEN not in result.output
     assert "sending 2" in result.stderr and "bytes to alice/x: 1_Normalize/config.json, README.md" in result.stderr
-    assert "max_shard_size 'lots' is no size: give" in run(checkpoint, "x", "--max-shard-size", "lots").stderr
+    assert "max_shard_size 'lots' is not a size: give" in run(checkpoint, "x", "--max-shard-size", "lots").stderr

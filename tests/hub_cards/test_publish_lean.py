@@ -74,7 +74,7 @@ def test_lean_needs_an_llm_that_others_can_find(pair, llm, hub, tmp_path):
     lean = save(pair, tmp_path / "lean", lean=True)
     with pytest.raises(PublishError, match="names a folder of this machine, '.*llm'. Name the same LLM on the Hub"):
         publish(lean, "alice/x")
-    with pytest.raises(PublishError, match="'llm' is no name on the Hub"):
+    with pytest.raises(PublishError, match="'llm' is not a name on the Hub"):
         publish(lean, "alice/x", text_model="llm")
     report = publish(lean, "alice/x", text_model=llm)
     assert report.lean and str(tmp_path) not in hub.read("alice/x", "config.json").decode()

@@ -49,8 +49,8 @@ def result(**changes) -> EvalResult:
         ({"language": ["en", "de_DE"]}, "language 'de_DE'"),
         ({"base_model": "/home/me/model"}, "base_model '/home/me/model'"),
         ({"datasets": ["a/b/c"]}, "datasets 'a/b/c'"),
-        ({"model_name": "m", "eval_results": [result(metric_value=float("nan"))]}, "no finite number"),
-        ({"model_name": "m", "eval_results": [result(metric_value="0.5 ± 0.1")]}, "no finite number"),
+        ({"model_name": "m", "eval_results": [result(metric_value=float("nan"))]}, "not a finite number"),
+        ({"model_name": "m", "eval_results": [result(metric_value="0.5 ± 0.1")]}, "not a finite number"),
         ({"model_name": "m", "eval_results": [result(), result(dataset_name="E")]}, "would merge them"),
     ],
 )

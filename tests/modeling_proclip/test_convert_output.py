@@ -108,7 +108,7 @@ def test_a_run_that_goes_on_is_let_alone(tmp_path):
 
 def test_two_runs_into_one_empty_folder(tmp_path):
     with scratch_folder(tmp_path, f".{tmp_path.name}.partial-"):
-        with pytest.raises(ConversionError, match="is no empty folder"):
+        with pytest.raises(ConversionError, match="is not an empty folder"):
             convert(SOURCE, tmp_path, head_width=8)
 
 

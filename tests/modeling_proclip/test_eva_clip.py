@@ -220,7 +220,7 @@ def test_pictures_of_the_wrong_size_are_refused():
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        ({"num_attention_heads": 5}, "no multiple"),
+        ({"num_attention_heads": 5}, "not a multiple"),
         ({"num_attention_heads": 16}, "multiple of 4"),
         ({"rope_pretrained_grid": 0}, "at least 1"),
     ],

@@ -132,7 +132,7 @@ def _check_publishable(model: nn.Module, processing_class: Any) -> None:
     name = model.config.text_model_name_or_path
     if name is None or not is_hub_name(name):
         raise ValueError(
-            f"The checkpoints to publish leave out their LLM and name it, and {name!r} is no name on the Hub: load the LLM by its name "
+            f"The checkpoints to publish leave out their LLM and name it, and {name!r} is not a name on the Hub: load the LLM by its name "
             "there, or set model.config.text_model_name_or_path and text_model_revision to that of the same LLM."
         )
     if processing_class is None:

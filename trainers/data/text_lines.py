@@ -47,7 +47,7 @@ def parse_json(text: str, where: str) -> Any:
             json.dumps(value, ensure_ascii=False).encode()
         return value
     except UnicodeEncodeError as error:
-        raise ValueError(f"{where} holds half of a surrogate pair, which is no character") from error
+        raise ValueError(f"{where} holds half of a surrogate pair, which is not a character") from error
     except RecursionError as error:
         raise ValueError(f"{where} is nested too deep") from error
     except ValueError as error:
@@ -84,7 +84,7 @@ def _no_text(path: str | Path, place: str, encoding: str) -> ValueError:
         head = file.read(8)
     for mark, (kind, remedy) in _OTHER_KINDS.items():
         if head.startswith(mark):
-            return ValueError(f"{path} is no text but {kind}: {remedy}")
+            return ValueError(f"{path} is not text but {kind}: {remedy}")
     remedy = f"Convert it: iconv -f {encoding} -t UTF-8 {path} > NEW"
     if encoding == "WINDOWS-1252":  # which any bytes may be
         remedy += " (WINDOWS-1252 is Western Europe's: give the encoding that it was saved in)"

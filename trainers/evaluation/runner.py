@@ -284,5 +284,5 @@ def _check_sources(sources: Mapping[str, str], manifests: Sequence[Manifest]) ->
     for name in sources:
         if name not in known:
             raise ValueError(
-                f"--source names {name!r}, which is no benchmark of this suite: it has {', '.join(m.name for m in manifests)}"
+                f"--source names {name!r}, which is not a benchmark of this suite: it has {', '.join(m.name for m in manifests)}"
             )

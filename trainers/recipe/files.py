@@ -23,7 +23,7 @@ def read_recipe(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, An
         key, separator, value = override.partition("=")
         if not separator or not all(key.split(".")):
             raise RecipeError(
-                f"{override!r} is no setting: write key=value, as in seed=1 or data.train.source=/data/cc3m"
+                f"{override!r} is not a setting: write key=value, as in seed=1 or data.train.source=/data/cc3m"
             )
         change: Any = parse_yaml(value, f"the setting {override!r}")
         for part in reversed(key.split(".")):

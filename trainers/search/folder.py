@@ -70,7 +70,7 @@ class Folder:
                 if stat.S_ISLNK(found.st_mode):
                     self.num_links += 1
                 elif not _is_text(path):
-                    self.unlisted.append((path, "its name is no valid UTF-8"))
+                    self.unlisted.append((path, "its name is not valid UTF-8"))
                 elif stat.S_ISREG(found.st_mode):  # and no pipe or device, which would keep a reader waiting
                     # The numbers of some file systems have all 64 bits.
                     entry = found.st_ino & (2**63 - 1)

@@ -111,7 +111,7 @@ def search(
             ) from error
         if where is None:
             raise ValueError(f"{index.path} cannot be searched: {reason}") from error
-        raise ValueError(f"--where {where!r:.200} is no condition that the index understands: {reason}") from error
+        raise ValueError(f"--where {where!r:.200} is not a condition that the index understands: {reason}") from error
 
 
 def _search_float32(

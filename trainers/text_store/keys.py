@@ -13,11 +13,11 @@ def text_keys(texts: Sequence[str]) -> np.ndarray:
     digests = bytearray()
     for position, text in enumerate(texts):
         if not isinstance(text, str):
-            raise TypeError(f"text number {position} is no string but {type(text).__name__}: {text!r}")
+            raise TypeError(f"text number {position} is not a string but {type(text).__name__}: {text!r}")
         try:
             digests += hashlib.blake2b(text.encode("utf-8"), digest_size=16).digest()
         except UnicodeEncodeError as error:
-            raise ValueError(f"text number {position} is no valid Unicode ({error}): {text!r}") from error
+            raise ValueError(f"text number {position} is not valid Unicode ({error}): {text!r}") from error
     return np.frombuffer(bytes(digests), dtype="<i8").reshape(-1, 2)
 
 

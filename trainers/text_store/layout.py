@@ -85,7 +85,7 @@ def make_directory(path: Path) -> None:
     # After the listing: store.json is written before the first shard, so the files of another process that starts a store here are not taken for foreign ones.
     if foreign and not (path / "store.json").exists():
         raise ValueError(
-            f"{path} is no text store (no store.json) but holds other files such as {foreign[0]!r}: choose another directory"
+            f"{path} is not a text store (no store.json) but holds other files such as {foreign[0]!r}: choose another directory"
         )
     (path / LOCKS).mkdir(exist_ok=True)
 

@@ -65,7 +65,7 @@ class TextEmbeddingStore:
         settings = read_settings(self.path)
         if settings is None:
             raise FileNotFoundError(
-                f"{self.path} is no text store: it has no store.json. `proclip embed TEXTS --model DIR --output {self.path}` makes one"
+                f"{self.path} is not a text store: it has no store.json. `proclip embed TEXTS --model DIR --output {self.path}` makes one"
             )
         self.dim: int = settings["dim"]
         self.dtype: torch.dtype = getattr(torch, settings["dtype"])

@@ -62,7 +62,7 @@ def verify_store(
     path, found = Path(path).absolute(), Verification()
     settings = read_settings(path)
     if settings is None:
-        raise FileNotFoundError(f"{path} is no text store: it has no store.json")
+        raise FileNotFoundError(f"{path} is not a text store: it has no store.json")
     sound: list[EmbeddingShard] = []
     for file in track(shard_paths(path), "verifying the store", "shards", shown=progress):
         try:

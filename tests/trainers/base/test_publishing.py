@@ -142,7 +142,7 @@ def test_no_token_and_no_path_reaches_the_hub(hub, tmp_path, monkeypatch, strate
 
 
 def test_what_could_not_be_published_is_refused_before_training(hub, tmp_path):
-    with pytest.raises(ValueError, match="None is no name on the Hub"):
+    with pytest.raises(ValueError, match="None is not a name on the Hub"):
         tuning_trainer(tmp_path, tiny_model(text_config=TEXT), processing_class=PROCESSOR, push_to_hub=True)
     with pytest.raises(ValueError, match="pass processing_class=processor"):
         tuning_trainer(tmp_path, named_model(), push_to_hub=True)

@@ -256,7 +256,7 @@ def test_options_that_do_not_go_together_are_refused(tmp_path):
     ):
         result = run(*arguments)
         assert result.exit_code == 2 and message in " ".join(result.output.replace("│", " ").split()), result.output
-    assert refused("--verify", tmp_path).endswith("is no text store: it has no store.json")
+    assert refused("--verify", tmp_path).endswith("is not a text store: it has no store.json")
 
 
 def test_launched_processes_fill_one_store(tmp_path, checkpoint):

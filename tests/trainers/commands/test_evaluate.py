@@ -207,7 +207,7 @@ def test_wrong_commands_are_refused_in_one_line(suite: Path, tmp_path):
     assert "--images and --captions belong together" in message(str(model), "--images", str(tmp_path))
     assert "--source takes NAME=PATH, got 'find'" in message(str(model), "--suite", str(suite), "--source", "find")
     wrong = message(str(model), "--suite", str(suite), "--source", "fnd=/tmp")
-    assert "--source names 'fnd', which is no benchmark of this suite" in wrong
+    assert "--source names 'fnd', which is not a benchmark of this suite" in wrong
     assert "find: there is no /nowhere" in message(str(model), "--suite", str(suite), "--source", "find=/nowhere")
     assert "several tasks are called 'find'" in message(str(model), "--suite", str(suite), "--suite", str(suite))
     assert "error: " in message(str(tmp_path / "nowhere"), "--suite", str(suite))

@@ -88,7 +88,7 @@ def test_a_smaller_index():
         (("search", "new.index", "a fox"), "holds no index of images"),
         (("search", "photos.index"), "nothing to search for"),
         (("search", "photos.index", "--image", "nowhere.png"), "nowhere.png"),
-        (("search", "photos.index", "a fox", "--where", "colour = 1"), "is no condition"),
+        (("search", "photos.index", "a fox", "--where", "colour = 1"), "is not a condition"),
     ],
 )
 def test_refusals_are_one_line(arguments, message):

@@ -232,11 +232,11 @@ REFUSED = {
         "image,caption\n0.png,a fox\n1.png,一只红色的狐狸\n".encode("gb18030"),
         "(WINDOWS-1252 is Western Europe's: give the encoding that it was saved in)",
     ),
-    "gzip": ("a.csv", gzip.compress(table(TEXTS).encode()), "a.csv is no text but a gzip archive: unpack it"),
+    "gzip": ("a.csv", gzip.compress(table(TEXTS).encode()), "a.csv is not text but a gzip archive: unpack it"),
     "a spreadsheet": (
         "a.csv",
         b"PK\x03\x04" + bytes(range(256)),
-        "a.csv is no text but a zip archive or a spreadsheet",
+        "a.csv is not text but a zip archive or a spreadsheet",
     ),
     "Windows-1252 in lines": (
         "a.jsonl",

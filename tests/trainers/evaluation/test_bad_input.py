@@ -92,7 +92,7 @@ def test_empty_captions_are_named(bench: Bench, tmp_path):
         retrieval(save_rows(tmp_path, rows))
     )
     rows[2]["captions"] = ["a house", None]
-    assert "benchmark mine, data.parquet, row 3: a caption is no text, but None" in bench.refused(
+    assert "benchmark mine, data.parquet, row 3: a caption is not text, but None" in bench.refused(
         retrieval(save_rows(tmp_path, rows))
     )
 

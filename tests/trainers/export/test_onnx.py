@@ -106,7 +106,7 @@ def test_a_file_that_differs_from_the_model_is_not_left(folder, translated_befor
 def test_what_cannot_be_exported_is_refused_in_one_line(folder, tmp_path):
     tiny.clip().save_pretrained(tmp_path / "clip")
     for model, output, message in (
-        (folder / "model", folder / "model", "is there already, and is no empty folder"),
+        (folder / "model", folder / "model", "is there already, and is not an empty folder"),
         (tmp_path / "clip", tmp_path / "new", "is a CLIPModel, not a ProCLIP"),
     ):
         result = CliRunner().invoke(app, ["export", str(model), str(output)])

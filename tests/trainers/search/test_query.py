@@ -59,7 +59,7 @@ def test_conditions(index, encoder):
     assert {row["path"] for row in found} == {"first/white.png", "first/black.png"}
     assert search(index, embedding, where="taken >= '2025-01-01'") == []
     for condition in ("colour = 'red'", "width >", "1; DROP TABLE images"):
-        with pytest.raises(ValueError, match="is no condition that the index understands") as error:
+        with pytest.raises(ValueError, match="is not a condition that the index understands") as error:
             search(index, embedding, where=condition)
         assert "\n" not in str(error.value)
     assert len(index) == 10

@@ -73,7 +73,7 @@ def test_conditions_and_words(index, encoder):
     found = search(index, question, where="width >= 15 AND path LIKE 'first/%'")
     assert {row["path"] for row in found} == {"first/white.png", "first/black.png"}
     assert search(index, question, where="width > 1000") == []
-    with pytest.raises(ValueError, match="is no condition that the index understands"):
+    with pytest.raises(ValueError, match="is not a condition that the index understands"):
         search(index, question, where="colour = 'red'")
     *_, last = (row["path"] for row in search(index, question, top=10))
     found = search(index, question, top=3, words=last.split("/")[1].removesuffix(".png"))

@@ -89,10 +89,10 @@ def test_a_damaged_shard_is_named_and_comes_back(encoder, tmp_path):
 
 
 def test_what_is_no_store_is_refused_and_left_alone(encoder, tmp_path):
-    with pytest.raises(FileNotFoundError, match="is no text store: it has no store.json"):
+    with pytest.raises(FileNotFoundError, match="is not a text store: it has no store.json"):
         TextEmbeddingStore(tmp_path / "nowhere")
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(ValueError, match="is no text store .* holds other files such as 'thesis.tex'"):
+    with pytest.raises(ValueError, match="is not a text store .* holds other files such as 'thesis.tex'"):
         encoder.build(["fox"], tmp_path)
     assert list(contents(tmp_path)) == ["thesis.tex"]
     with pytest.raises(ValueError, match="thesis.tex is a file"):

@@ -90,9 +90,9 @@ def test_missing_texts_are_named(encoder, tmp_path):
 def test_refuses_what_are_no_texts(encoder, tmp_path):
     with pytest.raises(TypeError, match="not one string"):
         encoder.build("fox", tmp_path)
-    with pytest.raises(TypeError, match="text number 1 is no string but NoneType"):
+    with pytest.raises(TypeError, match="text number 1 is not a string but NoneType"):
         encoder.build(["fox", None], tmp_path)
-    with pytest.raises(ValueError, match="text number 0 is no valid Unicode"):
+    with pytest.raises(ValueError, match="text number 0 is not valid Unicode"):
         encoder.build(["\ud800"], tmp_path)
     with pytest.raises(TypeError, match="not one string"):
         encoder.build(["fox"], tmp_path).lookup("fox")

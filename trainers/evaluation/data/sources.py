@@ -164,7 +164,7 @@ def _edited(names: list[str], edits: list[list[str]], where: str) -> list[str]:
             ]
         except (regex.error, IndexError) as error:
             raise ValueError(
-                f"{where}: edit [{pattern!r:.80}, {replacement!r:.80}] is no regular expression with its replacement: {error}"
+                f"{where}: edit [{pattern!r:.80}, {replacement!r:.80}] is not a regular expression with its replacement: {error}"
             ) from error
         except TimeoutError as error:
             raise ValueError(
@@ -207,7 +207,7 @@ def read_captions(
             raise ValueError(f"{row_name(row)}: there is no caption, but {value!r:.80}")
         for text in texts:
             if not isinstance(text, str):
-                raise ValueError(f"{row_name(row)}: a caption is no text, but {text!r:.80}")
+                raise ValueError(f"{row_name(row)}: a caption is not text, but {text!r:.80}")
             if not text.strip():
                 raise ValueError(f"{row_name(row)}: a caption is empty: leave it out, or the row if it has no other")
         captions.append(texts)

@@ -82,7 +82,7 @@ def test_captions_of_several_types_and_files_without_rows_are_named(tmp_path):
     rows = [{"image": f"{i}.png", "caption": caption} for i, caption in enumerate(["a fox", 7])]
     (tmp_path / "a.json").write_text(json.dumps(rows))
     own = own_images(images, tmp_path / "a.json", "image", "caption")
-    with pytest.raises(ValueError, match=r"benchmark photos, a.json, row 2: a caption is no text, but 7"):
+    with pytest.raises(ValueError, match=r"benchmark photos, a.json, row 2: a caption is not text, but 7"):
         prepare_task(own, open_data(own))
     captions_at(tmp_path / "b.csv", [])
     with pytest.raises(ValueError, match=r"benchmark photos: .*b.csv has no rows"):
@@ -146,7 +146,7 @@ def test_an_expression_that_backtracks_ends_soon(monkeypatch):
     with pytest.raises(ValueError, match="takes more than 0.2 seconds"):
         class_names(classes, OpenedData(None, "data", None), None, "benchmark m")
     for wrong in (["(", ""], ["a", r"\9"]):
-        with pytest.raises(ValueError, match="benchmark m: edit .* is no regular expression"):
+        with pytest.raises(ValueError, match="benchmark m: edit .* is not a regular expression"):
             class_names(
                 dataclasses.replace(classes, edit=[wrong]), OpenedData(None, "data", None), None, "benchmark m"
             )
