@@ -72,7 +72,7 @@ def test_search_my_photos():
 
 
 def test_classify_in_my_language(capsys):
-    run("Classify in my language")
+    run("Classify in my language", {"gemma3-output/proclip": "my-proclip"}, skip=("proclip quickstart",))
     assert "'score': " in capsys.readouterr().out
 
 
