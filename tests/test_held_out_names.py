@@ -96,3 +96,9 @@ def test_stage_1_and_2_read_no_foreign_name_but_as_an_english_word(seed):
     found = held_out_in(task.training_texts, LANGUAGES[1:])
     assert found == held_out_in([concept.name for concept in task.concepts], LANGUAGES[1:])
     assert len(found) < 60
+
+
+def test_texts_that_the_adapters_input_is_normalised_with_hold_no_held_out_name():
+    names = make_task(SIZES["full"], 0).parallel_names
+    assert held_out_in([name for of_language in names.values() for name in of_language], LANGUAGES) == set()
+    assert len(names["en"]) >= 350

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from .held_out import HeldOutNames
 from .images import (
     LANGUAGES,
     ZERO_SHOT_TEMPLATES,
@@ -79,9 +80,9 @@ class Task:
 
     @property
     def parallel_names(self) -> dict[str, list[str]]:
-        """Language -> names of the concepts that languages are not compared by, in the same order for every language."""
-        held_out = set(self.language_concepts)
-        others = [concept for i, concept in enumerate(self.concepts) if i not in held_out]
+        """Language -> names of other concepts, in the same order for every language, none of which holds a held-out name."""
+        held_out = HeldOutNames([self.concepts[i] for i in self.language_concepts], LANGUAGES)
+        others = [c for c in self.concepts if not any(held_out.in_text(name) for name in c.names.values())]
         return {language: [concept.names[language] for concept in others] for language in LANGUAGES}
 
     @property
