@@ -71,6 +71,12 @@ def test_search_my_photos(folder, images, capsys):
     assert scores[0] == pytest.approx(names["scores"].max().item(), abs=1e-3)
 
 
+def test_smaller_embeddings(folder, images):
+    images[0].save("image.png")
+    names = run_page("docs/how_to/smaller_embeddings.md", {}, {"truncate_dim=64": "truncate_dim=4"})
+    assert names["image_embeds"].shape == (1, 4)
+
+
 def test_align_a_new_llm(folder, images):
     write_parts(folder)
     page, settings = (

@@ -1,6 +1,7 @@
 """SentenceTransformer loads a checkpoint as it was saved: the same embeddings of unit length, for texts and pictures; and trains it."""
 
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraine
 from sentence_transformers.sentence_transformer.losses import (
     CachedMultipleNegativesRankingLoss,
     CoSENTLoss,
+    MatryoshkaLoss,
     MultipleNegativesRankingLoss,
 )
 from transformers import AutoModel, AutoProcessor
@@ -119,6 +121,62 @@ def test_a_prompt_is_read_as_the_beginning_of_the_text(checkpoint):
     assert np.abs(expected - model.encode(["a red fox"])).max() > 1e-3
 
 
+def test_prompts_by_name(checkpoint):
+    model = SentenceTransformer(str(checkpoint), prompts={"query": "query: ", "document": "text: "})
+    for encoded in (model.encode(TEXTS[:2], prompt_name="query"), model.encode_query(TEXTS[:2])):
+        np.testing.assert_allclose(encoded, embed(checkpoint, [f"query: {text}" for text in TEXTS[:2]]), atol=1e-5)
+    documents = embed(checkpoint, [f"text: {text}" for text in TEXTS[:2]])
+    np.testing.assert_allclose(model.encode_document(TEXTS[:2]), documents, atol=1e-5)
+    with pytest.raises(ValueError, match="'passage'"):
+        model.encode(TEXTS[:2], prompt_name="passage")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("truncate_dim", [5, 16])
+def test_shorter_embeddings(checkpoint, truncate_dim):
+    ours, processor = ProCLIPModel.from_pretrained(checkpoint), ProCLIPProcessor.from_pretrained(checkpoint)
+    expected = ours(
+        **processor(text=TEXTS, images=PICTURES, return_tensors="pt", padding=True), truncate_dim=truncate_dim
+    )
+    model = SentenceTransformer(str(checkpoint), truncate_dim=truncate_dim)
+    assert model.get_embedding_dimension() == truncate_dim
+    texts, images = (model.encode(inputs, normalize_embeddings=True) for inputs in (TEXTS, PICTURES))
+    np.testing.assert_allclose(texts, expected.text_embeds, atol=1e-5)
+    np.testing.assert_allclose(images, expected.image_embeds, atol=1e-5)
+    # Without normalize_embeddings they are cut after they were brought to unit length; the cosines are the same.
+    cosines = model.similarity(model.encode(PICTURES), model.encode(TEXTS))
+    np.testing.assert_allclose(cosines, expected.image_embeds @ expected.text_embeds.T, atol=1e-5)
+
+
+def test_other_processes_get_the_same_model(checkpoint):
+    """A pool sends it to them as a pickle."""
+    model = SentenceTransformer(str(checkpoint))
+    sent = pickle.loads(pickle.dumps(model))
+    for inputs in (TEXTS, PICTURES):
+        np.testing.assert_array_equal(sent.encode(inputs), model.encode(inputs))
+
+
+def test_texts_are_padded_whoever_asks_for_unpadded_ones(checkpoint, caplog):
+    """It packs texts only for models whose `forward` embeds them, with FlashAttention."""
+    model = SentenceTransformer(str(checkpoint))
+    model[0].unpad_inputs = True
+    assert "prerequisites for skipping padding are not met" in caplog.text
+    np.testing.assert_allclose(model.encode(TEXTS), embed(checkpoint, TEXTS), atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_pixels_are_white(checkpoint, mode):
+    image = Image.new("RGBA", (16, 16), (255, 0, 0, 0))
+    image.paste((0, 90, 200, 255), (0, 0, 8, 16))
+    image.paste((0, 90, 200, 100), (8, 0, 12, 16))
+    image = image.quantize(8) if mode == "P" else image.convert(mode)
+    seen = image.convert("RGBA")
+    on_white = Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen).convert("RGB")
+    encoded = SentenceTransformer(str(checkpoint)).encode([image, on_white])
+    np.testing.assert_array_equal(encoded[0], encoded[1])
+    np.testing.assert_allclose(encoded, embed(checkpoint, images=[image, on_white]), atol=1e-6)
+
+
 def test_half_precision(checkpoint):
     model = SentenceTransformer(str(checkpoint), model_kwargs={"dtype": torch.bfloat16})
     assert model.transformers_model.dtype == torch.bfloat16
@@ -162,14 +220,14 @@ DATA = {
     },
 }
 LOSSES = {
-    "MultipleNegativesRankingLoss": (MultipleNegativesRankingLoss, {}),
-    "CachedMultipleNegativesRankingLoss": (CachedMultipleNegativesRankingLoss, {"mini_batch_size": 2}),
-    "CoSENTLoss": (CoSENTLoss, {}),
+    "MultipleNegativesRankingLoss": MultipleNegativesRankingLoss,
+    "CachedMultipleNegativesRankingLoss": lambda model: CachedMultipleNegativesRankingLoss(model, mini_batch_size=2),
+    "CoSENTLoss": CoSENTLoss,
+    "MatryoshkaLoss": lambda model: MatryoshkaLoss(model, MultipleNegativesRankingLoss(model), [16, 4]),
 }
 
 
 def train(model: SentenceTransformer, data: str, loss: str, folder: Path, **settings) -> SentenceTransformerTrainer:
-    loss_class, loss_arguments = LOSSES[loss]
     arguments = {"max_steps": 4, "per_device_train_batch_size": 8, "learning_rate": 5e-4, "logging_steps": 1}
     trainer = SentenceTransformerTrainer(
         model,
@@ -177,7 +235,7 @@ def train(model: SentenceTransformer, data: str, loss: str, folder: Path, **sett
             str(folder), report_to="none", use_cpu=True, save_strategy="no", seed=0, **{**arguments, **settings}
         ),
         train_dataset=Dataset.from_dict(DATA[data]),
-        loss=loss_class(model, **loss_arguments),
+        loss=LOSSES[loss](model),
     )
     trainer.train()
     return trainer
@@ -230,6 +288,21 @@ def test_the_cached_loss_trains_as_the_plain_one(checkpoint, tmp_path):
         weights.append(model.transformers_model.state_dict())
     for name, tensor in weights[0].items():
         torch.testing.assert_close(weights[1][name], tensor, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_its_trainer_trains_both_towers(checkpoint, tmp_path):
+    """The LLM too, which a full checkpoint holds; and shorter embeddings by its own loss."""
+    model = SentenceTransformer(str(checkpoint))
+    before = {name: tensor.clone() for name, tensor in model.transformers_model.state_dict().items()}
+    trainer = train(model, "pictures and captions", "MatryoshkaLoss", tmp_path / "run")
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    after = model.transformers_model.state_dict()
+    changed = {name.split(".")[0] for name, tensor in after.items() if not torch.equal(before[name], tensor)}
+    assert changed == {"vision_model", "visual_projection", "text_adapter", "text_model"}
+    trainer.save_model(str(tmp_path / "saved"))
+    np.testing.assert_allclose(embed(tmp_path / "saved", CAPTIONS), model.encode(CAPTIONS), atol=1e-5)
+    np.testing.assert_allclose(embed(tmp_path / "saved", images=COLOURS), model.encode(COLOURS), atol=1e-5)
 
 
 def test_prompts_of_the_training_are_kept(checkpoint, tmp_path):

@@ -65,7 +65,7 @@ class ContrastiveTuningConfig(AlignmentConfig):
         matryoshka_dims (`list[int]`, *optional*):
             Sizes of shorter embeddings to train at the same time (Matryoshka, arXiv 2205.13147): the first so many dimensions of every embedding,
             brought to unit length. The loss is the sum of L_stage2 over the whole embedding and over each of these prefixes, with
-            weight 1 each (eq. 1 with c_m = 1, section 4.1; the default of sentence-transformers too). Logged as `prefix_64_loss` and so on, and
+            weight 1 each (its eq. 1 with every c_m = 1; sentence-transformers' default too). Logged as `prefix_64_loss` and so on, and
             recorded in the model's configuration. Costs the loss once more for each size, which is little beside the encoders.
 
     Defaults that differ from [`~transformers.TrainingArguments`]. ProCLIP, arXiv 2510.18795, Table 8: `per_device_train_batch_size` 512,

@@ -220,9 +220,9 @@ class Quickstart:
             "seed": self.seed,
         }
 
-    def inherit(self, model: ProCLIPModel) -> ProCLIPModel:
+    def inherit(self, model: ProCLIPModel, **settings: Any) -> ProCLIPModel:
         arguments = RepresentationInheritanceConfig(
-            **self.training_arguments("stage-1", self.size.inheritance_steps), **INHERITANCE
+            **self.training_arguments("stage-1", self.size.inheritance_steps), **INHERITANCE, **settings
         )
         texts = [{"text": text} for text in self.task.inheritance_texts]
         trainer = RepresentationInheritanceTrainer(

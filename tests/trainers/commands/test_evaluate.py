@@ -70,6 +70,21 @@ def test_the_table_shows_the_difference_to_the_baseline(suite: Path, tmp_path):
     ]
 
 
+def test_smaller_embeddings_are_shown_with_what_they_lose(suite: Path, tmp_path):
+    model = save(tiny_encoder("proclip"), tmp_path / "model")
+    options = ["--truncate-dim", "8", "--precision", "binary"]
+    result = CliRunner().invoke(app, command(model, suite, tmp_path / "out", *options))
+    assert result.exit_code == 0, result.output
+    task = read_results(tmp_path / "out")["tasks"][1]
+    whole, ours = task["embedding"]["whole"]["metrics"]["top1"], task["metrics"]["top1"]
+    row = next(line for line in result.output.splitlines() if re.search(r"\bname\b.*top1", line))
+    assert row.split()[2:] == [f"{100 * ours:.1f}", f"{100 * whole:.1f}", f"{100 * (whole - ours):.1f}"]
+    options = ["--truncate-dim", "17"]
+    refused = CliRunner().invoke(app, command(model, suite, tmp_path / "refused", *options))
+    assert refused.exit_code == 1
+    assert "error: truncate_dim=17, but the embeddings of model have 16 dimensions" in refused.stderr
+
+
 def test_a_killed_evaluation_goes_on_where_it_was(tmp_path):
     # More texts than two shards have, one in a batch, so that there is time to kill it.
     texts = make_texts(1400, longest=12)
