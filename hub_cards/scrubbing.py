@@ -26,9 +26,11 @@ _PRIVATE_KEY = re.compile(
     r"-----BEGIN [A-Z ]{0,40}PRIVATE KEY-----.*?(?:-----END [A-Z ]{0,40}PRIVATE KEY-----|\Z)", re.DOTALL
 )
 _SECRET_NAME = re.compile(
-    r"passw(?:or)?d|secret|api_?key|access_?key|private_?key|signature|credential|(?:hub|hf|access|auth|refresh|write|bearer)_?token",
+    r"passw(?:or)?d|secret|api_?key|access_?key|private_?key|signature|credential|(?:hub|hf|access|auth|refresh|write|bearer|security)_?token",
     re.IGNORECASE,
 )
+# In an address also what would be too common elsewhere: `?token=`, Azure's `sig=`.
+_SECRET_PARAMETER = re.compile(r"(?:.{0,50}[_.-])?(?:token|sig|key|auth|pwd|pass)", re.IGNORECASE)
 _PATH_KEY = re.compile(r"\w{0,60}(?:path|dir|directory|folder|file|source|checkpoint)s?", re.IGNORECASE)
 # `name: value`, `name=value` or `"name": "value"`; a value has a digit, as a word of prose rarely has.
 _ASSIGNED = re.compile(
@@ -52,7 +54,7 @@ def scrub_text(text: str) -> str:
     """`text` without passwords, tokens and the folders of this machine: a secret becomes `***`, a path its last part."""
     text = _USERINFO.sub("", _PRIVATE_KEY.sub(HIDDEN, text))
     text = _BEARER.sub(HIDDEN, _TOKEN.sub(HIDDEN, text))
-    text = _PARAMETER.sub(lambda match: f"{match[1]}={HIDDEN}" if _is_secret(match[1]) else match[0], text)
+    text = _PARAMETER.sub(_hide_parameter, text)
     text = _ASSIGNED.sub(lambda match: match[1] + match[2] + HIDDEN if _is_secret(match[1]) else match[0], text)
     home = str(Path.home())
     if len(home) > 1:  # wherever it is, also with spaces in it
@@ -95,6 +97,11 @@ def _scrub_entry(key: str, value: Any, keep: Container[str]) -> Any:
     # A relative path has nothing that tells it from other text but its key; a name on the Hub has one slash.
     relative = _PATH_KEY.fullmatch(key) is not None and value.count("/") > 1 and "://" not in value
     return scrub_text(_last_part(value)) if relative else scrub(value, keep)
+
+
+def _hide_parameter(match: re.Match[str]) -> str:
+    secret = _is_secret(match[1]) or _SECRET_PARAMETER.fullmatch(match[1])
+    return f"{match[1]}={HIDDEN}" if secret else match[0]
 
 
 def _is_secret(name: str) -> bool:

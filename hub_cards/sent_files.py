@@ -35,6 +35,7 @@ LEGAL_FILES = tuple(
     for ending in ("", ".txt", ".md")
 )
 MODULES_FILE = "modules.json"  # of sentence-transformers: the classes of its modules, and a folder for each
+_GPS = 0x8825  # the EXIF tag of where an image was taken
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".gif", ".webp")
 # What the processor adds to every text, and names of tokens: changed, the model would read something else.
 _READ_BY_THE_MODEL = {"prompt_template", "instruction", "chat_template", "prompts", "added_tokens_decoder"}
@@ -166,8 +167,21 @@ class OutgoingFiles:
                 try:
                     with Image.open(file) as image:
                         image.verify()
+                    with Image.open(file) as image:
+                        image.load()  # texts may come after the pixels
+                        facts, place = dict(image.info), image.getexif().get_ifd(_GPS)
                 except Exception as error:  # each format fails in its own way
                     raise PublishError(f"{file}, which README.md shows, is no image that can be read.") from error
+                texts = [
+                    part if isinstance(part, str) else part.decode("latin-1")
+                    for name, part in facts.items()
+                    if name != "icc_profile" and isinstance(part, (str, bytes))
+                ]
+                if place or any(scrub_text(part) != part or holds_secret(part) for part in texts):
+                    raise PublishError(
+                        f"{file}, which README.md shows, says in its metadata where it was taken, or holds a local path or a token there: save it "
+                        "without metadata."
+                    )
                 (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, self.folder / name)
 

@@ -10,6 +10,8 @@ HF_TOKEN = "hf_" + "aB3" * 11
 SCRUBBED = {
     "https://alice:hunter2@data.corp/pairs/*.tar": "https://data.corp/pairs/*.tar",
     "https://data.corp/a.tar?X-Amz-Signature=0123&part=2": "https://data.corp/a.tar?X-Amz-Signature=***&part=2",
+    "https://x.blob.example/a?sv=2024&sig=Ab%2F12": "https://x.blob.example/a?sv=2024&sig=***",
+    "https://raw.example/a?token=AB12&X-Amz-Security-Token=c": "https://raw.example/a?token=***&X-Amz-Security-Token=***",
     "s3://KEY:SECRET@bucket/a": "s3://bucket/a",
     f"the token {HF_TOKEN}, and ghp_{'a1' * 18}": "the token ***, and ***",
     "HF_TOKEN=0123456789abc": "HF_TOKEN=***",
@@ -36,6 +38,7 @@ KEPT = (
     "<|im_start|>user\n{text}<|im_end|>",
     r"vision_model\..*\.(q_proj|v_proj)",
     "https://example.org/home/alice/page?id=3#top",
+    "https://example.org/?tokens=3&keyboard=de&design=1",
     "2510.18795",
     "and/or 1/2 of bos_token: 12345678",
     "password: the reader's own",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 
 from hub_cards.publish import publish
@@ -296,3 +297,37 @@ def test_an_image_that_is_none_is_refused(copy, tmp_path):
     write(copy / "id_rsa.png", SECRET.decode())
     with pytest.raises(PublishError, match="id_rsa.png, which README.md shows, is no image"):
         staged(copy, tmp_path)
+
+
+def _with_text(file: Path, text: str) -> None:
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_text("Comment", text)
+    Image.new("RGB", (4, 4)).save(file, pnginfo=chunks)
+
+
+def _with_place(file: Path) -> None:
+    exif = Image.Exif()
+    exif[0x8825] = {1: "N"}
+    Image.new("RGB", (4, 4)).save(file, exif=exif)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda file: _with_text(file, "made in /home/alice/secret-project"),
+        lambda file: _with_text(file, HF_TOKEN),
+        _with_place,
+    ],
+    ids=["a path", "a token", "a place"],
+)
+def test_an_image_whose_metadata_are_private_is_refused(copy, tmp_path, make):
+    write(copy / "README.md", "---\nlicense: mit\n---\n![a](plot.png)")
+    make(copy / "plot.png")
+    with pytest.raises(PublishError, match="plot.png, which README.md shows, says in its metadata"):
+        staged(copy, tmp_path)
+
+
+def test_other_metadata_of_images_are_sent(copy, tmp_path):
+    write(copy / "README.md", "---\nlicense: mit\n---\n![a](plot.png)")
+    _with_text(copy / "plot.png", "Matplotlib version 3.10.0, https://matplotlib.org/")
+    assert "plot.png" in staged(copy, tmp_path)
