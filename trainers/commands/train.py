@@ -35,6 +35,7 @@ def train(
     if dry_run:
         if curriculum.processes.is_main_process:
             _print_plan(curriculum)
+            _print_memory(curriculum)
         return
     model = curriculum.run(stage)
     if curriculum.processes.is_main_process:
@@ -92,6 +93,20 @@ def _print_plan(curriculum: "Curriculum") -> None:
         if held_out:
             numbers = ", ".join(f"{key.removeprefix('eval_')} {value:.4f}" for key, value in held_out.items())
             typer.echo(f"{plan.name}, held out: {numbers}")
+
+
+def _print_memory(curriculum: "Curriculum") -> None:
+    from trainers.recipe.memory import plan_memory
+    from trainers.recipe.plan import plan_stages
+
+    for plan in plan_stages(curriculum):
+        memory = None if plan.state == "finished" else plan_memory(curriculum, plan.name, plan.device_batch_size)
+        if memory is not None:
+            parts = ", ".join(
+                f"{name} {_bytes(getattr(memory, name))}"
+                for name in ("weights", "gradients", "optimizer", "activations")
+            )
+            typer.echo(f"memory of a device, {plan.name}: about {_bytes(memory.peak)} at its peak ({parts})")
 
 
 def _bytes(number: int) -> str:

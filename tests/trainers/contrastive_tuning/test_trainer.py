@@ -143,6 +143,15 @@ def test_the_share_of_time_spent_waiting_for_data_is_logged(tmp_path, monkeypatc
     assert log["data_wait"] == pytest.approx(waiting / (waiting + computing), abs=1e-4)
 
 
+def test_checkpointed_activations_train_the_same(tmp_path):
+    models = [tiny_model(), tiny_model()]
+    for model, checkpointing in zip(models, (False, True), strict=True):
+        settings = {"gradient_checkpointing": checkpointing, "gradient_caching_batch_size": 3, "max_steps": 2}
+        tuning_trainer(tmp_path / str(checkpointing), model, **settings).train()
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
+
+
 def test_the_optimizer_is_fused_and_batches_are_pinned(tmp_path):
     """Defaults of Transformers, which speed depends on."""
     trainer = tuning_trainer(tmp_path)
