@@ -1,6 +1,7 @@
 """The committed example of the report, opened in a real browser: pictures and tables are there, and the numbers are those of the JSON."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -60,3 +61,24 @@ def test_the_example_shows_what_the_readme_says(report):
 
 def test_the_example_is_small_enough_to_commit():
     assert sum(path.stat().st_size for path in EXAMPLE.iterdir()) < 2_000_000
+
+
+LANGUAGES = EXAMPLE.parent / "language_report"
+
+
+def test_the_report_on_languages_has_names_and_captions_of_the_teacher_and_both_llms():
+    report = json.loads((LANGUAGES / "report.json").read_text(encoding="utf-8"))
+    assert [report["baseline"], *(model["name"] for model in report["models"])] == [
+        "emoji-clip",
+        "proclip-gemma3",
+        "proclip-smollm2",
+    ]
+    metrics = Counter(score["metric"] for score in report["scores"])
+    assert metrics == {"top1": 14, "i2t_r@1": 6, "t2i_r@1": 6}
+    assert all(len(score["values"]) == 3 and None not in score["values"] for score in report["scores"])
+    others = [s for s in report["scores"] if s["metric"] == "top1" and not s["name"].endswith("-en")]
+    clip, gemma3, smollm2 = (sum(score["values"][i]["value"] for score in others) / 13 for i in range(3))
+    assert gemma3 > 5 * clip > 5 * smollm2 > 0.2
+    page = (LANGUAGES / "report.html").read_text(encoding="utf-8")
+    assert "14 languages: top-1 accuracy, chance 0.7 %" in page and "6 languages: text → image R@1" in page
+    assert sum(path.stat().st_size for path in LANGUAGES.iterdir()) < 2_000_000
