@@ -112,6 +112,15 @@ def test_the_record_of_both_stages_is_on_the_card(trained):
     assert final["info_nce_loss"] > 0 and f"| `info_nce_loss`, last logged | {final['info_nce_loss']} |" in card
 
 
+def test_shorter_embeddings_are_named(trained, tmp_path):
+    assert "shorter embeddings" not in model_card(trained).text
+    shutil.copytree(trained, tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"matryoshka_dims": [5, 2]}))
+    card = model_card(tmp_path / "model").text
+    assert "|\n| shorter embeddings | trained for 5, 2 dimensions too: `truncate_dim` |\n| pooling |" in card
+
+
 def test_results_become_the_model_index_of_the_hub(trained, results, tmp_path):
     file = tmp_path / "README.md"
     model_card(trained, repo_id="owner/mine", results=[results]).save(file)
