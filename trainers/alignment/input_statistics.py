@@ -30,7 +30,7 @@ def set_input_statistics(model: ProCLIPModel, text_store: Any) -> None:
             "trainers.alignment.input_statistics.fit_input_statistics(model, text_store, texts) with texts of each language"
         )
     adapter.set_input_statistics(*text_store.statistics())
-    logger.warning("The adapter's input statistics were unset; they are now those of the text store.")
+    logger.info("The adapter's input statistics were unset; they are now those of the text store.")
 
 
 def fit_input_statistics(model: ProCLIPModel, text_store: Any, texts: Mapping[str, Sequence[str]]) -> None:

@@ -46,6 +46,8 @@ class _Table(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._started, self._first_step = time.monotonic(), state.global_step
+        if state.logging_steps > state.max_steps:  # Transformers' 500 would leave a short training without a row
+            state.logging_steps = max(state.max_steps // 10, 1)
         completed = state.global_step
         self._open(Progress("training", state.max_steps, "steps", completed=completed, shown=self.shown, lines=False))
 

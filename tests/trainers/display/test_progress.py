@@ -170,6 +170,13 @@ def test_quick_logs_are_passed_over_but_not_the_last(tmp_path, capsys):
     assert [row[0] for row in rows(capsys.readouterr().out)] == ["step", "1", "5"]
 
 
+def test_a_training_shorter_than_its_logging_interval_has_rows(tmp_path, capsys):
+    trainer = tuning_trainer(tmp_path, max_steps=5, logging_steps=500)
+    with training_table(trainer):
+        trainer.train()
+    assert [row[0] for row in rows(capsys.readouterr().out)] == ["step", "1", "5"]
+
+
 def test_what_is_held_out_has_a_line_of_its_own(tmp_path, capsys):
     trainer = tuning_trainer(tmp_path, max_steps=2, eval_strategy="steps", eval_steps=1, eval_dataset=picture_rows())
     with training_table(trainer):

@@ -103,7 +103,7 @@ def test_rows_of_a_datasets_dataset(tmp_path):
 
 def test_an_input_that_standardises_gets_the_statistics_of_the_store(tmp_path, caplog):
     model = tiny_model(adapter_input_norm="standardize")
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.INFO):
         inheritance_trainer(tmp_path, model, max_steps=1).train()
     assert "input statistics were unset" in caplog.text
     mean, std = TEXT_STORE.statistics()
