@@ -95,7 +95,8 @@ VISION = {
         "patch_size": 112,
     },
 }
-IMAGE_SIZE, LLM_SIZE, DIM = 224, 4096, 768
+IMAGE_SIZE = 224
+LLM_SIZE, DIM = (4096, 768) if GPU else (64, 32)
 
 
 def synchronize() -> None:

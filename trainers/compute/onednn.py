@@ -22,7 +22,12 @@ class OneDNNLinear(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         """Calls `func`, or oneDNN in its place where it is a float32 linear layer."""
-        if func is F.linear and not torch.compiler.is_compiling() and not kwargs and args[0].dtype == args[1].dtype == torch.float32:
+        if (
+            func is F.linear
+            and not torch.compiler.is_compiling()
+            and not kwargs
+            and args[0].dtype == args[1].dtype == torch.float32
+        ):
             inputs, weight, bias = args if len(args) == 3 else (*args, None)
             return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
         return func(*args, **(kwargs or {}))
