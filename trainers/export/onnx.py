@@ -47,7 +47,8 @@ def export_onnx(name_or_path: str, output: Path, quantize: Literal["int8"] | Non
     Args:
         name_or_path: folder or Hub name of a ProCLIP checkpoint. It is exported in float32, whatever it is stored in.
         output: a new or empty folder.
-        quantize: "int8" stores the weights of matrix products and embedding tables in 8 bits; activations are quantised as they come.
+        quantize: "int8" stores the weights of matrix products and embedding tables in 8 bits; activations are quantised as they come, which
+            LLMs with a few very large activations do not bear.
 
     Raises:
         ValueError: If `output` is no empty folder, the model is no whole ProCLIP, a side cannot be exported, or its embeddings are further from
@@ -84,7 +85,7 @@ def _export_side(
         if not cosine >= INT8_MIN_COSINE:
             raise ValueError(
                 f"{file.name} in int8 would give embeddings with a cosine of {cosine:.3f} with the model's (at least {INT8_MIN_COSINE} is asked), "
-                "so nothing was written: export without --quantize"
+                "so nothing was written: this model does not bear 8-bit activations; export it without --quantize"
             )
     return ExportedSide(file.name, _num_bytes(file), difference, cosine)
 

@@ -8,6 +8,7 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor
 from typer.testing import CliRunner
 
+from tests.integrations.test_documentation import run_page
 from tests.modeling_proclip import tiny
 from trainers.cli import app
 from trainers.export import onnx as export
@@ -112,3 +113,17 @@ def test_what_cannot_be_exported_is_refused_in_one_line(folder, tmp_path):
         result = CliRunner().invoke(app, ["export", str(model), str(output)])
         assert result.exit_code == 1 and message in result.stderr.splitlines()[-1], result.output
     assert not (tmp_path / "new").exists()
+
+
+def test_the_examples_of_the_page_run(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my-proclip").symlink_to(folder / "model")
+    (tmp_path / "my-proclip-onnx").symlink_to(folder / "onnx")
+    IMAGES[1].save("image.png")
+    names = run_page("docs/how_to/deploy.md", {})
+    model, processor = names["model"], names["processor"]
+    inputs = processor(text=["a red fox", "a green house"], images=["image.png"], return_tensors="pt")
+    with torch.no_grad():
+        expected = model(**inputs).logits_per_image - model.logit_bias
+    torch.testing.assert_close(torch.from_numpy(names["logits"]), expected, atol=1e-3, rtol=0)
+    assert isinstance(names["program"], torch.export.ExportedProgram)
