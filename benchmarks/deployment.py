@@ -148,7 +148,12 @@ def main() -> None:
         for name, make in variants(args.checkpoint, args.exports or Path(scratch)):
             if args.only and name not in args.only:
                 continue
-            found = measure(make(), processor, task, pixels)
+            try:
+                variant = make()
+            except (ValueError, ImportError) as error:  # refused by the export's own check, or not installed
+                print(f"{name:22} {error}", flush=True)
+                continue
+            found = measure(variant, processor, task, pixels)
             peer = peer or found
             print(
                 f"{name:22} "
