@@ -152,7 +152,7 @@ def describe(index: ImageIndex, exact: bool) -> str:
                 f"exact: the signs of the question are compared with those of all {len(index):,} embeddings, and the question itself with the best "
                 f"{_CANDIDATES} for every result"
             )
-        return f"exact: the question is compared with all {len(index):,} embeddings"
+        return f"exact: the query is compared with all {len(index):,} embeddings"
     statistics = index.images.index_stats("embedding_idx")
     bits = "1 bit" if index.precision == "binary" else "8 bits"
     return (

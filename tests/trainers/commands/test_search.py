@@ -47,7 +47,7 @@ def test_index_then_search():
         run("search", "photos.index", "--image", "photos/first/blue.png", "--top", "1", "--json").stdout
     )
     assert alike[0]["path"] == "first/blue.png"
-    assert "exact: the question is compared with all 10" in run("search", "photos.index", "a fox", "--explain").stderr
+    assert "exact: the query is compared with all 10" in run("search", "photos.index", "a fox", "--explain").stderr
     nothing = run("search", "photos.index", "a fox", "--where", "width > 1000")
     assert nothing.stdout == "" and "no image of photos.index meets the conditions" in nothing.stderr
     cut = run("search", "photos.index", "a long text " * 100)

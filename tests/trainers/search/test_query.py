@@ -80,7 +80,7 @@ def test_an_embedding_of_another_size(index):
 
 def test_large_indexes_are_searched_approximately(photos, encoder, tmp_path, monkeypatch):
     exact, _ = index_folder(tmp_path / "exact.index", photos, "tiny", encoder)
-    assert describe(exact, exact=False).startswith("exact: the question is compared with all 10 embeddings")
+    assert describe(exact, exact=False).startswith("exact: the query is compared with all 10 embeddings")
     monkeypatch.setattr(build, "APPROXIMATE_FROM", 10)
     index, _ = index_folder(tmp_path / "approximate.index", photos, "tiny", encoder)
     embedding = Question("a fox").embedding(encoder)

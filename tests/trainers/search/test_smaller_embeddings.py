@@ -156,4 +156,4 @@ def test_binary_embeddings_have_an_approximate_index(photos, encoder, tmp_path, 
     approximate, exact = (search(index, question, top=3, exact=exact) for exact in (False, True))
     assert approximate == exact
     index, _ = index_folder(tmp_path / "int8.index", photos, "tiny", encoder, precision="int8")
-    assert describe(index, exact=False) == "exact: the question is compared with all 10 embeddings"
+    assert describe(index, exact=False) == "exact: the query is compared with all 10 embeddings"
