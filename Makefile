@@ -39,7 +39,7 @@ quickstart: $(VENV)/quickstart/$(STAMP) ## align a language model with a CLIP an
 	@$(RUN) $(VENV)/quickstart/bin/proclip quickstart --output-dir quickstart-output $(ARGS)
 
 test: $(VENV)/test/$(STAMP) ## run the tests
-	@$(RUN) $(VENV)/test/bin/python -m pytest --timeout 900 $(ARGS)
+	@$(RUN) $(VENV)/test/bin/python -m pytest --timeout 900 --numprocesses 2 --dist loadfile $(ARGS)
 
 test-oldest: $(VENV)/oldest/$(STAMP) ## run the tests of loading and remote code with the oldest supported releases
 	@$(RUN) $(VENV)/oldest/bin/python -m pytest --timeout 900 $(TESTS_oldest) $(ARGS)
