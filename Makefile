@@ -19,7 +19,8 @@ LOCKS_docs := locks/docs.txt
 
 # What the oldest supported releases have to pass: loading, encoding, publishing, remote code.
 TESTS_oldest := tests/test_clean_environment.py tests/trainers/base/test_publishing.py \
-  $(patsubst %,tests/modeling_proclip/test_%.py,configuration modeling processing text_tower eva_clip lean)
+  $(patsubst %,tests/modeling_proclip/test_%.py,attention_proof configuration eva_clip \
+    lean lean_saving modeling modeling_saving processing processing_images)
 
 # An environment is complete when its stamp is there. The name holds the torch, so that another TORCH starts anew.
 STAMP := .installed-torch-$(TORCH)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 
 import pytest
 
@@ -73,3 +74,11 @@ def test_python_files_that_a_page_names_exist(file):
 def test_contributing_lists_every_room():
     rooms = {path.stem for path in (REPOSITORY / "trainers").iterdir() if re.match(r"[a-z]", path.name)} - {"py"}
     assert not [room for room in rooms if room not in read("CONTRIBUTING.md")]
+
+
+def test_the_tests_that_the_makefile_names_are_there():
+    printed = subprocess.run(
+        ["make", "--dry-run", "test-oldest"], cwd=REPOSITORY, capture_output=True, text=True
+    ).stdout
+    named = re.findall(r"tests/\S+\.py", printed)
+    assert named and [name for name in named if not (REPOSITORY / name).exists()] == []
