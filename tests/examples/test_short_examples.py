@@ -6,14 +6,12 @@ import runpy
 import sys
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
 from PIL import Image
 
 from modeling_proclip import ProCLIPModel, ProCLIPProcessor
-from tests.modeling_proclip import tiny
-from tests.trainers.tiny_recipe import write_parts
+from tests.trainers.tiny_recipe import write_users_folder
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -25,13 +23,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     """An empty folder to work in, with `clip/`, `llm/`, the checkpoint `my-proclip/`, and `photos/` with a caption beside each image."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TQDM_DISABLE", "1")
-    write_parts(tmp_path)
-    tiny.model().save_pretrained("my-proclip")
-    tiny.processor(prompt_template=tiny.LLAMA3, max_length=64).save_pretrained("my-proclip")
-    Path("photos").mkdir()
-    for number, row in enumerate(datasets.Dataset.from_parquet("pairs.parquet")):
-        row["image"].save(f"photos/{number}.png")
-        Path(f"photos/{number}.txt").write_text(row["long"], encoding="utf-8")
+    write_users_folder(tmp_path)
     return tmp_path
 
 

@@ -4,16 +4,15 @@ import re
 import shlex
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
+from transformers import AutoModel
 from typer.testing import CliRunner
 
 from modeling_proclip import ProCLIPModel
 from tests import golden
 from tests.environments import REPOSITORY
-from tests.modeling_proclip import tiny
-from tests.trainers.tiny_recipe import write_parts
+from tests.trainers.tiny_recipe import write_users_folder
 from trainers.cli import app
 
 
@@ -49,13 +48,7 @@ def folder(tmp_path, monkeypatch) -> None:
     """An empty folder to work in, with `clip`, `llm`, `my-proclip` and `photos` as the page names them."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TQDM_DISABLE", "1")
-    write_parts(tmp_path)
-    tiny.model().save_pretrained("my-proclip")
-    tiny.processor(prompt_template=tiny.LLAMA3, max_length=64).save_pretrained("my-proclip")
-    Path("photos").mkdir()
-    for number, row in enumerate(datasets.Dataset.from_parquet("pairs.parquet")):
-        row["image"].save(f"photos/{number}.png")
-        Path(f"photos/{number}.txt").write_text(row["long"], encoding="utf-8")
+    write_users_folder(tmp_path)
 
 
 def test_each_task_has_ten_lines_at_most():
@@ -87,6 +80,7 @@ def test_load_a_published_checkpoint():
     torch.save(golden.load("g2_llm2clip_vit").params, "published.pt")
     source = "VisionXLab/ProCLIP/proclip/30m/L14.pt"
     run("Load a published checkpoint", {source: "published.pt --head-width 8"})
+    assert type(AutoModel.from_pretrained("ProCLIP-L14", load_text_model=False)) is ProCLIPModel
 
 
 def test_publish_mine():

@@ -1,4 +1,4 @@
-"""Fixtures of several test modules: an LLM on disk, a pair with it, and the pair's checkpoint without it."""
+"""Fixtures of several test modules: a checkpoint, an LLM on disk, a pair with it, and the pair's checkpoint without it."""
 
 from pathlib import Path
 
@@ -8,6 +8,12 @@ from transformers import LlamaConfig, LlamaModel
 
 from modeling_proclip import ProCLIPModel
 from tests.modeling_proclip import tiny
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    tiny.model().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
 
 
 @pytest.fixture

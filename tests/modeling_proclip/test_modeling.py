@@ -15,25 +15,9 @@ from modeling_proclip import ProCLIPModel
 from tests.modeling_proclip import tiny
 
 
-TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-
-
 @pytest.fixture
 def inputs() -> dict[str, torch.Tensor]:
     return tiny.inputs()
-
-
-@pytest.fixture
-def folder(tmp_path):
-    tiny.model().save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
-
-@torch.no_grad()
-def assert_same_embeddings(one: torch.nn.Module, other: torch.nn.Module, tolerance: float = 0.0) -> None:
-    expected, actual = one(**tiny.inputs()), other(**tiny.inputs())
-    for name in ("text_embeds", "image_embeds", "logits_per_image"):
-        torch.testing.assert_close(actual[name], expected[name], atol=tolerance, rtol=0)
 
 
 # What it computes
@@ -65,7 +49,7 @@ def test_forward_against_a_naive_reference(inputs):
 def test_either_modality_and_stored_embeddings(inputs):
     model = tiny.model()
     both = model(**inputs)
-    text_inputs = {name: inputs[name] for name in TEXT_INPUTS}
+    text_inputs = {name: inputs[name] for name in tiny.TEXT_INPUTS}
     text = model(**text_inputs)
     image = model(pixel_values=inputs["pixel_values"])
     assert set(text) == {"text_embeds", "text_model_output"} and set(image) == {"image_embeds", "vision_model_output"}
@@ -91,7 +75,7 @@ def test_either_modality_and_stored_embeddings(inputs):
 @torch.no_grad()
 def test_shorter_embeddings(inputs):
     model = tiny.model()
-    texts = {name: inputs[name] for name in TEXT_INPUTS}
+    texts = {name: inputs[name] for name in tiny.TEXT_INPUTS}
     whole, llm_embeds = model(**inputs), model.get_llm_embeds(**texts)
     for dim in (5, model.config.projection_dim):
         for features in (
@@ -214,18 +198,18 @@ def test_peft_adapters_on_the_llm(inputs, folder):
     model.save_pretrained(folder / "peft")
     model.eval()
     again = PeftModel.from_pretrained(AutoModel.from_pretrained(folder), folder / "peft").eval()
-    assert_same_embeddings(model, again)
+    tiny.assert_same_embeddings(model, again)
     merged = model.merge_and_unload()
-    assert_same_embeddings(again, merged, tolerance=1e-5)
+    tiny.assert_same_embeddings(again, merged, tolerance=1e-5)
     merged.save_pretrained(folder / "merged")
-    assert_same_embeddings(merged, AutoModel.from_pretrained(folder / "merged"))
+    tiny.assert_same_embeddings(merged, AutoModel.from_pretrained(folder / "merged"))
 
 
 @torch.no_grad()
 def test_compiles_in_one_graph(inputs):
     """Inductor compiles for a minute on a CPU, so the test stops before it: the graph is what our code decides."""
     model = tiny.model()
-    text_inputs = {name: inputs[name] for name in TEXT_INPUTS}
+    text_inputs = {name: inputs[name] for name in tiny.TEXT_INPUTS}
     compiled = torch.compile(model.get_text_features, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(
         compiled(**text_inputs).pooler_output, model.get_text_features(**text_inputs).pooler_output
@@ -237,8 +221,8 @@ def test_compiles_in_one_graph(inputs):
 
 def test_copies():
     model = tiny.model()
-    assert_same_embeddings(model, copy.deepcopy(model))
-    assert_same_embeddings(model, pickle.loads(pickle.dumps(model)))
+    tiny.assert_same_embeddings(model, copy.deepcopy(model))
+    tiny.assert_same_embeddings(model, pickle.loads(pickle.dumps(model)))
 
 
 def test_resized_token_embeddings():
@@ -246,7 +230,7 @@ def test_resized_token_embeddings():
     model.resize_token_embeddings(430)
     assert model.get_input_embeddings() is model.text_model.embed_tokens
     assert model.config.text_config.vocab_size == len(model.text_model.embed_tokens.weight) == 430
-    assert_same_embeddings(tiny.model(), model)
+    tiny.assert_same_embeddings(tiny.model(), model)
 
 
 def test_layers_to_keep_on_one_device():
@@ -273,7 +257,7 @@ def test_logit_bias(inputs, tmp_path):
 def test_a_checkpoint_without_a_logit_bias_may_get_one(folder):
     plain = ProCLIPModel.from_pretrained(folder)
     assert plain.logit_bias is None
-    assert_same_embeddings(tiny.model(), plain)
+    tiny.assert_same_embeddings(tiny.model(), plain)
     model = ProCLIPModel.from_pretrained(folder, logit_bias_init_value=-10.0)
     assert model.logit_bias.item() == -10
     for name, tensor in plain.state_dict().items():

@@ -11,22 +11,6 @@ from modeling_proclip import ProCLIPConfig, ProCLIPModel, ProCLIPOutput
 from tests.modeling_proclip import tiny
 
 
-TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-
-
-@pytest.fixture
-def folder(tmp_path):
-    tiny.model().save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
-
-@torch.no_grad()
-def assert_same_embeddings(one: torch.nn.Module, other: torch.nn.Module, tolerance: float = 0.0) -> None:
-    expected, actual = one(**tiny.inputs()), other(**tiny.inputs())
-    for name in ("text_embeds", "image_embeds", "logits_per_image"):
-        torch.testing.assert_close(actual[name], expected[name], atol=tolerance, rtol=0)
-
-
 @pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForZeroShotImageClassification, ProCLIPModel])
 def test_round_trip(folder, auto_class):
     model, info = auto_class.from_pretrained(folder, output_loading_info=True)
@@ -35,14 +19,14 @@ def test_round_trip(folder, auto_class):
     assert model.config.text_config.is_causal is False
     for name, tensor in tiny.model().state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
-    assert_same_embeddings(tiny.model(), model)
+    tiny.assert_same_embeddings(tiny.model(), model)
 
 
 def test_round_trip_of_the_input_statistics(tmp_path):
     model = tiny.model(adapter_input_norm="standardize")
     model.text_adapter.set_input_statistics(torch.randn(32), torch.rand(32) + 0.5)
     model.save_pretrained(tmp_path)
-    assert_same_embeddings(model, AutoModel.from_pretrained(tmp_path))
+    tiny.assert_same_embeddings(model, AutoModel.from_pretrained(tmp_path))
     half = AutoModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert torch.equal(half.text_adapter.input_mean, model.text_adapter.input_mean), "rounded to half precision"
 
@@ -71,7 +55,7 @@ def test_dtypes_of_the_parts(folder, auto_class, caplog):
     mixed.save_pretrained(folder / "mixed")
     again = auto_class.from_pretrained(folder / "mixed")
     assert dtypes(again) == (full, half, full, full)
-    assert_same_embeddings(mixed, again)
+    tiny.assert_same_embeddings(mixed, again)
     assert dtypes(auto_class.from_pretrained(folder / "mixed", dtype=torch.float32)) == (full, full, full, full)
     vision = auto_class.from_pretrained(folder, dtype={"vision_config": half, "": full})
     assert dtypes(vision) == (half, full, full, full)
@@ -87,7 +71,7 @@ def test_attention_of_the_towers(folder):
     model = AutoModel.from_pretrained(folder, attn_implementation={"text_config": "eager", "vision_config": "sdpa"})
     assert model.text_model.config._attn_implementation == "eager"
     assert model.vision_model.config._attn_implementation == "sdpa"
-    assert_same_embeddings(tiny.model(), model, tolerance=1e-5)
+    tiny.assert_same_embeddings(tiny.model(), model, tolerance=1e-5)
     eager = AutoModel.from_pretrained(folder, attn_implementation="eager")
     assert eager.text_model.config._attn_implementation == eager.vision_model.config._attn_implementation == "eager"
     with pytest.raises(ValueError, match="Unknown tower 'text_model': the keys are vision_config, text_config"):
@@ -96,7 +80,7 @@ def test_attention_of_the_towers(folder):
 
 @pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}])
 def test_device_map(folder, device_map):
-    assert_same_embeddings(tiny.model(), AutoModel.from_pretrained(folder, device_map=device_map))
+    tiny.assert_same_embeddings(tiny.model(), AutoModel.from_pretrained(folder, device_map=device_map))
 
 
 @pytest.mark.filterwarnings("ignore:The following device_map keys do not match any submodules")
@@ -106,14 +90,14 @@ def test_llm_offloaded_to_disk(folder):
         folder, device_map=device_map | {"text_model": "disk"}, offload_folder=folder / "off"
     )
     assert model.text_model.embed_tokens.weight.device.type == "meta"
-    assert_same_embeddings(tiny.model(), model)
+    tiny.assert_same_embeddings(tiny.model(), model)
 
 
 def test_vision_side_alone(folder):
     model = AutoModel.from_pretrained(folder, load_text_model=False)
     assert model.text_model is None
     inputs, whole = tiny.inputs(), tiny.model()
-    llm_embeds = whole.get_llm_embeds(*(inputs[name] for name in TEXT_INPUTS))
+    llm_embeds = whole.get_llm_embeds(*(inputs[name] for name in tiny.TEXT_INPUTS))
     expected = whole(**inputs)
     outputs = model(llm_embeds=llm_embeds, pixel_values=inputs["pixel_values"])
     assert torch.equal(outputs.logits_per_image, expected.logits_per_image)

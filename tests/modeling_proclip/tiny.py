@@ -23,6 +23,7 @@ from tests.golden import GOLDEN_DIR
 
 LLAMA_DIR = GOLDEN_DIR / "g5_text_pipeline_hf"  # a tiny Llama with Llama 3's special tokens: 32 dimensions, 420 tokens
 
+TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 LLAMA3 = "<|start_header_id|>user<|end_header_id|>\n\n{text}<|eot_id|>"
 TEXT = {
     "vocab_size": 420,
@@ -116,3 +117,11 @@ def inputs(num_texts: int = 3, num_images: int = 3, length: int = 7) -> dict[str
     batch["token_type_ids"] = batch["attention_mask"].clone()
     batch["token_type_ids"][:, : length // 2] = 0
     return batch
+
+
+@torch.no_grad()
+def assert_same_embeddings(one: torch.nn.Module, other: torch.nn.Module, tolerance: float = 0.0) -> None:
+    """Both models give the same embeddings and logits to [`inputs`], within `tolerance`."""
+    expected, actual = one(**inputs()), other(**inputs())
+    for name in ("text_embeds", "image_embeds", "logits_per_image"):
+        torch.testing.assert_close(actual[name], expected[name], atol=tolerance, rtol=0)

@@ -52,6 +52,18 @@ def write_parts(folder: Path) -> None:
     datasets.Dataset.from_list([{"caption": text} for text in texts[2 * NUM_PAIRS :]]).to_json(folder / "texts.jsonl")
 
 
+def write_users_folder(folder: Path) -> None:
+    """What [`write_parts`] writes, the checkpoint `my-proclip/`, and `photos/` with a caption beside each image."""
+    write_parts(folder)
+    tiny.model().save_pretrained(folder / "my-proclip")
+    tiny.processor(prompt_template=tiny.LLAMA3, max_length=64).save_pretrained(folder / "my-proclip")
+    photos = folder / "photos"
+    photos.mkdir()
+    for number, row in enumerate(datasets.Dataset.from_parquet(str(folder / "pairs.parquet"))):
+        row["image"].save(photos / f"{number}.png")
+        (photos / f"{number}.txt").write_text(row["long"], encoding="utf-8")
+
+
 def settings(folder: Path) -> dict[str, Any]:
     """Stage 1 and stage 2 in a few steps each, with a checkpoint in the middle."""
     pairs = {"source": str(folder / "pairs.parquet"), "text_columns": ["short", "long"]}

@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
+from trainers.display.html import html_environment
 from trainers.search.folder import printable
 from trainers.search.query import COLUMNS, Question, search
 
@@ -52,12 +51,6 @@ def ask(gallery: Gallery, text: str, image: Path | None, top: int) -> Answer:
 
 def render(answers: Sequence[Answer]) -> str:
     """The answers side by side as HTML, their thumbnails inside it, so that the page asks for no file."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = html_environment(Path(__file__).parent / "templates")
     environment.filters |= {"base64": lambda data: base64.b64encode(data).decode(), "printable": printable}
     return environment.get_template("answers.html.jinja").render(answers=answers)

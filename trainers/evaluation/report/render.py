@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from trainers.display.html import html_environment
 
 from . import plots
 from .verdict import ceil_points, floor_points
@@ -32,13 +32,7 @@ _LANGUAGES_APART = 4
 
 def render(report: dict[str, Any], examples: Sequence[dict[str, Any]]) -> str:
     """The report as HTML. `report` is as `build_report` makes it, `examples` of retrieval as `retrieval_examples` does; there may be none."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = html_environment(Path(__file__).parent / "templates")
     environment.filters |= {
         "percent": lambda fraction: f"{100 * fraction:.1f}",
         "points": lambda fraction: _signed(100 * fraction),
