@@ -117,15 +117,10 @@ def _captions(dataset: Any, reader: str) -> Iterator[list[str]] | None:
     return (captions_of(row, f"row {i}", reader) for i, row in enumerate(dataset))
 
 
-def refuse_sharding(accelerator: Accelerator) -> None:
-    """Raises ValueError under FSDP and DeepSpeed.
-
-    torch's FSDP2 and DeepSpeed take no parameter without dimensions, which the logit scale is. Besides, the loss reads it outside of the
-    model's forward pass, it is clamped in place after a step, and the EMA teacher follows whole parameters. See docs/training_at_scale.md.
-    """
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+def refuse_deepspeed(accelerator: Accelerator) -> None:
+    """Raises ValueError under DeepSpeed, which takes no parameter without dimensions, as the logit scale is. See docs/training_at_scale.md."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise ValueError(
-            f"{accelerator.distributed_type} shards or copies parameters, but the EMA teacher and the logit scale need them whole. It is not "
-            "needed either: the LLM takes no part in this stage, and what is trained fits on one device. So use DDP, which `accelerate launch "
-            "--multi_gpu` starts, and gradient_caching_batch_size where a batch does not fit."
+            "DeepSpeed cannot train a logit scale, which has no dimensions: train this stage with DDP (`accelerate launch --multi_gpu`) or FSDP2 "
+            "(recipes/accelerate/fsdp2.yaml), and with gradient_caching_batch_size where a batch does not fit."
         )

@@ -19,7 +19,8 @@ from modeling_proclip import ProCLIPConfig, ProCLIPModel
 from trainers.base.finite import WithTexts
 from trainers.base.gradient_caching import cached_backward
 from trainers.base.micro_batches import MicroBatches
-from trainers.base.trainer import StageTrainer, replaced
+from trainers.base.replaced import replaced
+from trainers.base.trainer import StageTrainer
 from trainers.base.training_record import training_record
 from trainers.compute.precision import unit_length
 from trainers.data.captions import DrawnCaptions
@@ -27,7 +28,7 @@ from trainers.data.epochs import SetEpoch
 from trainers.data.pair_stream import PairStream
 from trainers.data.stream_loader import StreamLoader
 
-from .checks import check_store, check_texts, proclip_of, refuse_sharding, train_only
+from .checks import check_store, check_texts, proclip_of, refuse_deepspeed, train_only
 from .config import AlignmentConfig
 from .input_statistics import set_input_statistics
 from .store_identity import check_made_by_llm, text_encoder_of
@@ -98,7 +99,7 @@ class AlignmentTrainer(StageTrainer):
         self._parts: dict[str, dict[str, list[torch.Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._joined_rows = 0  # of the batch at hand, of all processes
         super().__init__(model=model, args=args, train_dataset=self.rows, eval_dataset=eval_dataset, **kwargs)
-        refuse_sharding(self.accelerator)
+        refuse_deepspeed(self.accelerator)
         self._prefixes = self._shorter_dims(proclip_of(model).config)
         self._earlier_stages = model.config.training or []
         self._check_sizes()

@@ -4,12 +4,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
-from modeling_proclip.finite_weights import is_finite
+from modeling_proclip.finite_weights import check_finite, is_finite
 from trainers.text_store.encoding import shorten
+
+from .sharding import local_part
 
 
 # float16's loss scale starts at 65,536 and is halved at every overflow. Below this one nothing is left to halve (fairseq stops there too).
@@ -43,9 +46,20 @@ def gradients_of(model: nn.Module) -> list[torch.Tensor]:
     return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
 
 
-def trained_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The parameters that are trained, by name; of sharded ones the part that this process has."""
-    return {name: _local(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad}
+def check_trained(model: nn.Module, what: str) -> None:
+    """Raises ValueError, on all processes, if a parameter that is trained holds NaN or infinity; begins with `what` is refused because of it. All processes
+    have to call it: of sharded parameters each of them has a part.
+    """
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    error = None
+    try:
+        check_finite({name: local_part(parameter) for name, parameter in trained.items()}, what)
+    except ValueError as found:
+        error = found
+    if any(isinstance(parameter, DTensor) for parameter in trained.values()):
+        error = next((found for found in gather_object([error]) if found is not None), None)
+    if error is not None:
+        raise error
 
 
 def explain(
@@ -74,11 +88,11 @@ def explain(
         facts.append(f"{name} holds NaN or infinity in {_rows(rows, texts)} of process {process}'s batch")
     if not bad_rows and texts:
         facts.append(f"the batch of process {process} is {_rows(range(len(texts)), texts)}")
-    weights = [name for name, parameter in model.named_parameters() if not is_finite(_local(parameter))]
+    weights = [name for name, parameter in model.named_parameters() if not is_finite(local_part(parameter))]
     if weights:
         facts.append(f"before it, NaN or infinity was in {_names(weights)} already")
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    bad_gradients = [name for name, gradient in gradients.items() if not is_finite(_local(gradient))]
+    bad_gradients = [name for name, gradient in gradients.items() if not is_finite(local_part(gradient))]
     if bad_gradients:
         facts.append(f"the gradient is not finite in {_names(bad_gradients)}")
     elif gradients and torch.isfinite(loss):
@@ -90,12 +104,11 @@ def explain(
 
 
 def _norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
-    norm = get_total_norm(gradients)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    sharded = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
+    if not sharded:
+        return get_total_norm(gradients)
+    whole = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+    return get_total_norm([get_total_norm(sharded).full_tensor(), *whole])
 
 
 def _names(names: Sequence[str]) -> str:

@@ -14,13 +14,13 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 
-from modeling_proclip.finite_weights import check_finite
 from trainers.data.pair_stream import PairStream
 from trainers.data.stream_loader import StreamLoader
 
-from . import checkpoints
-from .finite import MIN_LOSS_SCALE, TEXTS, WithTexts, all_finite, explain, gradients_of, trained_weights
+from . import checkpoints, sharding
+from .finite import MIN_LOSS_SCALE, TEXTS, WithTexts, all_finite, check_trained, explain, gradients_of
 from .publishing import Publisher
+from .replaced import replaced
 from .streams import StreamReader, refuse_streams
 
 
@@ -31,6 +31,7 @@ class StageTrainer(Trainer):
       loss scale are skipped by the scaler, as usual);
     - resumes from checkpoints that are complete and unchanged, see [`trainers.base.checkpoints`], to the bits of a run that was not
       interrupted; a finished run makes no further step;
+    - trains on one process, on several (DDP), and with parameters that FSDP2 shards over them, see [`trainers.base.sharding`]: to the same weights;
     - takes a [`PairStream`] as `train_dataset`, for which `max_steps` says how long to train;
     - logs `data_wait`, the share of the time since the last log in which it waited for data: near 0 unless reading is the bottleneck;
     - publishes by `push_to_hub` and `hub_strategy` what `proclip publish` does: checkpoint, processor, code and card, private unless
@@ -50,6 +51,7 @@ class StageTrainer(Trainer):
         self._checkpoint: str | None = None  # that this run goes on from
         self._seconds_waiting = self._seconds_computing = 0.0  # since the last log
         super().__init__(*args, **kwargs)
+        sharding.check_engine(self.accelerator)
         refuse_streams(self.eval_dataset)
         self._stream: StreamReader | None = None
         if isinstance(self.train_dataset, PairStream):
@@ -68,6 +70,9 @@ class StageTrainer(Trainer):
     def evaluation_loss(self, model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
         """The loss `()` of an evaluation batch: by `compute_loss`."""
         return self.compute_loss(model, batch)
+
+    def before_training(self) -> None:
+        """Called at the beginning of a training, when the model is on its device, and sharded if it will be."""
 
     def after_optimizer_step(self) -> None:
         """Called after every optimizer step, also one that was skipped because float16 gradients overflowed."""
@@ -105,9 +110,14 @@ class StageTrainer(Trainer):
         # Transformers would skip a stream's rows by reading them, and count and delete folders that only begin like a checkpoint.
         changes = {"save_total_limit": None} | ({} if self._stream is None else {"ignore_data_skip": True})
         try:
-            with self.only_what_is_saved(), replaced(self.args, **changes), replaced(self, _num_kept=limit):
+            with (
+                self.only_what_is_saved(),
+                sharding.sharding_settings(self.accelerator, self.model),
+                replaced(self.args, **changes),
+                replaced(self, _num_kept=limit),
+            ):
                 output = super().train(self._checkpoint, **kwargs)
-                check_finite(trained_weights(self.model), f"after step {self.state.global_step}")
+                check_trained(self.model, f"after step {self.state.global_step}")
         finally:
             self._checkpoint = None
         if limit == 1 and self.state.best_model_checkpoint is not None and self.args.should_save:
@@ -122,6 +132,8 @@ class StageTrainer(Trainer):
         texts = inputs.pop(TEXTS, ())
         loss = self.loss_and_gradients(model, inputs, num_items_in_batch)
         accumulated = not self.accelerator.sync_gradients
+        if not accumulated:
+            sharding.average_scalar_gradients(self.accelerator, model)
         # float16's gradients are scaled, and infinite now and then: the scaler skips such a step.
         gradients = [] if accumulated or self.accelerator.scaler is not None else gradients_of(model)
         if not all_finite(loss, gradients):
@@ -129,6 +141,15 @@ class StageTrainer(Trainer):
             raise ValueError(f"{why} The weights are still those before this step.")
         self._seconds_computing += time.perf_counter() - started  # the check has waited for the device
         return loss
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As Trainer; under FSDP with groups of their own for the parameters that stay whole."""
+        if self.optimizer is not None:
+            return super().create_optimizer(model)
+        optimizer = super().create_optimizer(model)
+        if sharding.uses_fsdp(self.accelerator):
+            sharding.separate_scalars(optimizer, self.model)
+        return optimizer
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer; counts the seconds that it waits for the data workers."""
@@ -195,9 +216,10 @@ class StageTrainer(Trainer):
     # Checkpoints
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As Trainer. Raises ValueError, on all processes, if a trained weight is NaN or infinite."""
-        check_finite(trained_weights(self.model), f"{output_dir or self.args.output_dir} was not written")
-        super().save_model(output_dir, _internal_call)
+        """As Trainer, and whole where the model is sharded. Raises ValueError, on all processes, if a trained weight is NaN or infinite."""
+        check_trained(self.model, f"{output_dir or self.args.output_dir} was not written")
+        with sharding.saved_whole(self.accelerator):
+            super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """As Trainer, without the pickle of the arguments, which has the token of the Hub in it."""
@@ -213,7 +235,7 @@ class StageTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As Trainer; the checkpoint is declared complete once all processes have written their files, then published, then counted."""
         folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
-        check_finite(trained_weights(self.model), f"{folder} was not written")
+        check_trained(self.model, f"{folder} was not written")
         if self.args.should_save:
             checkpoints.begin(folder)
         self.accelerator.wait_for_everyone()
@@ -307,6 +329,7 @@ class _Hooks(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.before_training()
         if self.trainer._checkpoint is not None:
             self.trainer.load_state(Path(self.trainer._checkpoint))
 
@@ -324,16 +347,3 @@ class _Hooks(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.trainer.after_training()
-
-
-@contextmanager
-def replaced(owner: Any, **values: Any) -> Iterator[None]:
-    """Within this context the attributes of `owner` have these values."""
-    before = {name: getattr(owner, name) for name in values}
-    for name, value in values.items():
-        setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(owner, name, value)

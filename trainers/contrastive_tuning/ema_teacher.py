@@ -9,6 +9,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from modeling_proclip import ProCLIPModel
 from modeling_proclip.finite_weights import check_finite
+from trainers.base.sharding import full_state, load_full_state, shard_like
 from trainers.compute.precision import unit_length
 from trainers.storage.files import write_safetensors
 
@@ -36,6 +37,10 @@ class EMATeacher:
         self.averaged.n_averaged.fill_(1)
         self.averaged.eval().requires_grad_(False)
 
+    def shard(self, model: ProCLIPModel) -> None:
+        """Shard the average over the processes if `model` is."""
+        shard_like(self.averaged.module, _image_encoder(model))
+
     @torch.no_grad()
     def update(self, model: ProCLIPModel) -> None:
         """Update the average with the image encoder of `model`."""
@@ -48,21 +53,23 @@ class EMATeacher:
         pooled = encoder["vision_model"](**images, return_dict=True).pooler_output
         return unit_length(encoder["visual_projection"](pooled))
 
-    def save(self, folder: str | Path) -> None:
-        """Write `ema_teacher.safetensors` into `folder`, as a whole or not at all."""
-        state = {name: tensor.contiguous() for name, tensor in self.averaged.state_dict().items()}
+    def save(self, folder: str | Path, should_write: bool = True) -> None:
+        """Write `ema_teacher.safetensors` into `folder`, as a whole or not at all. All processes have to call it, one of them with `should_write`."""
+        state = {name: tensor.contiguous() for name, tensor in full_state(self.averaged).items()}
+        if not should_write:
+            return
         check_finite(state, f"{Path(folder) / EMA_FILE} was not written")
         write_safetensors(Path(folder) / EMA_FILE, state, {"format": "pt"})
 
     def load(self, folder: str | Path) -> None:
-        """Read what `save` wrote. FileNotFoundError names the remedy if it is not in `folder`."""
+        """Read what `save` wrote, on any number of processes. FileNotFoundError names the remedy if it is not in `folder`."""
         file = Path(folder) / EMA_FILE
         if not file.is_file():
             raise FileNotFoundError(
                 f"{file} is missing, so the EMA teacher cannot be restored: resume from a checkpoint that method='proclip' wrote, or start a "
                 "new run from these weights (ProCLIPModel.from_pretrained)"
             )
-        self.averaged.load_state_dict(load_file(file))
+        load_full_state(self.averaged, load_file(file))
 
 
 def _image_encoder(model: ProCLIPModel) -> nn.ModuleDict:

@@ -14,7 +14,7 @@ from trainers.alignment.checks import trained_with_peft
 from trainers.alignment.collators import ContrastiveTuningCollator, image_inputs
 from trainers.alignment.losses import distillation_loss
 from trainers.alignment.trainer import AlignmentTrainer
-from trainers.base.trainer import replaced
+from trainers.base.replaced import replaced
 from trainers.compute.precision import unit_length
 from trainers.losses import global_info_nce_loss, global_sigmoid_loss
 
@@ -189,6 +189,11 @@ class ContrastiveTuningTrainer(AlignmentTrainer):
             optimizer.add_param_group({**group, "params": ours, "lr": self.args.adapter_learning_rate})
         return optimizer
 
+    def before_training(self) -> None:
+        """Shard the EMA teacher as the model is."""
+        if self.ema is not None:
+            self.ema.shard(self.model)
+
     def after_optimizer_step(self) -> None:
         """Keep the logit scale between 1 and 100 (CLIP; the published code too; not with the sigmoid loss) and move the EMA teacher."""
         if self.accelerator.optimizer_step_was_skipped:
@@ -201,8 +206,8 @@ class ContrastiveTuningTrainer(AlignmentTrainer):
 
     def save_state(self, folder: Path) -> None:
         """The EMA teacher."""
-        if self.ema is not None and self.args.should_save:
-            self.ema.save(folder)
+        if self.ema is not None:
+            self.ema.save(folder, self.args.should_save)
 
     def load_state(self, folder: Path) -> None:
         """The EMA teacher."""

@@ -1,0 +1,144 @@
+"""Training with parameters that are shared out over the processes, by FSDP2 through accelerate: what stays whole, and how whole weights come back.
+
+A parameter without dimensions, such as CLIP's logit scale, cannot be sharded (torch's `fully_shard` refuses it), and there is nothing to gain. FSDP2 leaves
+it alone: it is an ordinary parameter on every process, in float32, that may be read and changed anywhere. What FSDP2 does for the others is done here by
+hand: its gradient is averaged over the processes once a step.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.fsdp import FSDPModule, StateDictType, fully_shard
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from torch.distributed.tensor import DTensor
+
+from .replaced import replaced
+
+
+def uses_fsdp(accelerator: Accelerator) -> bool:
+    """Whether `accelerator` shards parameters by FSDP."""
+    return accelerator.distributed_type == DistributedType.FSDP
+
+
+def check_engine(accelerator: Accelerator) -> None:
+    """Raises ValueError for settings of FSDP under which a training could not start, or would not be the one that was asked for."""
+    if not uses_fsdp(accelerator):
+        return
+    plugin = accelerator.state.fsdp_plugin
+    settings = "in the file for accelerate launch (recipes/accelerate/fsdp2.yaml is one that works)"
+    if plugin.fsdp_version != 2:
+        raise ValueError(f"FSDP 1 cannot leave the logit scale whole: set fsdp_version: 2 {settings}.")
+    if plugin.cpu_ram_efficient_loading:
+        raise ValueError(
+            "fsdp_cpu_ram_efficient_loading leaves every process but the first without the model's buffers, such as the adapter's input statistics: "
+            f"set it to false {settings}."
+        )
+    if plugin.state_dict_type != StateDictType.SHARDED_STATE_DICT:
+        raise ValueError(
+            "fsdp_state_dict_type says how the state is kept that a training resumes from, which any number of processes can read if it is sharded "
+            f"(the model itself is saved whole in any case): set it to SHARDED_STATE_DICT {settings}."
+        )
+
+
+def scalars(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that stay whole: those without dimensions."""
+    return [parameter for parameter in model.parameters() if parameter.ndim == 0]
+
+
+@contextmanager
+def sharding_settings(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
+    """Within this context accelerate's FSDP shards `model` as it should be; nothing changes without FSDP.
+
+    Scalars stay whole. With TRANSFORMER_BASED_WRAP a unit is one layer, of the kinds that `model` has. Weights are gathered in float32 and cast by autocast,
+    as in every other training: FSDP's own policy would round the inputs as well, and the adapter's input statistics with them.
+    """
+    if not uses_fsdp(accelerator):
+        yield
+        return
+    plugin = accelerator.state.fsdp_plugin
+    changes: dict[str, Any] = {"ignored_modules": [nn.ParameterList(scalars(model))], "mixed_precision_policy": None}
+    if plugin.auto_wrap_policy is transformer_auto_wrap_policy and plugin.transformer_cls_names_to_wrap is None:
+        changes["transformer_cls_names_to_wrap"] = _units(model)
+        changes["auto_wrap_policy"] = plugin.auto_wrap_policy  # which accelerate binds to the classes of one model
+    with replaced(plugin, **changes):
+        yield
+
+
+def _units(model: nn.Module) -> list[str]:
+    """Of the kinds of layers that `model` names as units: those that it has, as it may name those of an LLM that it does not hold now, and that do not hold its
+    input embeddings, which accelerate makes a unit of their own.
+    """
+    embeddings = model.get_input_embeddings()
+    kinds = {
+        type(module).__name__ for module in model.modules() if all(part is not embeddings for part in module.modules())
+    }
+    return sorted(kinds & set(model._no_split_modules or ()))
+
+
+def separate_scalars(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Give the scalars of `model` groups of their own: the optimizers' fused steps take no mixture of whole and sharded parameters."""
+    whole = set(scalars(model))
+    for group in list(optimizer.param_groups):
+        ours = [parameter for parameter in group["params"] if parameter in whole]
+        if ours:
+            group["params"] = [parameter for parameter in group["params"] if parameter not in whole]
+            optimizer.add_param_group({**group, "params": ours})
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+
+
+def average_scalar_gradients(accelerator: Accelerator, model: nn.Module) -> None:
+    """Average the scalars' gradients over the processes under FSDP, which does so for the sharded parameters only. All processes have to call it."""
+    if uses_fsdp(accelerator):
+        for parameter in scalars(model):
+            if parameter.grad is not None:
+                parameter.grad = accelerator.reduce(parameter.grad, reduction="mean")
+
+
+def saved_whole(accelerator: Accelerator) -> Any:
+    """A context in which Transformers gathers the weights of a sharded model when it saves the model, as it does only if all is saved so."""
+    if not uses_fsdp(accelerator):
+        return nullcontext()
+    return replaced(accelerator.state.fsdp_plugin, state_dict_type=StateDictType.FULL_STATE_DICT)
+
+
+def shard_like(copy: nn.Module, model: nn.Module) -> None:
+    """Shard `copy`, a module of the same structure that is not trained, as `model` is; each child of it can be called by itself. Nothing happens if `model` is
+    not sharded, or `copy` is already.
+    """
+    mesh = next((p.device_mesh for p in model.parameters() if isinstance(p, DTensor)), None)
+    if mesh is None:
+        return
+    children = {name for name, _ in model.named_children()}
+    for name, module in reversed(list(model.named_modules())):  # what is inside comes first
+        if name in children or (name and isinstance(module, FSDPModule)):
+            part = copy.get_submodule(name)
+            if not isinstance(part, FSDPModule) and any(True for _ in part.parameters()):
+                # Without a backward pass nothing else would take the gathered weights away again.
+                fully_shard(part, mesh=mesh, reshard_after_forward=True)
+
+
+def full_state(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict of `module`, with whole tensors on every process. All processes have to call it."""
+    return {
+        name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        for name, tensor in module.state_dict().items()
+    }
+
+
+def load_full_state(module: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Load a state dict of whole tensors, which every process has, into `module`, sharded or not."""
+    if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+        set_model_state_dict(module, dict(state), options=StateDictOptions(full_state_dict=True))
+    else:
+        module.load_state_dict(state)
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor`, or the part of it that this process has."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
