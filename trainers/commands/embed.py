@@ -2,7 +2,6 @@
 
 import operator
 import os
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -15,14 +14,15 @@ def embed(
         str | None,
         typer.Argument(
             help="Texts (.txt, one a line), a table (.csv, .tsv, .jsonl, .json, .parquet), a captions file of COCO, Karpathy or Flickr30k, "
-            "webdataset shards (.tar), a folder or pattern of these, or a dataset's name on the Hub."
+            "webdataset shards (.tar), a folder or pattern of these, an address of these in an object store (s3://, gs://, hf://), or a "
+            "dataset's name on the Hub."
         ),
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="Folder or Hub name of a ProCLIP checkpoint, or of a CLIP or SigLIP.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Directory of the text store. An existing one gets the texts that it lacks.")
+        str | None, typer.Option(help="Directory of the text store. An existing one gets the texts that it lacks.")
     ] = None,
     column: Annotated[
         str | None,
@@ -64,9 +64,9 @@ def embed(
         int | None, typer.Option(min=1, help="Number of processes that fill the store. Default: from the launcher.")
     ] = None,
     verify: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            help="Verify this store and embed nothing: checksums, keys, index, numbers. With TEXTS and --model also embed a sample again."
+            help="Verify this store, or the one at an address, and embed nothing: checksums, keys, index, numbers. With TEXTS and --model also embed a sample again."
         ),
     ] = None,
 ) -> None:
@@ -138,7 +138,7 @@ def _device_of_process() -> str | None:
     return None
 
 
-def _verify(store: Path, texts: str | None, model: str | None, column: str | None, split: str, *settings: Any) -> None:
+def _verify(store: str, texts: str | None, model: str | None, column: str | None, split: str, *settings: Any) -> None:
     from trainers.data.text_files import read_texts
     from trainers.text_store.encoding import load_encoder
     from trainers.text_store.verify import verify_store

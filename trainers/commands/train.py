@@ -1,6 +1,5 @@
 """`proclip train`: run the stages of a recipe."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,7 +10,12 @@ if TYPE_CHECKING:
 
 
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A .yaml file; recipes/ has those of the papers.", metavar="RECIPE")],
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            help="A .yaml file, or its address in an object store; recipes/ has those of the papers.", metavar="RECIPE"
+        ),
+    ],
     settings: Annotated[
         list[str] | None,
         typer.Argument(

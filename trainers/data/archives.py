@@ -15,6 +15,8 @@ from typing import IO, Any
 
 import datasets
 
+from trainers.storage.digests import file_digest
+
 from .tables import Placed
 from .text_lines import parse_json
 
@@ -50,6 +52,10 @@ class TarShard:
 
     def num_rows(self) -> None:
         """A shard does not tell how many rows it has."""
+
+    def digest(self) -> str:
+        """The SHA-256 of the file, see [`file_digest`]."""
+        return file_digest(self.path)
 
     def features(self, columns: list[str]) -> datasets.Features:
         """The types of the fields `columns`, by their endings."""

@@ -5,7 +5,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import datasets
 import pyarrow
@@ -16,7 +16,7 @@ from trainers.storage.digests import file_digest
 from trainers.storage.files import replacing, write_file
 
 from .archives import BROKEN
-from .tables import Placed
+from .shards import Shard
 
 
 logger = logging.getLogger(__name__)
@@ -28,24 +28,6 @@ _VERSION = 1  # of how rows are copied: another one makes other copies
 _MOST_FILES = 64  # copies that a source is divided into
 _ROWS = 1000  # of a batch
 _BYTES = 32 << 20  # of a batch
-
-
-class Shard(Protocol):
-    """A file of rows: a [`TableFile`] or a [`TarShard`]."""
-
-    @property
-    def path(self) -> str: ...
-
-    @property
-    def name(self) -> str: ...
-
-    def columns(self) -> list[str]: ...
-
-    def num_rows(self) -> int | None: ...
-
-    def features(self, columns: list[str]) -> datasets.Features: ...
-
-    def rows(self, columns: list[str] | None = None) -> Iterator[Placed]: ...
 
 
 def read_rows(shards: Sequence[Shard], columns: list[str]) -> Iterator[dict[str, Any]]:
@@ -82,7 +64,7 @@ def rows_in_memory(columns: Mapping[str, list[Any]]) -> datasets.Dataset:
 
 def _copy(shards: Sequence[Shard], columns: list[str], features: datasets.Features) -> Path:
     """The copy of some shards, made if it is not there or is no longer what was written."""
-    identity = [_VERSION, columns, features.to_dict(), [[repr(shard), file_digest(shard.path)] for shard in shards]]
+    identity = [_VERSION, columns, features.to_dict(), [[repr(shard), shard.digest()] for shard in shards]]
     name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
     path = Path(datasets.config.HF_DATASETS_CACHE) / "proclip" / f"{name}.arrow"
     if not _is_sound(path):

@@ -10,21 +10,14 @@ import datasets
 import fsspec
 import huggingface_hub.constants
 
+from trainers.storage.object_stores import is_address
 from trainers.storage.paths import path_inside
 
 from .remote_images import fetch_image
 
 
-_ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
-
-
-def is_address(name: str) -> bool:
-    """Whether a row names something by an address such as `http://...`, not by a path."""
-    return _ADDRESS.match(name) is not None
-
-
 class NamedFiles(Protocol):
-    """What rows may name: a [`DataFolder`] or [`HubFiles`]."""
+    """What rows may name: a [`DataFolder`], [`NoFiles`] or [`HubFiles`]."""
 
     def find(self, name: str) -> Path | bytes:
         """The file that a row calls `name`, or its content. OSError if there is no such file, ValueError if it is none that data may name."""
@@ -64,13 +57,9 @@ class DataFolder:
         return replace(self, origins=(found,))
 
     def find(self, name: str) -> Path | bytes:
-        """As of [`NamedFiles`]."""
+        """See [`NamedFiles`]."""
         if is_address(name):
-            if not self.remote or not name.lower().startswith(("http://", "https://")):
-                raise ValueError(
-                    f"{name!r:.200} is an address: only files are read, and with remote_images=True images at http and https addresses"
-                )
-            return fetch_image(name)
+            return _image_at(name, self.remote)
         path = path_inside(self.root, str(self.origins[0].absolute() / name))
         if not path.is_file():  # a pipe or a device is none: reading it could wait for ever
             raise FileNotFoundError(f"there is no file {self.origins[0] / name}")
@@ -83,11 +72,40 @@ class DataFolder:
             return False
 
 
+@dataclass(frozen=True)
+class NoFiles:
+    """No file of this machine, for rows that lie in an object store.
+
+    Attributes:
+        remote: see [`DataFolder`].
+    """
+
+    remote: bool = False
+
+    def find(self, name: str) -> bytes:
+        """See [`NamedFiles`]."""
+        if is_address(name):
+            return _image_at(name, self.remote)
+        raise ValueError(
+            f"{name!r:.200} is the name of a file, and rows in an object store have none beside them: put the images into the rows or into "
+            "shards, or name a local image_folder"
+        )
+
+
+def _image_at(address: str, remote: bool) -> bytes:
+    """The image at an address that a row names; ValueError unless the user allows it with `remote`."""
+    if not remote or not address.lower().startswith(("http://", "https://")):
+        raise ValueError(
+            f"{address!r:.200} is an address: only files are read, and with remote_images=True images at http and https addresses"
+        )
+    return fetch_image(address)
+
+
 class LocalFiles:
     """All files of this computer, for rows that the user's own program has made."""
 
     def find(self, name: str) -> Path:
-        """As of [`NamedFiles`]."""
+        """See [`NamedFiles`]."""
         if is_address(name):
             raise ValueError(f"{name!r:.200} is an address, and images are read from files only")
         if not Path(name).is_file():
@@ -106,7 +124,7 @@ class HubFiles:
     repository: str
 
     def find(self, name: str) -> Path | bytes:
-        """As of [`NamedFiles`]."""
+        """See [`NamedFiles`]."""
         if is_address(name):
             if not re.match(rf"(zip://[^:]*::)?hf://datasets/{re.escape(self.repository)}@", name):
                 raise ValueError(f"{name!r:.200} lies outside of the dataset {self.repository}")

@@ -9,7 +9,8 @@ class PairSource:
     """Where images with captions are, and how to read them.
 
     Attributes:
-        source: a folder, a file, a pattern of files (`shards/*.tar`) or the name of a dataset on the Hub. Of a folder or file are read:
+        source: a folder, a file, a pattern of files (`shards/*.tar`), an address of one of these in an object store (`s3://bucket/shards/*.tar`;
+            shards and tables), or the name of a dataset on the Hub. Of a folder or file are read:
             webdataset shards (.tar), tables (.parquet, .arrow, .csv, .tsv, .jsonl, .json), the captions files of COCO, Karpathy and Flickr30k, texts
             (.txt, one a line), folders of images with a metadata.jsonl, .csv or .parquet, or with a .txt, .caption or .json beside each image, and
             what `datasets` saved to disk.

@@ -9,7 +9,7 @@ from typing import Any
 
 import datasets
 
-from .archives import TarShard
+from .archives import is_shard
 from .data_folder import DataFolder, NamedFiles
 from .folders import read_beside
 from .pair_source import PairSource
@@ -61,7 +61,7 @@ def read_found(found: FoundRows, source: PairSource, *, images: bool, streaming:
     """As [`open_rows`], of rows that were found."""
     image_columns = source.columns("image_column") if images else []
     text_columns, teacher_columns = source.columns("text_columns"), source.columns("teacher_text_columns")
-    if found.shards and isinstance(found.shards[0], TarShard):  # of which fields are in lower case
+    if found.shards and is_shard(found.shards[0].path):  # their fields are in lower case
         image_columns = [column.lower() for column in image_columns]
         text_columns, teacher_columns = _lower_heads(text_columns), _lower_heads(teacher_columns)
     texts = list(dict.fromkeys([*text_columns, *teacher_columns]))

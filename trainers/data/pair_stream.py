@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any, NamedTuple
 
-import fsspec.asyn
 from torch.utils.data import IterableDataset, get_worker_info
 
 from modeling_proclip.images import BrokenImage
@@ -123,7 +122,6 @@ class PairStream(IterableDataset):
         """The rest of an epoch, from `position` on (`Position(epoch)` for a whole one), for one of the `num_readers` readers of all processes. `skipped` counts
         the rows that are read and those that are broken. ValueError if more are broken than the source bears, or a shard cannot be read.
         """
-        fsspec.asyn.reset_lock()  # else a worker that was forked while the lock was held waits for ever on a remote file
         rows, size = self.rows, self.source.shuffle_buffer_size
         parts = parts_of_reader(rows.table.num_shards, reader, num_readers, self.seed, position.epoch)
         raw_rows = self._raw_rows(parts, position.part, position.row)

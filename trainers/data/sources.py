@@ -4,7 +4,7 @@ import glob
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,11 @@ from typing import Any
 import datasets
 import pyarrow
 
+from trainers.storage.object_stores import is_address, list_remote
+
 from .archives import ENDINGS, TarShard, is_shard
-from .copies import Shard, copied_rows, read_rows
-from .data_folder import DataFolder, HubFiles, NamedFiles, is_address
+from .copies import copied_rows, read_rows
+from .data_folder import DataFolder, HubFiles, NamedFiles, NoFiles
 from .folders import (
     METADATA,
     captions_beside,
@@ -28,7 +30,8 @@ from .folders import (
     split_of,
 )
 from .pair_source import PairSource
-from .tables import KINDS, Placed, Row, TableFile, check_arrow_end, kind_of
+from .shards import ImageTable, RemoteShard, Shard
+from .tables import KINDS, TableFile, check_arrow_end, kind_of
 
 
 logger = logging.getLogger(__name__)
@@ -63,10 +66,12 @@ class FoundRows:
             return list(self.table.column_names or next(iter(self.table), {}))
         columns = dict.fromkeys(self.shards[0].columns())
         for shard in self.shards[1:]:
-            if isinstance(shard, TarShard):  # of which another kind of image may begin in a later one
+            if is_shard(shard.path):  # a later one may begin with another kind of image
                 if all(column in columns for column in wanted):
                     break
                 columns |= dict.fromkeys(shard.columns())
+            elif isinstance(shard, RemoteShard):
+                break  # each is checked when it is downloaded
             else:
                 there = shard.columns()
                 missing = [column for column in wanted if column in columns and column not in there]
@@ -114,66 +119,6 @@ def _undecoded(table: Any) -> Any:
     return table
 
 
-@dataclass(frozen=True)
-class ImageTable:
-    """A table whose rows name image files as seen from its own folder, and give them as seen from a folder above.
-
-    Attributes:
-        table: the file.
-        root: the folder above.
-        names: column -> what the file calls it.
-        images: columns that name image files.
-        below: take only the rows whose image lies below this folder of `root`, and
-        splits: only those whose image is of one of these splits, see [`split_of`]; empty: of any.
-    """
-
-    table: TableFile
-    root: str
-    names: Mapping[str, str]
-    images: tuple[str, ...]
-    below: str = ""
-    splits: tuple[str | None, ...] = ()
-
-    @property
-    def path(self) -> str:
-        return self.table.path
-
-    @property
-    def name(self) -> str:
-        return self.table.name
-
-    def columns(self) -> list[str]:
-        """As of [`TableFile`]."""
-        return list(self.names)
-
-    def num_rows(self) -> int | None:
-        """As of [`TableFile`]."""
-        return self.table.num_rows()
-
-    def features(self, columns: list[str]) -> datasets.Features:
-        """As of [`TableFile`]."""
-        features = self.table.features([self.names[name] for name in columns])
-        return datasets.Features({name: features[self.names[name]] for name in columns})
-
-    def rows(self, columns: list[str] | None = None) -> Iterator[Placed]:
-        """As of [`TableFile`]."""
-        names = {name: self.names[name] for name in [*(columns or self.names), *self.images] if name in self.names}
-        folder = os.path.dirname(os.path.abspath(self.path))
-        for place, row in self.table.rows(list(names.values())):
-            values: Row = {name: row.get(own) for name, own in names.items()}
-            for name in self.images:
-                value = values.get(name)
-                if isinstance(value, str) and not is_address(value):
-                    values[name] = os.path.relpath(os.path.join(folder, value), self.root)
-            if self._is_taken(values.get(self.images[0])):
-                yield place, values
-
-    def _is_taken(self, image: Any) -> bool:
-        if not isinstance(image, str) or not self.splits:
-            return True
-        return image.startswith(self.below) and split_of(image, names=False) in self.splits
-
-
 def find_rows(source: PairSource, *, streaming: bool, any_split: bool = False) -> FoundRows:
     """Finds the rows of `source`. Of its columns, only the name of the image's and those of texts are looked at.
 
@@ -187,6 +132,8 @@ def find_rows(source: PairSource, *, streaming: bool, any_split: bool = False) -
     """
     place = source.source
     path = Path(place)
+    if is_address(place):
+        return _remote(source, any_split)
     if any(character in place for character in "*?[") and not path.exists():
         files = [file for file in sorted(glob.glob(place, recursive=True)) if os.path.isfile(file)]
         if not files:
@@ -205,30 +152,73 @@ def find_rows(source: PairSource, *, streaming: bool, any_split: bool = False) -
     return _on_the_hub(source, streaming)
 
 
+def _remote(source: PairSource, any_split: bool) -> FoundRows:
+    """Tables or shards at an address: a file, a pattern of files, or all that lie below a folder."""
+    place, files = source.source, list_remote(source.source)
+    folder = place.rstrip("/") + "/"
+    if all(file.url.startswith(folder) for file in files):
+        by_name = {file.url.removeprefix(folder): file for file in files}
+        names = [name for name in by_name if not any(part.startswith((".", "__")) for part in name.split("/"))]
+        if source.data_files is not None:
+            names = matching_files(names, _as_list(source.data_files), place)
+        else:
+            names = [name for name in names if is_shard(name)] or _tables(names, place)
+            if not names:
+                raise ValueError(f"{place} holds no {', '.join(ENDINGS)} and no table: pack images into shards")
+            names = files_of_split(names, source.split, place, names=True)
+        files = [by_name[name] for name in names]
+    else:
+        _check_only_split(source, any_split)
+        names = [file.name for file in files]
+    _check_kinds(source, [file.url for file in files])
+    texts = tuple(column.lower() for column in source.columns("text_columns"))
+    shards = [
+        RemoteShard(
+            TarShard(file.url, texts, name) if is_shard(name) else TableFile(file.url, source.split, name),
+            file,
+        )
+        for file, name in zip(files, names, strict=True)
+    ]
+    if source.image_folder is None:
+        return FoundRows(place, shards, files=NoFiles(source.remote_images))
+    return FoundRows(place, shards, files=_named_files(source, Path(source.image_folder), Path(source.image_folder)))
+
+
 def _files(source: PairSource, files: Sequence[str], any_split: bool) -> FoundRows:
     """Files that the user names."""
     declares_splits = len(files) == 1 and kind_of(files[0]) == "json" and TableFile(files[0]).declares_splits()
-    if not any_split and source.split != "train" and not declares_splits:
-        raise ValueError(f"{source.source} is read as files, whose only split is 'train', not {source.split!r}")
+    if not declares_splits:
+        _check_only_split(source, any_split)
     root = Path(os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files]))
     names = [os.path.basename(file) if len(files) == 1 else os.path.relpath(file, root) for file in files]
     return _shards(source, root, list(files), names)
 
 
+def _check_only_split(source: PairSource, any_split: bool) -> None:
+    if not any_split and source.split != "train":
+        raise ValueError(f"{source.source} is read as files, whose only split is 'train', not {source.split!r}")
+
+
+def _check_kinds(source: PairSource, files: Sequence[str]) -> None:
+    """ValueError unless all files are shards, or tables of one kind."""
+    kinds = {kind_of(file) for file in files}
+    if all(map(is_shard, files)) or (None not in kinds and len(kinds) == 1):
+        return
+    endings = sorted({Path(file).suffix.lower() or "no ending" for file in files})
+    if len(endings) > 1:
+        raise ValueError(f"{source.source} holds files of several kinds ({', '.join(endings)}): give one kind")
+    known = [*ENDINGS, *(ending for some in KINDS.values() for ending in some)]
+    raise ValueError(
+        f"{source.source} is of an unknown kind: rows are read from {', '.join(known)} files, not from {endings[0]}"
+    )
+
+
 def _shards(source: PairSource, root: Path, files: Sequence[str], names: Sequence[str]) -> FoundRows:
     """Files of one kind: shards, or tables whose rows may name images inside of `root`."""
-    if all(map(is_shard, files)):
+    _check_kinds(source, files)
+    if is_shard(files[0]):
         texts = tuple(column.lower() for column in source.columns("text_columns"))
         return FoundRows(source.source, [TarShard(file, texts, name) for file, name in zip(files, names, strict=True)])
-    kinds = {kind_of(file) for file in files}
-    if None in kinds or len(kinds) > 1:
-        endings = sorted({Path(file).suffix.lower() or "no ending" for file in files})
-        if len(endings) > 1:
-            raise ValueError(f"{source.source} holds files of several kinds ({', '.join(endings)}): give one kind")
-        known = [*ENDINGS, *(ending for some in KINDS.values() for ending in some)]
-        raise ValueError(
-            f"{source.source} is of an unknown kind: rows are read from {', '.join(known)} files, not from {endings[0]}"
-        )
     shards: list[Shard] = []
     for file, name in zip(files, names, strict=True):
         table = TableFile(file, source.split, name)
@@ -238,6 +228,10 @@ def _shards(source: PairSource, root: Path, files: Sequence[str], names: Sequenc
             columns = {column: column for column in table.columns()}
             shards.append(ImageTable(table, str(root), columns, tuple(source.columns("image_column"))))
     return FoundRows(source.source, shards, files=_named_files(source, root, Path(files[0])))
+
+
+def _as_list(names: str | Sequence[str]) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)
 
 
 def _named_files(source: PairSource, root: Path, file: Path) -> DataFolder:
@@ -255,7 +249,7 @@ def _folder(source: PairSource, path: Path) -> FoundRows:
     files = list_files(path)
     if not files:
         raise ValueError(f"{name} is empty")
-    patterns = [source.data_files] if isinstance(source.data_files, str) else source.data_files
+    patterns = source.data_files and _as_list(source.data_files)
     patterns = patterns or declared_files(path, source.name, split)
     chosen = files if patterns is None else matching_files(files, patterns, name)
     shards = [file for file in chosen if is_shard(file)]

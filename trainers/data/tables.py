@@ -14,6 +14,8 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 
+from trainers.storage.digests import file_digest
+
 from .caption_files import TOKEN_ENDINGS, coco_rows, is_coco, is_karpathy, karpathy_rows, token_rows
 from .text_lines import parse_json, read_lines
 
@@ -71,6 +73,10 @@ class TableFile:
             with open(self.path, "rb") as file:
                 return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
         return None
+
+    def digest(self) -> str:
+        """The SHA-256 of the file, see [`file_digest`]."""
+        return file_digest(self.path)
 
     def features(self, columns: list[str]) -> datasets.Features:
         """The types of `columns`: text in CSV, whatever JSON holds in JSON, and in Parquet and Arrow those of the file."""

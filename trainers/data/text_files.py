@@ -9,7 +9,7 @@ from .pair_rows import good_texts
 from .pair_source import PairSource
 from .pair_sources import check_captions, read_found
 from .sources import FoundRows, find_rows
-from .tables import TableFile
+from .tables import kind_of
 
 
 class TextSource:
@@ -55,9 +55,8 @@ def read_texts(source: str | Path, column: str | None = None, split: str = "trai
     place = PairSource(source=str(source), split=split)
     saved = any((Path(source) / file).exists() for file in ("dataset_dict.json", "state.json"))  # by `save_to_disk`
     found = find_rows(place, streaming=not saved)
-    if column not in (None, "text") and any(
-        isinstance(some, TableFile) and some.kind == "text" for some in found.shards
-    ):
+    is_text = bool(found.shards) and kind_of(found.shards[0].path) == "text"
+    if column not in (None, "text") and is_text and found.columns() == ["text"]:
         raise ValueError(f"{source} has no columns: leave --column out")
     place = PairSource(source=str(source), split=split, text_columns=column or _default_column(found))
     rows = read_found(found, place, images=False, streaming=not saved)

@@ -27,6 +27,7 @@ from trainers.data.tables import kind_of
 from trainers.display.progress import Progress
 from trainers.storage import digests
 from trainers.storage.digests import file_digest
+from trainers.storage.object_stores import RemoteFile, is_address, list_remote
 
 from .files import RecipeError
 from .schema import Recipe
@@ -62,8 +63,10 @@ def hash_together(paths: Iterable[Path], processes: PartialState) -> None:
 
 
 def is_local(source: PairSource) -> bool:
-    """Whether `source` names files of this machine, not a dataset on the Hub."""
+    """Whether `source` names files of this machine, not a dataset on the Hub or files in an object store."""
     path = Path(source.source)
+    if is_address(source.source):
+        return False
     return path.is_absolute() or path.exists() or any(character in source.source for character in "*?[")
 
 
@@ -103,19 +106,26 @@ def _named_images(source: PairSource) -> list[Path]:
 
 
 def describe_data(source: PairSource, *, images: bool) -> Json:
-    """The content of `source`: number, bytes and joint hash of its files and commit, or just the commit of a dataset on the Hub."""
+    """The content of `source`: number, bytes and joint hash of its files and commit, or just the commit of a dataset on the Hub. Files in an object store
+    are told apart by the versions that the store gives them, and not read.
+    """
     digest, num_bytes = hashlib.sha256(), 0
-    files = data_files(source, images=images)
-    if not is_local(source):
+    files, remote = data_files(source, images=images), list[RemoteFile]()
+    if is_address(source.source):
+        remote = list_remote(source.source)
+    elif not is_local(source):
         digest.update(f"{source.revision}\n".encode())
         if not files:
             return {"commit": source.revision}
+    for found in remote:
+        digest.update(f"{found.url}\0{found.version}\n".encode())
+        num_bytes += found.size
     for file in files:
         digest.update(
             f"{os.path.relpath(file, source.source)}\0{file_digest(file)}\n".encode("utf-8", "surrogateescape")
         )
         num_bytes += file.stat().st_size
-    return {"files": len(files), "bytes": num_bytes, "sha256": digest.hexdigest()}
+    return {"files": len(remote) + len(files), "bytes": num_bytes, "sha256": digest.hexdigest()}
 
 
 def model_files(folder: Path) -> list[Path]:
@@ -176,7 +186,7 @@ def _hub_names(recipe: Recipe) -> list[tuple[str, str, str, str]]:
             names.append((f"model.{field}", name, revision, "model"))
     for field in SOURCES:
         source = getattr(recipe.data, field)
-        if source is not None and not is_local(source):
+        if source is not None and not is_local(source) and not is_address(source.source):
             names.append((f"data.{field}", source.source, source.revision or "main", "dataset"))
     return names
 

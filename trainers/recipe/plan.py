@@ -10,7 +10,6 @@ from transformers import AutoConfig
 from trainers.caption_contrastive.batches import count_batches
 from trainers.storage.model_files import loading_from
 from trainers.text_store.build import bytes_of_text
-from trainers.text_store.store import TextEmbeddingStore
 
 from .files import RecipeError
 from .progress import RecipeProgress, read_record
@@ -51,7 +50,7 @@ class StorePlan:
     """
 
     name: str
-    path: Path
+    path: str | Path
     stored: int
     texts: int | None
     dim: int | None
@@ -129,8 +128,8 @@ def _steps_per_epoch(curriculum: RecipeProgress, name: str) -> float | None:
 
 
 def _plan_store(curriculum: RecipeProgress, which: str) -> StorePlan:
-    path = curriculum.store_path(which)
-    stored = len(TextEmbeddingStore(path)) if (path / "store.json").is_file() else 0
+    path, store = curriculum.store_path(which), curriculum.find_store(which)
+    stored = 0 if store is None else len(store)
     dtype = getattr(curriculum.recipe.text_stores, which).dtype
     return StorePlan(which, path, stored, curriculum.expected_texts(which), _dim(curriculum, which), dtype)
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from trainers.base.checkpoints import last_written_checkpoint
-from trainers.text_store.store import TextEmbeddingStore
 
 from .files import RecipeError
 from .inputs import (
@@ -157,8 +156,8 @@ class RecipeProgress(RecipeSteps):
 
     def _encoder_of(self, which: str) -> Json:
         """The encoder of the text store "llm" or "teacher", without the place of its files."""
-        path = self.store_path(which)
-        fingerprint = TextEmbeddingStore(path).fingerprint if (path / "store.json").is_file() else {}
+        store = self.find_store(which)
+        fingerprint = {} if store is None else store.fingerprint
         return {key: value for key, value in fingerprint.items() if key not in ("model", "revision")}
 
     def _part(self, step: str) -> dict[str, Any]:

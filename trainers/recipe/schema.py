@@ -118,7 +118,8 @@ class StoreSettings:
     """A text store, built before the first stage that reads it.
 
     Attributes:
-        path: its folder; by default within `output_dir`. A path outside lets several recipes share one store.
+        path: its folder; by default within `output_dir`. A path outside lets several recipes share one store. At an address in an object
+            store (`s3://bucket/store`) it is read, and must hold all texts.
         dtype: dtype of the stored embeddings.
     """
 

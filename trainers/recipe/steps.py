@@ -8,6 +8,8 @@ from accelerate import PartialState
 
 from trainers.compute.dtypes import native_dtype
 from trainers.data.pairs import PairSource, open_pairs
+from trainers.storage.object_stores import is_address
+from trainers.text_store.store import TextEmbeddingStore
 
 from .files import RecipeError
 from .schema import CONFIG_OF, ELSEWHERE, Recipe, derived_arguments, own_fields
@@ -101,10 +103,19 @@ class RecipeSteps:
 
     # Text stores
 
-    def store_path(self, which: str) -> Path:
-        """Folder of the text store "llm" or "teacher"."""
+    def store_path(self, which: str) -> str | Path:
+        """Folder of the text store "llm" or "teacher", or its address in an object store."""
         path = getattr(self.recipe.text_stores, which).path
-        return self.output_dir / "text-stores" / which if path is None else Path(path).absolute()
+        if path is None:
+            return self.output_dir / "text-stores" / which
+        return path if is_address(path) else Path(path).absolute()
+
+    def find_store(self, which: str) -> TextEmbeddingStore | None:
+        """The text store "llm" or "teacher", opened; None if it is still to be built here."""
+        path = self.store_path(which)
+        if is_address(path) or Path(path, "store.json").is_file():
+            return TextEmbeddingStore(path)
+        return None
 
     def needs_store(self, which: str) -> bool:
         """Whether a stage reads the store "llm" or "teacher"."""

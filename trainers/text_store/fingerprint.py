@@ -9,7 +9,9 @@ from modeling_proclip.identity import differences
 from .layout import ADDED, PROVENANCE, warn_once
 
 
-def check_same_encoder(path: Path, settings: Mapping[str, Any], dtype: str, fingerprint: Mapping[str, Any]) -> None:
+def check_same_encoder(
+    path: str | Path, settings: Mapping[str, Any], dtype: str, fingerprint: Mapping[str, Any]
+) -> None:
     """Raises ValueError if the store at `path` with these `settings` was made by another encoder than the one with this `fingerprint`, or holds another dtype."""
     there = {"dtype": settings["dtype"], **settings["fingerprint"]}
     check_fingerprint(

@@ -12,6 +12,7 @@ A store is a directory:
 Shards are written whole or not at all and never changed. The index is a cache, made anew when it does not fit the shards.
 """
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -21,10 +22,12 @@ import numpy as np
 import torch
 
 from trainers.storage.embedding_shard import DTYPES
+from trainers.storage.object_stores import is_address
 
 from .index import Index, open_index
 from .keys import text_keys
 from .layout import make_directory, open_shard, read_settings, shard_paths, warn_once, writer
+from .remote import check_complete, fetch_store
 from .row_reader import RowReader
 
 
@@ -39,10 +42,12 @@ class TextEmbeddingStore:
     A store can be pickled into the workers of a DataLoader: each opens the files anew.
 
     Args:
-        path: directory of the store, as [`TextEmbeddingStore.build`] or `proclip embed` wrote it.
+        path: directory of the store, as [`TextEmbeddingStore.build`] or `proclip embed` wrote it, or the address of a copy in an object store
+            (`s3://bucket/captions.store`), which is downloaded into the cache first, see [`~trainers.storage.file_cache`].
 
     Attributes:
-        path (`Path`): the directory, absolute.
+        path (`Path`): the directory, absolute; of a store in an object store, the copy in the cache.
+        place (`str`): what `path` was given as, for messages.
         dim (`int`): size d of an embedding.
         dtype (`torch.dtype`): dtype of the stored embeddings and of what `lookup` returns.
         fingerprint (`dict`): what made the embeddings, see [`encoder_fingerprint`].
@@ -61,7 +66,10 @@ class TextEmbeddingStore:
     ```"""
 
     def __init__(self, path: str | Path):
-        self.path = Path(path).absolute()
+        self.place = str(path)
+        # What is in the cache is not evicted as long as this object lives.
+        self._cached = fetch_store(self.place) if is_address(path) else None
+        self.path = Path(path if self._cached is None else self._cached.folder).absolute()
         settings = read_settings(self.path)
         if settings is None:
             raise FileNotFoundError(
@@ -100,7 +108,7 @@ class TextEmbeddingStore:
         return sum(file.stat().st_size for file in self.path.iterdir() if file.is_file())
 
     def __repr__(self) -> str:
-        return f"TextEmbeddingStore({str(self.path)!r}: {len(self):,} texts, dim {self.dim}, {self.dtype})"
+        return f"TextEmbeddingStore({self.place!r}: {len(self):,} texts, dim {self.dim}, {self.dtype})"
 
     def __reduce__(self):
         return TextEmbeddingStore, (self.path,)
@@ -128,10 +136,10 @@ class TextEmbeddingStore:
         from .encoding import shorten
 
         named = ", ".join(shorten(text) for text in missing[:3]) + (", ..." if len(missing) > 3 else "")
-        return (
-            f"{len(missing):,} of the texts are not in the text store {self.path}: {named}. "
-            "Add them with TextEmbeddingStore.build or `proclip embed`; it embeds only what is not there yet"
-        )
+        remedy = "Add them with TextEmbeddingStore.build or `proclip embed`; it embeds only what is not there yet"
+        if self._cached is not None:
+            remedy = "A store in an object store is only read: download it, add them by `proclip embed`, and upload it"
+        return f"{len(missing):,} of the texts are not in the text store {self.place}: {named}. {remedy}"
 
     def find(self, keys: np.ndarray) -> np.ndarray:
         """Row of each of `keys (n, 2)` over all shards, -1 where it is missing: `(n,)` int64. See [`Index.find`]."""
@@ -195,7 +203,8 @@ class TextEmbeddingStore:
                 (`operator.length_hint`), size and time are estimated, and the disk must have room.
             model, processor: what embeds them, see [`encode_texts`]: a [`ProCLIPModel`] with its processor, or a CLIP with its processor or
                 tokenizer.
-            path: directory of the store; made if it is not there.
+            path: directory of the store; made if it is not there. A store at an address (`s3://...`) is only read: that is an error if it lacks one
+                of `texts`.
             token_budget: padded tokens in a batch, see [`encode_texts`].
             shard_size: texts in a shard. Also how much work a killed process can lose. For tens of millions of texts take 65,536: thousands of
                 files are slower to look up in than hundreds.
@@ -223,8 +232,17 @@ class TextEmbeddingStore:
         if shard_size < 1:
             raise ValueError(f"shard_size must be at least 1, got {shard_size}")
         share = store_build.Share(process_index, num_processes)
-        path = Path(path).absolute()
         fingerprint = encoder_fingerprint(model, processor)
+        if is_address(path):
+            store, started = cls(path), time.perf_counter()
+            there = {"dtype": str(store.dtype).removeprefix("torch."), "fingerprint": store.fingerprint}
+            check_same_encoder(path, there, dtype, fingerprint)
+            num_texts = check_complete(store, texts)
+            store.build_summary = store_build.BuildSummary(
+                num_texts, num_stored=num_texts, seconds=time.perf_counter() - started
+            )
+            return store
+        path = Path(path).absolute()
         make_directory(path)
         with writer(path, process_index, num_processes) as this:
             settings, stored = read_settings(path), None

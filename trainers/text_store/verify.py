@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from trainers.display.progress import track
 from trainers.storage.embedding_shard import EmbeddingShard
 from trainers.storage.mapped_safetensors import DamagedFileError
+from trainers.storage.object_stores import is_address
 
 from .build import stored_as
 from .encoding import encode_texts, encoder_fingerprint, shorten
@@ -20,6 +21,7 @@ from .fingerprint import check_same_encoder
 from .index import StaleIndexError, map_index, open_index, shards_digest
 from .keys import find_keys, text_keys
 from .layout import INDEX_REMEDY, SHARD_REMEDY, open_shard, read_settings, shard_paths
+from .remote import fetch_store
 from .store import TextEmbeddingStore
 
 
@@ -57,8 +59,12 @@ def verify_store(
     is there twice, and that the index has the place of each key. It changes nothing, except that a missing index is made.
 
     With `texts`, `model` and `processor`, `num_compared` of the first 100,000 texts are embedded again and compared, as the store holds only their
-    hashes. FileNotFoundError if there is no store, ValueError if its settings cannot be read, or it was made by another encoder than `model`.
+    hashes. A store in an object store is downloaded into the cache, and the copy is read. FileNotFoundError if there is no store, ValueError if its
+    settings cannot be read, or it was made by another encoder than `model`.
     """
+    if is_address(path):
+        with fetch_store(str(path)) as cached:
+            return verify_store(cached.folder, texts, model, processor, num_compared=num_compared, progress=progress)
     path, found = Path(path).absolute(), Verification()
     settings = read_settings(path)
     if settings is None:
