@@ -2,7 +2,6 @@
 
 import pytest
 
-from tests.object_server import Bucket, object_server
 from tests.trainers.fake_encoder import FakeEncoder
 
 
@@ -14,11 +13,15 @@ def encoder(monkeypatch) -> FakeEncoder:
 
 @pytest.fixture(scope="session")
 def s3_server():
+    from tests.object_server import object_server  # packages that the oldest environment does not have
+
     with object_server() as url:
         yield url
 
 
 @pytest.fixture
-def bucket(s3_server, tmp_path, monkeypatch) -> Bucket:
-    """An empty bucket of a stand-in for S3."""
+def bucket(s3_server, tmp_path, monkeypatch):
+    """An empty [`~tests.object_server.Bucket`] of a stand-in for S3."""
+    from tests.object_server import Bucket
+
     return Bucket(s3_server, tmp_path / "cache-of-files", monkeypatch)

@@ -20,12 +20,14 @@ from trainers.base.finite import WithTexts
 from trainers.base.gradient_caching import cached_backward
 from trainers.base.micro_batches import MicroBatches
 from trainers.base.replaced import replaced
+from trainers.base.streams import evaluation_loader
 from trainers.base.trainer import StageTrainer
 from trainers.base.training_record import training_record
 from trainers.compute.precision import unit_length
 from trainers.data.captions import DrawnCaptions
 from trainers.data.epochs import SetEpoch
 from trainers.data.pair_stream import PairStream
+from trainers.data.stream_evaluation import REAL_ROWS
 from trainers.data.stream_loader import StreamLoader
 
 from .checks import check_store, check_texts, proclip_of, refuse_deepspeed, train_only
@@ -55,6 +57,7 @@ class AlignmentTrainer(StageTrainer):
 
     stage: str  # its name, on the card
     data_collator: Any
+    evaluates_streams = True
 
     def embed(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """The embeddings `(batch_size, projection_dim)` that are trained, of unit length, by the wrapped `model`."""
@@ -98,6 +101,9 @@ class AlignmentTrainer(StageTrainer):
         )
         self._parts: dict[str, dict[str, list[torch.Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._joined_rows = 0  # of the batch at hand, of all processes
+        # Of an evaluation on a stream: the rows that each process has of the batch at hand, and of each batch the loss and the joined rows.
+        self._rows_of_stream: list[int] | None = None
+        self._losses_of_stream: list[tuple[float, int]] = []
         super().__init__(model=model, args=args, train_dataset=self.rows, eval_dataset=eval_dataset, **kwargs)
         refuse_deepspeed(self.accelerator)
         self._prefixes = self._shorter_dims(proclip_of(model).config)
@@ -200,8 +206,12 @@ class AlignmentTrainer(StageTrainer):
             return super().get_train_dataloader()
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """As Trainer, of all rows: `dataloader_drop_last` is for training."""
+        """As Trainer, of all rows: `dataloader_drop_last` is for training. Of a stream, see [`EvaluationBatches`]."""
         collator = WithTexts(self.data_collator, "text")
+        evaluated = self.eval_dataset if eval_dataset is None else eval_dataset
+        evaluated = self.eval_dataset[evaluated] if isinstance(evaluated, str) else evaluated
+        if isinstance(evaluated, PairStream):
+            return evaluation_loader(evaluated, self.args, collator)
         with replaced(self.args, dataloader_drop_last=False), replaced(self, data_collator=collator):
             return super().get_eval_dataloader(eval_dataset)
 
@@ -209,6 +219,9 @@ class AlignmentTrainer(StageTrainer):
         """How many of this process's `rows` are not repeated; sets `_joined_rows` to the number over all processes. accelerate fills up a last
         batch that is not dropped with rows from the beginning, so that every process has equally many.
         """
+        if self._rows_of_stream is not None:
+            self._joined_rows = sum(self._rows_of_stream)
+            return self._rows_of_stream[self.args.process_index]
         loaders, world_size = self.accelerator.gradient_state, self.args.world_size
         self._joined_rows = rows * world_size
         dropped = self.model.training and self.args.dataloader_drop_last
@@ -265,8 +278,16 @@ class AlignmentTrainer(StageTrainer):
         return loss
 
     def evaluation_loss(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The loss of an evaluation batch, the same on all processes."""
-        return self.accelerator.reduce(self.evaluate_batch(model, batch).detach(), reduction="mean")
+        """The loss of an evaluation batch, the same on all processes; 0, which does not count, if all rows of a stream's batch are broken."""
+        real_rows = batch.pop(REAL_ROWS, None)
+        counts = None if real_rows is None else self.accelerator.gather(real_rows[None]).tolist()
+        if counts is not None and not any(counts):
+            return torch.zeros((), device=self.accelerator.device)
+        with replaced(self, _rows_of_stream=counts):
+            loss = self.accelerator.reduce(self.evaluate_batch(model, batch).detach(), reduction="mean")
+        if counts is not None:
+            self._losses_of_stream.append((loss.item(), sum(counts)))
+        return loss
 
     def evaluate_batch(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """The loss `()` of an evaluation batch; a stage may keep more of it for `evaluation_metrics`."""
@@ -306,7 +327,14 @@ class AlignmentTrainer(StageTrainer):
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """As Trainer, with `evaluation_metrics` among the metrics."""
+        self._losses_of_stream = []
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self._losses_of_stream:  # Trainer weights batches alike where it cannot know how many rows they have
+            num_rows = sum(rows for _, rows in self._losses_of_stream)
+            output = output._replace(num_samples=num_rows)
+            output.metrics[f"{metric_key_prefix}_loss"] = (
+                sum(loss * rows for loss, rows in self._losses_of_stream) / num_rows
+            )
         output.metrics.update({f"{metric_key_prefix}_{name}": v for name, v in self.evaluation_metrics().items()})
         return output
 

@@ -1,14 +1,17 @@
-"""Training on a stream of images with captions: each process reads its own rows, and a resumed run reads none of them twice."""
+"""Training and evaluation on streams of images with captions: each process reads its own rows, and a resumed run reads none of them twice."""
 
 import json
 import logging
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate.data_loader import DataLoaderShard
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, TrainingArguments
 
 from trainers.data.pair_stream import PairStream
+from trainers.data.stream_evaluation import EvaluationBatches
 from trainers.data.stream_loader import StreamLoader
 
 
@@ -43,12 +46,7 @@ class StreamReader(TrainerCallback):
         stream = self.stream.for_process(args.process_index, args.world_size)
         loader = StreamLoader(stream, args.train_batch_size, collate, args.dataloader_num_workers, **options)
         if checkpoint is not None:
-            file = self._file(checkpoint)
-            if not file.exists():
-                raise FileNotFoundError(
-                    f"{file} is missing: the checkpoint is of a run on rows by number, or on fewer processes"
-                )
-            loader.load_state_dict(json.loads(file.read_text()))
+            loader.load_state_dict(self._read_state(checkpoint))
         self._loader = loader
         return loader
 
@@ -56,6 +54,13 @@ class StreamReader(TrainerCallback):
         """Write into a checkpoint how far this process has read."""
         if self._loader is not None:
             self._file(folder).write_text(json.dumps(self._loader.state_dict()))
+
+    def _read_state(self, checkpoint: str) -> Any:
+        """How far this process had read; of one that was not there, how far the first one had, in which the number of processes is another."""
+        for file in (self._file(checkpoint), Path(checkpoint, "stream_0.json")):
+            if file.exists():
+                return json.loads(file.read_text())
+        raise FileNotFoundError(f"{file} is missing: the checkpoint is of a run on rows by number")
 
     def _file(self, folder: str | Path) -> Path:
         return Path(folder, f"stream_{self.args.process_index}.json")
@@ -72,8 +77,29 @@ class StreamReader(TrainerCallback):
             )
 
 
-def refuse_streams(eval_dataset: Any) -> None:
-    """Raises ValueError if one of the datasets to evaluate is a stream."""
+def evaluation_loader(stream: PairStream, args: TrainingArguments, collate: Any) -> DataLoaderShard:
+    """The batches of this process for an evaluation on `stream`, on the host: see [`EvaluationBatches`]. By accelerate's loader, which tells the loops
+    of Trainer that they are in an evaluation, within a training too.
+    """
+    options: dict[str, Any] = {"pin_memory": args.dataloader_pin_memory, "num_workers": args.dataloader_num_workers}
+    if args.dataloader_num_workers:
+        options["prefetch_factor"] = args.dataloader_prefetch_factor
+        options["multiprocessing_context"] = args.dataloader_multiprocessing_context
+    stream = stream.for_process(args.process_index, args.world_size)
+    batches = EvaluationBatches(stream, args.eval_batch_size, collate)
+    # A generator of its own: else starting the loader would move the random state of a training.
+    generator = torch.Generator().manual_seed(args.seed)
+    return DataLoaderShard(batches, batch_size=None, collate_fn=_as_it_is, generator=generator, **options)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def check_evaluated_streams(eval_dataset: Any, *, are_read: bool) -> None:
+    """Raises ValueError if one of the datasets to evaluate is a stream, or with `are_read` one that is no [`PairStream`]."""
     evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
-    if any(isinstance(dataset, IterableDataset) for dataset in evaluated):
-        raise ValueError("eval_dataset is a stream: evaluation reads rows by number, so open it with streaming=False")
+    for dataset in evaluated:
+        if isinstance(dataset, IterableDataset) and not (are_read and isinstance(dataset, PairStream)):
+            wanted = "one is read from a PairSource" if are_read else "this stage evaluates on rows by number"
+            raise ValueError(f"eval_dataset is a stream, and {wanted}: open it with streaming={are_read}")

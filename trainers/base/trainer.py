@@ -21,7 +21,7 @@ from . import checkpoints, sharding
 from .finite import MIN_LOSS_SCALE, TEXTS, WithTexts, all_finite, check_trained, explain, gradients_of
 from .publishing import Publisher
 from .replaced import replaced
-from .streams import StreamReader, refuse_streams
+from .streams import StreamReader, check_evaluated_streams
 
 
 class StageTrainer(Trainer):
@@ -43,6 +43,7 @@ class StageTrainer(Trainer):
     """
 
     text_column: str | None = "text"  # of the rows, for messages
+    evaluates_streams = False  # whether `eval_dataset` may be a `PairStream`
     _num_kept: int | None = None  # checkpoints, while it trains
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -52,7 +53,7 @@ class StageTrainer(Trainer):
         self._seconds_waiting = self._seconds_computing = 0.0  # since the last log
         super().__init__(*args, **kwargs)
         sharding.check_engine(self.accelerator)
-        refuse_streams(self.eval_dataset)
+        check_evaluated_streams(self.eval_dataset, are_read=self.evaluates_streams)
         self._stream: StreamReader | None = None
         if isinstance(self.train_dataset, PairStream):
             self._stream = StreamReader(self.train_dataset, self.args)

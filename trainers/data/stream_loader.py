@@ -71,11 +71,14 @@ class StreamLoader:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The next iteration goes on after the batch at which `state_dict` was called. ValueError if the stream, its seed or its readers are others."""
+        """The next iteration goes on after the batch at which `state_dict` was called. ValueError if the stream, its seed or its readers are others: rows are
+        dealt out to the readers (processes times data workers), so with another number of them, some would be read twice and others never.
+        """
         for name, value in self._readers().items():
             if state[name] != value:
                 raise ValueError(
-                    f"the checkpoint's stream has {name} = {state[name]}, but now {name} = {value}: resume with what it was started with"
+                    f"the checkpoint's stream has {name} = {state[name]}, but now {name} = {value}: which rows are still to be read depends on it. "
+                    f"Resume with {name} = {state[name]}, or train from the beginning"
                 )
         self._positions = [Position(*position) for position in state["positions"]]
         self._skipped = [SkippedRows.from_dict(skipped) for skipped in state["skipped"]]
@@ -83,8 +86,8 @@ class StreamLoader:
 
     def _readers(self) -> dict[str, int]:
         return {
-            "process_index": self.stream.process_index,
             "num_processes": self.stream.num_processes,
+            "process_index": self.stream.process_index,
             "num_workers": self.num_workers,
             "batch_size": self.batch_size,
             "seed": self.stream.seed,

@@ -39,8 +39,9 @@ class RecipeSteps:
         self.output_dir = Path(recipe.output_dir).absolute()
         self.processes = PartialState(cpu=not torch.accelerator.is_available())
         self.precision = _precision(recipe.precision)
-        if recipe.data.eval is not None and recipe.data.eval.streaming:
-            raise RecipeError("data.eval.streaming: held-out rows are read by number; leave it false")
+        llm_stages = [stage for stage in recipe.stages if stage in LLM_STAGES]
+        if recipe.data.eval is not None and recipe.data.eval.streaming and llm_stages:
+            raise RecipeError(f"data.eval.streaming: {llm_stages[0]} reads held-out rows by number; leave it false")
         self.arguments = {name: self._arguments(name) for name in recipe.stages}
 
     # What a step starts from

@@ -1,8 +1,10 @@
 """Both stages on streams: what they read, killed and resumed to the same bits, on one process and on two."""
 
 import json
+import math
 import os
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from transformers import CLIPImageProcessorPil, TrainerCallback
 from tests.trainers.alignment.test_trainer import assert_same_bits, training_state
 from tests.trainers.tiny_pairs import captions, write_webdataset
 from tests.trainers.tiny_training import DIM, LLM_DIM, TinyStore, inheritance_trainer, tiny_model, tuning_trainer
+from trainers.base.streams import check_evaluated_streams
 from trainers.data import PairSource, open_pairs
 
 
@@ -114,8 +117,6 @@ def test_what_does_not_go_with_a_stream_is_refused(tmp_path, monkeypatch):
     source = make_source(tmp_path / "shards")
     with pytest.raises(ValueError, match="max_steps"):
         make_trainer("stage-2", tmp_path / "out", source, max_steps=-1)
-    with pytest.raises(ValueError, match="eval_dataset is a stream"):
-        make_trainer("stage-2", tmp_path / "out", source, eval_dataset=open_pairs(source))
 
     class Other(IterableDataset):
         def __iter__(self):
@@ -123,6 +124,10 @@ def test_what_does_not_go_with_a_stream_is_refused(tmp_path, monkeypatch):
 
     with pytest.raises(ValueError, match="is a stream .*PairSource"):
         inheritance_trainer(tmp_path / "out", rows=Other())
+    with pytest.raises(ValueError, match="eval_dataset is a stream, and one is read from a PairSource"):
+        inheritance_trainer(tmp_path / "out", eval_dataset={"a": Other()})
+    with pytest.raises(ValueError, match="eval_dataset is a stream, and this stage evaluates on rows by number"):
+        check_evaluated_streams(open_pairs(source), are_read=False)
     trainer = make_trainer("stage-2", tmp_path / "out", source, max_steps=5)
     trainer.train()
     (tmp_path / "out" / "checkpoint-5" / "stream_0.json").unlink()
@@ -131,6 +136,63 @@ def test_what_does_not_go_with_a_stream_is_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(STORES, "text_store", TinyStore(LLM_DIM, 1, ["another text"]))
     with pytest.raises(KeyError, match="caption"):
         make_trainer("stage-2", tmp_path / "out", source)
+
+
+def evaluation_of(stage: str, folder: Path, source: PairSource, **settings) -> dict[str, float]:
+    """The metrics of an evaluation on `source`, of which a stage evaluates on all rows."""
+    trainer = make_trainer(stage, folder, make_source(folder / "shards"), eval_dataset=source, **settings)
+    metrics = trainer.evaluate()
+    return {
+        name: value
+        for name, value in metrics.items()
+        if not name.endswith(("runtime", "_per_second", "preparation_time"))
+    }
+
+
+@pytest.mark.parametrize("stage, workers", [("stage-1", 0), ("stage-1", 2), ("stage-2", 0), ("stage-2", 2)])
+def test_an_evaluation_on_a_stream_is_that_on_rows_by_number(tmp_path, stage, workers):
+    write_webdataset(tmp_path / "held-out", [8, 8, 7])  # 23 rows: the last batch is smaller
+    source = replace(make_source(tmp_path / "shards"), source=str(tmp_path / "held-out"))
+    settings = {"per_device_eval_batch_size": 5, "dataloader_num_workers": workers}
+    images = stage == "stage-2"
+    by_number = open_pairs(replace(source, streaming=False), images=images)
+    expected = evaluation_of(stage, tmp_path, by_number, **settings)
+    assert evaluation_of(stage, tmp_path, open_pairs(source, images=images), **settings) == pytest.approx(
+        expected, rel=1e-6
+    )
+    assert expected["eval_loss"] > 0 and ("eval_i2t_r@1" in expected) == images
+
+
+def test_an_evaluation_on_a_stream_leaves_the_training_as_it_is(tmp_path):
+    """On several streams, in one of which a whole batch is broken."""
+    source = make_source(tmp_path / "shards")
+    write_webdataset(tmp_path / "held-out", [8], dict.fromkeys((2, 3), b"broken"))
+    broken = replace(source, source=str(tmp_path / "held-out"), max_broken_fraction=0.5)
+    settings = {"eval_strategy": "steps", "eval_steps": 4, "per_device_eval_batch_size": 2}
+    plain = make_trainer("stage-2", tmp_path / "plain", source)
+    plain.train()
+    both = {"a": open_pairs(source), "b": open_pairs(broken)}
+    evaluated = make_trainer("stage-2", tmp_path / "evaluated", source, eval_dataset=both, **settings)
+    evaluated.train()
+    assert_same_bits(training_state(evaluated), training_state(plain))
+    for name in ("eval_a_loss", "eval_b_loss"):
+        losses = [log[name] for log in evaluated.state.log_history if name in log]
+        assert len(losses) == 3 and all(0 < loss < math.inf for loss in losses)
+
+
+def test_an_evaluation_without_a_good_row_is_refused(tmp_path):
+    write_webdataset(tmp_path / "held-out", [3], dict.fromkeys(range(3), b"broken"))
+    source = replace(make_source(tmp_path / "shards"), source=str(tmp_path / "held-out"), max_broken_fraction=1.0)
+    with pytest.raises(ValueError, match="held-out holds no good row to evaluate on"):
+        evaluation_of("stage-2", tmp_path, open_pairs(source))
+
+
+def test_resuming_with_another_number_of_data_workers_is_refused(tmp_path):
+    source = make_source(tmp_path / "shards")
+    make_trainer("stage-1", tmp_path / "out", source, max_steps=5).train()
+    other = make_trainer("stage-1", tmp_path / "out", source, dataloader_num_workers=2)
+    with pytest.raises(ValueError, match="num_workers = 0, but now num_workers = 2: which rows are still to be read"):
+        other.train(resume_from_checkpoint=True)
 
 
 def _rank(rank: int, port: int, folder: Path) -> None:
@@ -149,13 +211,33 @@ def _rank(rank: int, port: int, folder: Path) -> None:
     resumed.train(resume_from_checkpoint=str(folder / "whole" / "checkpoint-5"))
     assert resumed.kept == whole.kept[5:]
     assert_same_bits(training_state(resumed), training_state(whole))
+    with pytest.raises(ValueError, match="num_processes = 1, but now num_processes = 2: which rows"):
+        make_trainer("stage-2", folder / "one", source).train(resume_from_checkpoint=str(folder / "one/checkpoint-5"))
+    metrics = {
+        stage: evaluation_of(stage, folder, held_out(folder, stage), per_device_eval_batch_size=3)
+        for stage in ("stage-1", "stage-2")
+    }
+    (folder / f"evaluated-{rank}.json").write_text(json.dumps(metrics))
     (folder / f"{rank}.json").write_text(json.dumps(whole.kept))
     torch.save(training_state(whole), folder / f"{rank}.pt")
     os._exit(0)  # as in test_distributed.py
 
 
+def held_out(folder: Path, stage: str):
+    """A stream of 16 rows, of which 3, 4 and 5 have broken images: on two processes, one has a whole batch of these."""
+    if not (folder / "held-out").exists():
+        write_webdataset(folder / "held-out", [7, 9], dict.fromkeys((3, 4, 5), b"broken"))
+    source = replace(make_source(folder / "shards"), source=str(folder / "held-out"), max_broken_fraction=0.5)
+    return open_pairs(source, images=stage == "stage-2")
+
+
 def test_two_processes_share_a_stream(tmp_path):
     make_source(tmp_path / "shards")
+    alone = {
+        stage: evaluation_of(stage, tmp_path, held_out(tmp_path, stage), per_device_eval_batch_size=6)
+        for stage in ("stage-1", "stage-2")
+    }
+    make_trainer("stage-2", tmp_path / "one", make_source(tmp_path / "shards"), max_steps=5).train()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -166,3 +248,10 @@ def test_two_processes_share_a_stream(tmp_path):
     first = [set(of_rank[:18]) for of_rank in numbers]  # 40 rows, one of them broken: at least 19 in each one's epoch
     assert len(first[0]) == len(first[1]) == 18 and not first[0] & first[1]
     assert_same_bits(*(torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)))
+    for rank in (0, 1):
+        evaluated = json.loads((tmp_path / f"evaluated-{rank}.json").read_text())
+        for stage, expected in alone.items():
+            assert evaluated[stage] == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(ValueError, match="num_processes = 2, but now num_processes = 1: which rows"):
+        trainer = make_trainer("stage-2", tmp_path / "whole", make_source(tmp_path / "shards"))
+        trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-5"))

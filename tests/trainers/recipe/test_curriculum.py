@@ -282,9 +282,9 @@ def test_a_stream_is_resumed_to_the_same_bits(content, tmp_path):
 
 def test_what_cannot_be_a_stream_is_refused(content, tmp_path):
     streamed = {**content["data"]["train"], "streaming": True}
-    with pytest.raises(RecipeError, match="data.eval.streaming: held-out rows are read by number"):
-        Curriculum(changed(content, tmp_path, data__eval=streamed))
     stage_0 = {"global_batch_size": 8, "max_steps": 1}
+    with pytest.raises(RecipeError, match="data.eval.streaming: caption_contrastive reads held-out rows by number"):
+        Curriculum(changed(content, tmp_path, data__eval=streamed, stages__caption_contrastive=stage_0))
     with pytest.raises(RecipeError, match="stages.caption_contrastive: reads rows by number"):
         Curriculum(changed(content, tmp_path, data__train=streamed, stages__caption_contrastive=stage_0))
 
