@@ -96,7 +96,7 @@ def info_nce_loss(
     images, texts = at_least_float32(image_embeds), at_least_float32(text_embeds)
     rows = len(images)
     labels = torch.arange(rows, device=images.device)
-    if rows * rows > _block_elements(images.device):
+    if rows * rows > block_elements(images.device):
         return _info_nce_sum(images, texts, images, texts, labels, logit_scale) / rows
     with torch.autocast(images.device.type, enabled=False):
         logits = logit_scale * (images @ texts.T)
@@ -283,7 +283,7 @@ def _structure_sum(
 
 def _sum_over_blocks(of_block: Callable[..., torch.Tensor], num_columns: int, *rows: torch.Tensor) -> torch.Tensor:
     """Sum of `of_block(*blocks)` over blocks of `rows`, with one block's matrix of rows against columns in memory at a time."""
-    block = max(1, _block_elements(rows[0].device) // num_columns)
+    block = max(1, block_elements(rows[0].device) // num_columns)
     if len(rows[0]) <= block:
         return of_block(*rows)
     blocks = zip(*(side.split(block) for side in rows), strict=True)
@@ -291,7 +291,7 @@ def _sum_over_blocks(of_block: Callable[..., torch.Tensor], num_columns: int, *r
     return sum(checkpoint(of_block, *parts, use_reentrant=False, preserve_rng_state=False) for parts in blocks)
 
 
-def _block_elements(device: torch.device) -> int:
+def block_elements(device: torch.device) -> int:
     return BLOCK_ELEMENTS if device.type == "cpu" else GPU_BLOCK_ELEMENTS
 
 

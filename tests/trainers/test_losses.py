@@ -147,7 +147,7 @@ def test_coinciding_rows_have_distance_zero_in_float32_too(dim: int):
 
 
 def test_a_gpu_takes_larger_blocks():
-    cpu, gpu = (losses._block_elements(torch.device(kind)) for kind in ("cpu", "cuda"))
+    cpu, gpu = (losses.block_elements(torch.device(kind)) for kind in ("cpu", "cuda"))
     assert cpu == losses.BLOCK_ELEMENTS and gpu == losses.GPU_BLOCK_ELEMENTS == 4096**2
 
 

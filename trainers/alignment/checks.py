@@ -1,5 +1,6 @@
 """Checks before a training begins: what is trained, and whether the stores of embeddings fit."""
 
+import logging
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
@@ -20,23 +21,35 @@ from trainers.display.progress import Progress
 from trainers.text_store.keys import text_keys
 
 
+logger = logging.getLogger(__name__)
+
 _ROWS_AT_A_TIME = 10_000
+_HALF = (torch.float16, torch.bfloat16)
 
 
 def train_only(model: nn.Module, trained: Iterable[nn.Parameter]) -> None:
-    """Freeze all of `model` but the `trained` parameters. ValueError if one of these is in half precision, where steps as small as the learning rate's
-    are lost to rounding.
+    """Freeze all of `model` but the `trained` parameters, and convert those in half precision to float32, with a warning.
+
+    Half precision would lose updates as small as the learning rate's to rounding: bfloat16 has 8 bits, so a weight of 1 does not
+    change by less than 0.002. bfloat16 weights with a float32 copy in the optimizer would not lose them, but save next to nothing
+    against float32 weights under autocast (docs/training_at_scale.md).
     """
     model.requires_grad_(False)
     for parameter in trained:
         parameter.requires_grad_(True)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
-            raise ValueError(
-                f"{name} is to be trained but is {parameter.dtype}: the small steps of training would be lost to rounding. Load the model with "
-                "dtype=torch.float32 (or dtype={'vision_config': torch.float32, 'text_config': ...}) or call .float() on it; bf16=True in "
-                "the trainer's arguments computes in half precision all the same."
-            )
+    half = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.dtype in _HALF]
+    before = sorted({str(parameter.dtype) for parameter in half})
+    # Statistics and position tables too, of all modules that hold something trained.
+    holders = [module for module in model.modules() if any(p.requires_grad for p in module.parameters())]
+    buffers = [buffer for module in holders for buffer in module.buffers(recurse=False) if buffer.dtype in _HALF]
+    for tensor in (*half, *buffers):
+        tensor.data = tensor.data.float()
+    if half:
+        logger.warning(
+            f"{len(half)} of the parameters to be trained were {', '.join(before)}: they are converted to float32, trained and saved in "
+            "float32, or small updates would be lost to rounding. bf16=True computes in bfloat16 all the same. What loading rounded stays "
+            "rounded: load a float32 checkpoint with dtype=torch.float32."
+        )
 
 
 def proclip_of(model: nn.Module) -> ProCLIPModel:

@@ -34,7 +34,7 @@ class ProCLIPPeftModel(PeftModel):
     `ProCLIPPeftModel.from_pretrained(base, folder, is_trainable=True)` to go on training.
 
     Args:
-        model ([`ProCLIPModel`]): The base. Load it in float32: what is trained must not be in half precision.
+        model ([`ProCLIPModel`]): The base. It may be in half precision: the trainer converts what is trained to float32.
         peft_config (`PeftConfig`): Such as `LoraConfig(target_modules=r"vision_model\..*\.(q_proj|v_proj)")`; it is copied. Name modules that
             are to be trained whole, such as "visual_projection", in its `modules_to_save`.
         kwargs: Passed to [`peft.PeftModel`].

@@ -104,13 +104,14 @@ def _print_memory(curriculum: "Curriculum") -> None:
     from trainers.recipe.plan import plan_stages
 
     for plan in plan_stages(curriculum):
-        memory = None if plan.state == "finished" else plan_memory(curriculum, plan.name, plan.device_batch_size)
+        memory = None if plan.state == "finished" else plan_memory(curriculum, plan.name)
         if memory is not None:
             parts = ", ".join(
                 f"{name} {_bytes(getattr(memory, name))}"
                 for name in ("weights", "gradients", "optimizer", "activations")
             )
-            typer.echo(f"memory of a device, {plan.name}: about {_bytes(memory.peak)} at its peak ({parts})")
+            texts = "" if memory.num_tokens is None else f", for texts of {memory.num_tokens} tokens"
+            typer.echo(f"memory of a device, {plan.name}: about {_bytes(memory.peak)} at its peak ({parts}){texts}")
 
 
 def _bytes(number: int) -> str:

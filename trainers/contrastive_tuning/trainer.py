@@ -35,7 +35,8 @@ class ContrastiveTuningTrainer(AlignmentTrainer):
     The LLM's embeddings are looked up, so it is not loaded: load the model with `load_text_model=False`.
 
     Args:
-        model ([`ProCLIPModel`]): After stage 1, or with a fresh adapter for the baselines. Or a [`ProCLIPPeftModel`] with PEFT adapters on the
+        model ([`ProCLIPModel`]): After stage 1, or with a fresh adapter for the baselines. Trained parts in half precision are
+            converted to float32. Or a [`ProCLIPPeftModel`] with PEFT adapters on the
             image encoder, which are trained in its place; the EMA teacher averages the adapters' factors.
         args ([`ContrastiveTuningConfig`]): Settings.
         train_dataset:
@@ -48,8 +49,8 @@ class ContrastiveTuningTrainer(AlignmentTrainer):
         kwargs: Passed to [`~transformers.Trainer`].
 
     Raises:
-        ValueError: If the store's embeddings do not fit the model, a trained part is in half precision, the training set is shorter than
-            a batch, or the sigmoid loss is to train a model without a logit bias.
+        ValueError: If the store's embeddings do not fit the model, the training set is shorter than a batch, or the sigmoid loss is to
+            train a model without a logit bias.
         KeyError: If a text is not in the store; names it.
         FileNotFoundError: On resuming from a checkpoint without the EMA teacher.
 

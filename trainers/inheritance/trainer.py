@@ -24,7 +24,7 @@ class RepresentationInheritanceTrainer(AlignmentTrainer):
 
     Args:
         model ([`ProCLIPModel`]):
-            Everything but its `text_adapter` is frozen. An adapter that standardises its input (`adapter_input_norm="standardize"`) and has
+            Everything but its `text_adapter` is frozen. An adapter in half precision is converted to float32. An adapter that standardises its input (`adapter_input_norm="standardize"`) and has
             no statistics yet gets `text_store.statistics()`.
         args ([`RepresentationInheritanceConfig`]): Settings.
         train_dataset: Rows by number with the column "text": a caption, or a list of captions, one of which is drawn in each epoch. A row may
@@ -36,7 +36,7 @@ class RepresentationInheritanceTrainer(AlignmentTrainer):
         kwargs: Passed to [`~transformers.Trainer`].
 
     Raises:
-        ValueError: If a store's embeddings do not fit the model, the adapter is in half precision, or a dataset is shorter than a batch.
+        ValueError: If a store's embeddings do not fit the model, or a dataset is shorter than a batch.
         KeyError: If a text is not in a store; names it.
 
     Logged: `loss`, `instance_loss` and `structure_loss` (without their weights), `prefix_64_loss` and so on of `matryoshka_dims`, `grad_norm`,

@@ -181,11 +181,6 @@ def test_accumulated_gradients_without_the_structure_loss_are_those_of_the_joine
         ({"text_store": TinyStore(LLM_DIM, 0, ["other"])}, KeyError, "caption"),
         ({"rows": text_rows(5)}, ValueError, "train_dataset has 5 rows, fewer than one batch of 6"),
         ({"compute_metrics": len}, ValueError, "compute_metrics would not be called.*TrainerCallback"),
-        (
-            {"model": tiny_model().to(torch.bfloat16)},
-            ValueError,
-            r"text_adapter\..* is torch.bfloat16.*dtype=torch.float32",
-        ),
     ],
 )
 def test_what_does_not_fit_is_refused_before_training(tmp_path, settings, error, message):

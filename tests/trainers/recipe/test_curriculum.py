@@ -12,6 +12,7 @@ import torch
 import yaml
 from filelock import FileLock
 from safetensors.torch import load_file
+from transformers import CLIPModel
 
 from modeling_proclip import ProCLIPModel, ProCLIPProcessor
 from tests.trainers.tiny_recipe import Interrupted, die_in_stage, interrupt, settings, write_parts, write_recipe
@@ -346,3 +347,15 @@ def test_texts_embedded_on_the_fly_train_as_those_of_a_store_do(whole, content, 
         assert logs[0]["loss"] == pytest.approx(logs[1]["loss"], rel=1e-3)
     with pytest.raises(RecipeError, match="text_stores.on_the_fly was True and is None"):
         Curriculum(changed(content, tmp_path / "embedded", model__config=config)).run()
+
+
+def test_an_image_encoder_stored_in_half_precision_is_trained_in_float32(parts, content, tmp_path):
+    """`precision` says what is computed in: the weights that are trained are float32, however the checkpoint stores them."""
+    shutil.copytree(parts / "clip", tmp_path / "clip")
+    CLIPModel.from_pretrained(tmp_path / "clip", dtype=torch.bfloat16).save_pretrained(tmp_path / "clip")
+    assert CLIPModel.from_pretrained(tmp_path / "clip").dtype == torch.bfloat16
+    recipe = changed(content, tmp_path, precision="bfloat16", model__vision=str(tmp_path / "clip"))
+    curriculum = Curriculum(recipe)
+    curriculum._prepare()
+    pair = ProCLIPModel.from_pretrained(curriculum.output_dir / "preparation" / "model", load_text_model=False)
+    assert {parameter.dtype for parameter in pair.parameters()} == {torch.float32}
