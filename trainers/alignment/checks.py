@@ -7,8 +7,6 @@ from typing import Any
 
 import datasets
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch import nn
 
 from modeling_proclip import ProCLIPModel
@@ -128,12 +126,3 @@ def _captions(dataset: Any, reader: str) -> Iterator[list[str]] | None:
     elif not isinstance(dataset, list):
         return None
     return (captions_of(row, f"row {i}", reader) for i, row in enumerate(dataset))
-
-
-def refuse_deepspeed(accelerator: Accelerator) -> None:
-    """Raises ValueError under DeepSpeed, which takes no parameter without dimensions, as the logit scale is. See docs/training_at_scale.md."""
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise ValueError(
-            "DeepSpeed cannot train a logit scale, which has no dimensions: train this stage with DDP (`accelerate launch --multi_gpu`) or FSDP2 "
-            "(recipes/accelerate/fsdp2.yaml), and with gradient_caching_batch_size where a batch does not fit."
-        )

@@ -30,7 +30,7 @@ from trainers.data.pair_stream import PairStream
 from trainers.data.stream_evaluation import REAL_ROWS
 from trainers.data.stream_loader import StreamLoader
 
-from .checks import check_store, check_texts, proclip_of, refuse_deepspeed, train_only
+from .checks import check_store, check_texts, proclip_of, train_only
 from .config import AlignmentConfig
 from .input_statistics import set_input_statistics
 from .store_identity import check_made_by_llm, text_encoder_of
@@ -105,7 +105,6 @@ class AlignmentTrainer(StageTrainer):
         self._rows_of_stream: list[int] | None = None
         self._losses_of_stream: list[tuple[float, int]] = []
         super().__init__(model=model, args=args, train_dataset=self.rows, eval_dataset=eval_dataset, **kwargs)
-        refuse_deepspeed(self.accelerator)
         self._prefixes = self._shorter_dims(proclip_of(model).config)
         self._earlier_stages = model.config.training or []
         self._check_sizes()

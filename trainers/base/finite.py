@@ -41,11 +41,6 @@ def all_finite(loss: torch.Tensor, gradients: Sequence[torch.Tensor]) -> bool:
     return bool(torch.isfinite(numbers).all())
 
 
-def gradients_of(model: nn.Module) -> list[torch.Tensor]:
-    """The gradients that `model` has now."""
-    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-
-
 def check_trained(model: nn.Module, what: str) -> None:
     """Raises ValueError, on all processes, if a parameter that is trained holds NaN or infinity; begins with `what` is refused because of it. All processes
     have to call it: of sharded parameters each of them has a part.

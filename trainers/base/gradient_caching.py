@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch import nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from trainers.compute.precision import at_least_float32
+
+from .zero import step_left_out
 
 
 def cached_backward(
@@ -51,10 +52,8 @@ def cached_backward(
         The loss `()`, detached.
 
     Raises:
-        ValueError: If there are no micro-batches, or under DeepSpeed, whose backward pass ends in an optimizer step.
+        ValueError: If there are no micro-batches.
     """
-    refuse_deepspeed(accelerator)
-
     random_states, parts = [], []
     for micro_batch in micro_batches:
         random_states.append(_RandomState(accelerator.device))
@@ -83,7 +82,7 @@ def cached_backward(
 
     for i, micro_batch in enumerate(micro_batches):
         last = i == len(rows) - 1
-        with contextlib.nullcontext() if last else accelerator.no_sync(model):
+        with contextlib.nullcontext() if last else step_left_out(accelerator, model):
             random_states[i].restore()
             with accelerator.autocast():
                 embeds = embed(micro_batch)
@@ -95,15 +94,6 @@ def cached_backward(
     # As after a single pass, also for what a data worker or a callback draws next.
     after_first_pass.restore()
     return loss
-
-
-def refuse_deepspeed(accelerator: Accelerator) -> None:
-    """Raises ValueError under DeepSpeed, where gradients cannot be cached."""
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise ValueError(
-            "Gradient caching runs several backward passes in a step, and DeepSpeed's engine steps the optimizer after each: leave "
-            "gradient_caching_batch_size out, or train with DDP or FSDP."
-        )
 
 
 class _RandomState:

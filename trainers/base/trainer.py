@@ -17,8 +17,8 @@ from transformers.utils.hub import PushInProgress
 from trainers.data.pair_stream import PairStream
 from trainers.data.stream_loader import StreamLoader
 
-from . import checkpoints, sharding
-from .finite import MIN_LOSS_SCALE, TEXTS, WithTexts, all_finite, check_trained, explain, gradients_of
+from . import checkpoints, sharding, zero
+from .finite import MIN_LOSS_SCALE, TEXTS, WithTexts, all_finite, check_trained, explain
 from .publishing import Publisher
 from .replaced import replaced
 from .streams import StreamReader, check_evaluated_streams
@@ -53,6 +53,8 @@ class StageTrainer(Trainer):
         self._seconds_waiting = self._seconds_computing = 0.0  # since the last log
         super().__init__(*args, **kwargs)
         sharding.check_engine(self.accelerator)
+        zero.check_zero(self.accelerator, self.args)
+        self._scalars = sharding.scalars(self.model)
         check_evaluated_streams(self.eval_dataset, are_read=self.evaluates_streams)
         self._stream: StreamReader | None = None
         if isinstance(self.train_dataset, PairStream):
@@ -114,6 +116,7 @@ class StageTrainer(Trainer):
             with (
                 self.only_what_is_saved(),
                 sharding.sharding_settings(self.accelerator, self.model),
+                zero.zero_settings(self.accelerator, self._scalars),
                 replaced(self.args, **changes),
                 replaced(self, _num_kept=limit),
             ):
@@ -136,7 +139,8 @@ class StageTrainer(Trainer):
         if not accumulated:
             sharding.average_scalar_gradients(self.accelerator, model)
         # float16's gradients are scaled, and infinite now and then: the scaler skips such a step.
-        gradients = [] if accumulated or self.accelerator.scaler is not None else gradients_of(model)
+        unchecked = accumulated or self.accelerator.scaler is not None
+        gradients = [] if unchecked else zero.gradients_of(self.accelerator, model)
         if not all_finite(loss, gradients):
             why = self._why_not_finite(f"step {self.state.global_step + 1}", loss, model, inputs, texts)
             raise ValueError(f"{why} The weights are still those before this step.")
@@ -219,7 +223,7 @@ class StageTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As Trainer, and whole where the model is sharded. Raises ValueError, on all processes, if a trained weight is NaN or infinite."""
         check_trained(self.model, f"{output_dir or self.args.output_dir} was not written")
-        with sharding.saved_whole(self.accelerator):
+        with sharding.saved_whole(self.accelerator), zero.scalars_as_saved(self.accelerator, self._scalars):
             super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:

@@ -10,11 +10,12 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import has_length
 
 from modeling_proclip import ProCLIPModel
-from trainers.alignment.checks import trained_with_peft
+from trainers.alignment.checks import proclip_of, trained_with_peft
 from trainers.alignment.collators import ContrastiveTuningCollator, image_inputs
 from trainers.alignment.losses import distillation_loss
 from trainers.alignment.trainer import AlignmentTrainer
 from trainers.base.replaced import replaced
+from trainers.base.zero import clamp_
 from trainers.compute.precision import unit_length
 from trainers.losses import global_info_nce_loss, global_sigmoid_loss
 
@@ -144,10 +145,12 @@ class ContrastiveTuningTrainer(AlignmentTrainer):
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """L_stage2."""
         images, texts = (*frozen, *embeds) if self.args.freeze_vision else embeds
-        logit_scale = self.model.logit_scale.exp()
+        model = proclip_of(self.model)
+        logit_scale = model.logit_scale.exp().reshape(())  # it has a dimension under DeepSpeed
         if self.args.loss == "sigmoid":
-            loss = global_sigmoid_loss(images, texts, logit_scale, self.model.logit_bias)
-            parts = {"sigmoid_loss": loss, "logit_scale": logit_scale, "logit_bias": self.model.logit_bias}
+            logit_bias = model.logit_bias.reshape(())
+            loss = global_sigmoid_loss(images, texts, logit_scale, logit_bias)
+            parts = {"sigmoid_loss": loss, "logit_scale": logit_scale, "logit_bias": logit_bias}
         else:
             loss = global_info_nce_loss(images, texts, logit_scale)
             parts = {"info_nce_loss": loss, "logit_scale": logit_scale}
@@ -200,8 +203,7 @@ class ContrastiveTuningTrainer(AlignmentTrainer):
         if self.accelerator.optimizer_step_was_skipped:
             return  # float16 gradients overflowed
         if self.args.loss == "info_nce":
-            with torch.no_grad():
-                self.model.logit_scale.clamp_(0, MAX_LOG_LOGIT_SCALE)
+            clamp_(self.accelerator, proclip_of(self.model).logit_scale, 0, MAX_LOG_LOGIT_SCALE)
         if self.ema is not None:
             self.ema.update(self.model)
 

@@ -1,18 +1,15 @@
 """All captions are looked for before a training begins, without decoding a picture."""
 
-from types import SimpleNamespace
-
 import datasets
 import numpy as np
 import pytest
 import torch
-from accelerate.utils import DistributedType
 from PIL import Image
 
 from tests.trainers.tiny_encoders import tiny_proclip
 from tests.trainers.tiny_pairs import captions, color, write_layout
 from tests.trainers.tiny_training import picture_rows, tuning_trainer
-from trainers.alignment.checks import check_texts, refuse_deepspeed
+from trainers.alignment.checks import check_texts
 from trainers.data import BalancedLanguages, TextEmbeddingStore, open_pairs
 
 
@@ -106,9 +103,3 @@ def test_a_row_without_a_caption_is_named(tmp_path, model_and_store, text, messa
     rows[2]["text"] = text
     with pytest.raises(ValueError, match=message):
         tuning_trainer(tmp_path, model, rows=rows, text_store=store)
-
-
-def test_deepspeed_is_refused():
-    refuse_deepspeed(SimpleNamespace(distributed_type=DistributedType.MULTI_GPU))
-    with pytest.raises(ValueError, match=r"train this stage with DDP \(`accelerate launch --multi_gpu`\) or FSDP2"):
-        refuse_deepspeed(SimpleNamespace(distributed_type=DistributedType.DEEPSPEED))

@@ -65,10 +65,10 @@ class KeepGradients(TrainerCallback):
             self.gradients = {name: p.grad.clone() for name, p in named if p.grad is not None}
 
 
-def make_trainer(case: str, caching: bool, folder: Path, world_size: int):
+def make_trainer(case: str, caching: bool, folder: Path, world_size: int, **changes):
     """Six pairs a batch, over all processes."""
     make, settings = CASES[case]
-    settings = {"max_grad_norm": 0.0, "learning_rate": 1e-3, **settings}
+    settings = {"max_grad_norm": 0.0, "learning_rate": 1e-3, **settings, **changes}
     settings |= {"per_device_train_batch_size": 6 // world_size, "per_device_eval_batch_size": 6 // world_size}
     if caching:
         settings["gradient_caching_batch_size"] = MICRO_BATCH[world_size]

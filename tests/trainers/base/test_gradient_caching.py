@@ -7,7 +7,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import DistributedType
 from torch import nn
 from torch.nn import functional as F
 
@@ -168,9 +167,6 @@ def test_half_precision_embeddings_meet_in_float32(accelerator):
 def test_refused(accelerator):
     with pytest.raises(ValueError, match="no micro-batches"):
         cached_backward(Pair(), [], sum, accelerator=accelerator, model=Pair())
-    accelerator.state.distributed_type = DistributedType.DEEPSPEED
-    with pytest.raises(ValueError, match="leave gradient_caching_batch_size out, or train with DDP or FSDP"):
-        cached_backward(Pair(), [batch()], sum, accelerator=accelerator, model=Pair())
 
 
 def ddp_job(rank: int, world_size: int) -> dict:
