@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from trainers.storage.object_stores import check_address
+
 
 @dataclass(frozen=True, kw_only=True)
 class PairSource:
@@ -52,6 +54,7 @@ class PairSource:
     max_broken_fraction: float = 0.01
 
     def __post_init__(self):
+        check_address(self.source)
         for name in ("image_column", "text_columns", "teacher_text_columns"):
             columns = self.columns(name)
             if (not columns and getattr(self, name) is not None) or not all(

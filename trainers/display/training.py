@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers.trainer_utils import has_length
 
 from .progress import SECONDS_BETWEEN_LINES, Progress, duration
 
@@ -60,7 +61,8 @@ class _Table(TrainerCallback):
         if not self.shown:
             return
         if self._bars[-1].title != "evaluating":
-            self._open(Progress("evaluating", len(eval_dataloader), "batches", shown=self.shown))
+            total = len(eval_dataloader) if has_length(eval_dataloader) else None  # a stream has none
+            self._open(Progress("evaluating", total, "batches", shown=self.shown))
         self._bars[-1].advance()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Mapping[str, float], **kwargs: Any) -> None:

@@ -13,6 +13,7 @@ from trainers.caption_contrastive.masked_next_token import MaskedNextTokenConfig
 from trainers.contrastive_tuning.config import PUBLISHED_BATCH, ContrastiveTuningConfig, batch_invariant_weights
 from trainers.data.pairs import PairSource
 from trainers.inheritance.config import RepresentationInheritanceConfig
+from trainers.storage.object_stores import check_address, is_address
 from trainers.storage.yaml_files import build, check_fields, nearest
 
 from .files import RecipeError, read_recipe
@@ -126,6 +127,9 @@ class StoreSettings:
     path: str | None = None
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
 
+    def __post_init__(self):
+        check_address(self.path or "")
+
 
 @dataclass(frozen=True, kw_only=True)
 class LLMStoreSettings(StoreSettings):
@@ -195,6 +199,12 @@ class Recipe:
     data: DataSettings
     text_stores: TextStores = field(default_factory=TextStores)
     stages: dict[str, StageSettings]
+
+    def __post_init__(self):
+        if is_address(self.output_dir):
+            raise ValueError(
+                "output_dir must be a folder of this machine, whose files are locked and changed in place; upload it afterwards"
+            )
 
     def as_dict(self) -> dict[str, Any]:
         """The recipe as YAML has it: with every default of the schema, a stage's `arguments` beside its other keys."""

@@ -37,6 +37,16 @@ def is_address(place: str | os.PathLike) -> bool:
     return _ADDRESS.match(str(place)) is not None
 
 
+def check_address(place: str | os.PathLike) -> None:
+    """ValueError, in which `place` is not repeated, if it is an address that holds credentials: to call before it is written down anywhere."""
+    found = _ADDRESS.fullmatch(str(place))
+    if found is not None and ("@" in found[2].partition("/")[0] or _QUERY.search(found[2])):
+        raise ValueError(
+            f"an address of {found[1]}:// holds a user name, a password or a query, which records and logs would show: give the address "
+            "alone, and the credentials as variables or in the files that its package reads"
+        )
+
+
 @dataclass(frozen=True)
 class RemoteFile:
     """A file in an object store as it was when it was listed.
@@ -131,14 +141,8 @@ def _described(info: dict[str, Any], place: str) -> RemoteFile:
 
 
 def _file_system(place: str) -> Any:
-    found = _ADDRESS.fullmatch(place)
-    assert found is not None
-    protocol, rest = found.groups()
-    if "@" in rest.partition("/")[0] or _QUERY.search(rest):
-        raise ValueError(
-            f"an address of {protocol}:// holds a user name, a password or a query, which records and logs would show: give the address "
-            "alone, and the credentials as variables or in the files that its package reads"
-        )
+    check_address(place)
+    protocol = place.partition("://")[0]
     if protocol in ("file", "local") or "::" in place:
         raise ValueError(f"{place}: files of this computer are named by their paths, and archives are not opened")
     try:

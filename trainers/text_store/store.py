@@ -234,7 +234,13 @@ class TextEmbeddingStore:
         share = store_build.Share(process_index, num_processes)
         fingerprint = encoder_fingerprint(model, processor)
         if is_address(path):
-            store, started = cls(path), time.perf_counter()
+            started = time.perf_counter()
+            try:
+                store = cls(path)
+            except FileNotFoundError as error:
+                raise FileNotFoundError(
+                    f"{error}. A store in an object store is only read: build it in a folder of this machine, and upload that"
+                ) from error
             there = {"dtype": str(store.dtype).removeprefix("torch."), "fingerprint": store.fingerprint}
             check_same_encoder(path, there, dtype, fingerprint)
             num_texts = check_complete(store, texts)
