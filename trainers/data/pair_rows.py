@@ -115,9 +115,9 @@ def texts_of(row: Mapping[str, Any], rows: RawRows, reader: str = "text") -> lis
     return texts if texts or reader == "text" else texts_of(row, rows)
 
 
-def good_texts(rows: RawRows, source: PairSource, reader: str = "text") -> Iterator[str]:
+def good_texts(rows: RawRows, source: PairSource, reader: str = "text", *, at_least: int = 0) -> Iterator[str]:
     """All captions of `rows` for `reader`, see [`texts_of`], as they come. Rows without a caption are passed over and counted; ValueError if they are
-    more than the source bears.
+    more than the source allows, where fewer rows than `at_least` count as `at_least`.
     """
     skipped = SkippedRows()
     for number, row in enumerate(rows.table):
@@ -131,7 +131,7 @@ def good_texts(rows: RawRows, source: PairSource, reader: str = "text") -> Itera
             skipped.check(rows.name, source.max_broken_fraction, ENOUGH_ROWS)
             continue
         yield from texts
-    skipped.check(rows.name, source.max_broken_fraction)
+    skipped.check(rows.name, source.max_broken_fraction, at_least)
 
 
 def read_row(row: Mapping[str, Any], rows: RawRows) -> dict[str, Any]:

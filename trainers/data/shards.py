@@ -15,6 +15,7 @@ from trainers.storage.object_stores import RemoteFile, is_address
 from .archives import TarShard
 from .folders import split_of
 from .tables import Placed, Row, TableFile
+from .text_lines import Span
 
 
 class Shard(Protocol):
@@ -82,11 +83,15 @@ class ImageTable:
         features = self.table.features([self.names[name] for name in columns])
         return datasets.Features({name: features[self.names[name]] for name in columns})
 
-    def rows(self, columns: list[str] | None = None) -> Iterator[Placed]:
+    def has_spans(self) -> bool:
+        """See [`TableFile`]."""
+        return self.table.has_spans()
+
+    def rows(self, columns: list[str] | None = None, span: Span | None = None) -> Iterator[Placed]:
         """See [`TableFile`]."""
         names = {name: self.names[name] for name in [*(columns or self.names), *self.images] if name in self.names}
         folder = os.path.dirname(os.path.abspath(self.path))
-        for place, row in self.table.rows(list(names.values())):
+        for place, row in self.table.rows(list(names.values()), span):
             values: Row = {name: row.get(own) for name, own in names.items()}
             for name in self.images:
                 value = values.get(name)

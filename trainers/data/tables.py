@@ -17,7 +17,7 @@ import pyarrow.parquet
 from trainers.storage.digests import file_digest
 
 from .caption_files import TOKEN_ENDINGS, coco_rows, is_coco, is_karpathy, karpathy_rows, token_rows
-from .text_lines import parse_json, read_lines
+from .text_lines import Span, line_name, parse_json, read_lines
 
 
 Row = dict[str, Any]
@@ -86,21 +86,29 @@ class TableFile:
         plain = self.kind in ("csv", "text")
         return datasets.Features({name: datasets.Value("string") if plain else datasets.Json() for name in columns})
 
-    def rows(self, columns: list[str] | None = None) -> Iterator[Placed]:
-        """The rows in their order; those of Parquet and Arrow files with `columns` only. ValueError names the file, and the line or row, where it is damaged or
-        not made as its ending says.
+    def has_spans(self) -> bool:
+        """Whether [`rows`] can read a span of the file without reading what comes before."""
+        return self.kind in ("text", "json lines", "parquet")
+
+    def rows(self, columns: list[str] | None = None, span: Span | None = None) -> Iterator[Placed]:
+        """The rows in their order, or those of a span; those of Parquet and Arrow files with `columns` only. ValueError names the file, and the line or row,
+        where it is damaged or not made as its ending says.
         """
+        if self.kind == "json lines":
+            return _json_lines_rows(self.path, span)
+        if self.kind == "text":
+            return _text_rows(self.path, span)
+        if self.kind == "parquet":
+            return _batch_rows(self.path, *_parquet_batches(self.path, columns, span))
+        assert span is None
         if self.kind == "csv":
             return _csv_rows(self.path)
-        if self.kind == "json lines":
-            return _json_lines_rows(self.path)
         if self.kind == "json":
             return _json_rows(self.path, self.split)
         if self.kind == "token":
             return token_rows(self.path)
-        if self.kind == "text":
-            return _text_rows(self.path)
-        return _arrow_rows(self.path, self.kind, columns)
+        _, batches = _arrow_file(self.path)
+        return _batch_rows(self.path, (batch if columns is None else batch.select(columns) for batch in batches))
 
 
 def kind_of(path: str | Path) -> str | None:
@@ -206,10 +214,11 @@ def _open_quote(path: str, begin: int, record: list[str], error: csv.Error) -> s
     return f'{path}, line {opened}: {reason}; a quote within a quoted text is written twice: ""'
 
 
-def _json_lines_rows(path: str) -> Iterator[Placed]:
-    for number, line in enumerate(read_lines(path), 1):
+def _json_lines_rows(path: str, span: Span | None = None) -> Iterator[Placed]:
+    for number, line in enumerate(read_lines(path, span), 1):
         if line.strip():
-            yield f"line {number}", _json_row(parse_json(line, f"{path}, line {number}"), f"{path}, line {number}")
+            place = line_name(number, span)
+            yield place, _json_row(parse_json(line, f"{path}, {place}"), f"{path}, {place}")
 
 
 def _json_content(path: str) -> Any:
@@ -249,10 +258,10 @@ def _json_row(row: Any, where: str) -> Row:
     return row
 
 
-def _text_rows(path: str) -> Iterator[Placed]:
-    for number, line in enumerate(read_lines(path), 1):
+def _text_rows(path: str, span: Span | None) -> Iterator[Placed]:
+    for number, line in enumerate(read_lines(path, span), 1):
         if line.strip():
-            yield f"line {number}", {"text": line.rstrip("\r\n")}
+            yield line_name(number, span), {"text": line.rstrip("\r\n")}
 
 
 def _parquet_file(path: str) -> pyarrow.parquet.ParquetFile:
@@ -313,16 +322,28 @@ def _feature(schema: pyarrow.Schema, name: str) -> Any:
         return datasets.Json()
 
 
-def _arrow_rows(path: str, kind: str, columns: list[str] | None) -> Iterator[Placed]:
-    if kind == "parquet":
-        file = _parquet_file(path)
-        types = [field.type for field in file.schema_arrow if columns is None or field.name in columns]
-        # Texts are many to a batch; with photographs, a batch has some megabytes.
-        batch_size = 4096 if all(map(pyarrow.types.is_string, types)) else 64
-        batches = file.iter_batches(batch_size=batch_size, columns=columns)
-    else:
-        batches = (batch if columns is None else batch.select(columns) for batch in _arrow_file(path)[1])
-    number = 0
+def _parquet_batches(
+    path: str, columns: list[str] | None, span: Span | None
+) -> tuple[Iterator[pyarrow.RecordBatch], int]:
+    """The batches of a Parquet file, or of those of its row groups that begin in a span, and how many rows come before."""
+    file = _parquet_file(path)
+    groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+    numbers = [n for n, group in enumerate(groups) if span is None or span[0] <= _group_begin(group) < span[1]]
+    types = [field.type for field in file.schema_arrow if columns is None or field.name in columns]
+    # Texts are many to a batch; with photographs, a batch has some megabytes.
+    batch_size = 4096 if all(map(pyarrow.types.is_string, types)) else 64
+    batches = file.iter_batches(batch_size=batch_size, columns=columns, row_groups=numbers)
+    return batches, sum(group.num_rows for group in groups[: numbers[0] if numbers else 0])
+
+
+def _group_begin(group: pyarrow.parquet.RowGroupMetaData) -> int:
+    """The first byte of a row group's first column."""
+    first = group.column(0)
+    return min(first.data_page_offset, first.dictionary_page_offset or first.data_page_offset)
+
+
+def _batch_rows(path: str, batches: Iterator[pyarrow.RecordBatch], number: int = 0) -> Iterator[Placed]:
+    """The rows of `batches`, behind `number` others."""
     while True:
         try:
             batch = next(batches, None)

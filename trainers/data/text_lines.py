@@ -1,11 +1,15 @@
 """Reads texts as UTF-8, with or without a byte-order mark, and JSON; what is encoded or written otherwise is refused with its place."""
 
 import codecs
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+
+# The bytes of a file from the first to the one before the second. It holds the rows whose first byte is among them.
+Span = tuple[int, int]
 
 _MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32",
@@ -22,21 +26,59 @@ _OTHER_KINDS = {
 }
 
 
-def read_lines(path: str | Path) -> Iterator[str]:
-    """The lines of a file, each with its line ending. FileNotFoundError if there is no such file, or it is a pipe or a device, which could be waited for
-    without an end. ValueError if it is not encoded as UTF-8; names the line and byte, and how to convert it.
+def read_lines(path: str | Path, span: Span | None = None) -> Iterator[str]:
+    """The lines of a file, or of a span of it, each with its line ending.
+
+    Raises:
+        FileNotFoundError: If there is no such file, or it is a pipe or a device, which could be waited for without an end.
+        ValueError: If it is not encoded as UTF-8; names the line and byte, and how to convert it.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}")
     try:
-        with open(path, encoding="utf-8-sig", newline="") as lines:
+        with open(path, "rb") as file:
+            begin, stop = (0, None) if span is None else (_line_begin(file, byte) for byte in span)
+            file.seek(begin)
+            part = file if stop is None else io.BufferedReader(_Bytes(file, stop - begin))
+            lines = io.TextIOWrapper(part, encoding="utf-8" if begin else "utf-8-sig", newline="")
             for number, line in enumerate(lines, 1):
                 if "\0" in line:
                     encoding = "UTF-16BE" if line.startswith("\0") else "UTF-16LE"
-                    raise _no_text(path, f"line {number} holds a zero byte", encoding)
+                    raise _no_text(path, f"{line_name(number, span)} holds a zero byte", encoding)
                 yield line
     except UnicodeDecodeError as error:
         raise _not_utf8(path) from error
+
+
+def line_name(number: int, span: Span | None = None) -> str:
+    """What messages call the line `number` of a file or of a span, counted from 1: nobody has counted the lines before a span."""
+    return f"line {number}" if span is None else f"line {number} from byte {span[0]}"
+
+
+def _line_begin(file: BinaryIO, byte: int) -> int:
+    """Where the first line begins that begins at `byte` or behind it."""
+    if byte == 0:
+        return 0
+    file.seek(byte - 1)
+    while (piece := file.readline(1 << 20)) and not piece.endswith(b"\n"):
+        pass
+    return file.tell()
+
+
+class _Bytes(io.RawIOBase):
+    """The next `size` bytes of `file`."""
+
+    def __init__(self, file: BinaryIO, size: int):
+        self._file, self._size = file, size
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._file.read(min(len(buffer), self._size))
+        self._size -= len(data)
+        buffer[: len(data)] = data
+        return len(data)
 
 
 def parse_json(text: str, where: str) -> Any:

@@ -6,7 +6,7 @@ import operator
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ class BuildSummary:
         num_new: texts that it embedded and stored.
         num_stored, num_repeated: texts that the store had already, and that had come earlier in the same call.
         num_truncated: texts among the new ones that were longer than the model reads.
+        num_tasks: tasks that it did, see `num_tasks` there.
     """
 
     num_texts: int = 0
@@ -46,7 +47,11 @@ class BuildSummary:
     num_stored: int = 0
     num_repeated: int = 0
     num_truncated: int = 0
+    num_tasks: int = 0
     seconds: float = 0.0
+
+    def __add__(self, other: "BuildSummary") -> "BuildSummary":
+        return BuildSummary(*(one + more for one, more in zip(astuple(self), astuple(other), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,7 @@ def build_store(
     shard_size: int,
     dtype: str,
     progress: bool,
+    title: str = "embedding texts",
 ) -> BuildSummary:
     """Embeds those `texts` of a share that are not stored yet, and writes them as shards.
 
@@ -115,13 +121,14 @@ def build_store(
         is_stored: which of keys `(n, 2)` the store has: `(n,)` bool.
         num_stored: texts that the store has.
         share: which of the texts are embedded here.
+        title: of the progress.
     """
     summary, started = BuildSummary(), time.perf_counter()
     settings = read_settings(writer.path)
     num_texts = operator.length_hint(texts, 0)
     texts = iter(texts)
     first = list(islice(texts, 1))
-    with Progress("embedding texts", num_texts // share.count or None, "texts", shown=progress) as bar:
+    with Progress(title, num_texts // share.count or None, "texts", shown=progress) as bar:
         fresh = _fresh_texts(chain(first, texts), share, is_stored, summary, bar)
 
         def windows() -> Iterator[tuple[tuple[str, ...], tuple[np.ndarray, ...], Iterator[EncodedBatch]]]:

@@ -27,17 +27,24 @@ SHARD_REMEDY = (
     "Delete this file and build the store again with the same texts: only what this file held is computed anew"
 )
 INDEX_REMEDY = "Delete this file: it is made anew when the store is used"
-LOCKS = "locks"
+LOCKS, TASKS = "locks", "tasks"
 # Fields of a fingerprint that say where the text model came from. They decide no embedding: a model that was moved is still the same.
 PROVENANCE = ("model", "revision", "text_model_sha256")
 # Fields that earlier releases did not record.
 ADDED = ("model_dtype", "config", "tokenizer", "encoding", "versions")
-_WRITER = re.compile(r"writer-(\d+)-of-(\d+)")
+_WRITER = re.compile(r"(writer|task)-(\d+)-of-(\d+)")
 
 
 def shard_paths(path: Path) -> list[Path]:
     """The shards of the store at `path`, in the order in which their rows are counted."""
     return sorted(path.glob("shard-*.safetensors"), key=lambda file: (len(file.name), file.name))
+
+
+def free_name(path: Path, prefix: str) -> str:
+    """The first name of a shard beginning with `prefix` that is not taken."""
+    taken = {file.name for file in shard_paths(path)}
+    names = (f"{prefix}-{number:05d}.safetensors" for number in count())
+    return next(name for name in names if name not in taken)
 
 
 def open_shard(path: Path, dim: int, dtype: str, fingerprint: Mapping[str, Any] | None = None) -> EmbeddingShard:
@@ -80,7 +87,9 @@ def make_directory(path: Path) -> None:
     except FileExistsError as error:
         raise ValueError(f"{path} is a file: a text store is a directory") from error
     foreign = [
-        entry.name for entry in path.iterdir() if entry.name != LOCKS and not entry.name.endswith(TEMPORARY_SUFFIX)
+        entry.name
+        for entry in path.iterdir()
+        if entry.name not in (LOCKS, TASKS) and not entry.name.endswith(TEMPORARY_SUFFIX)
     ]
     # After the listing: store.json is written before the first shard, so the files of another process that starts a store here are not taken for foreign ones.
     if foreign and not (path / "store.json").exists():
@@ -96,11 +105,10 @@ def store_lock(path: Path, name: str = "store") -> FileLock:
 
 
 class Writer:
-    """One of `num_processes` that fill the store at `path`. [`writer`] makes it and holds its lock."""
+    """One of those that fill the store at `path`, which holds the lock `name`, such as "writer-0-of-4". [`writer`] makes it."""
 
-    def __init__(self, path: Path, process_index: int, num_processes: int):
-        self.path = path
-        self.name = f"writer-{process_index}-of-{num_processes}"
+    def __init__(self, path: Path, name: str):
+        self.path, self.name = path, name
 
     def write_settings(self, dim: int, dtype: str, fingerprint: dict[str, Any]) -> dict[str, Any]:
         """Writes store.json for a new store, unless another writer was faster, and raises the format of an old one. Returns its content."""
@@ -115,17 +123,18 @@ class Writer:
     def write_shard(self, embeds: torch.Tensor, keys: np.ndarray) -> None:
         """Writes `embeds (n, dim)` with `keys (n, 2)` as the next shard, or as the first that is missing: one deleted because it was damaged
         comes back in its place. After [`write_settings`]."""
+        temporary = self.write_temporary(embeds, keys)
+        with store_lock(self.path):
+            put_in_place(temporary, self.path / free_name(self.path, "shard"))
+
+    def write_temporary(self, embeds: torch.Tensor, keys: np.ndarray) -> Path:
+        """Writes a shard that is not in its place yet."""
         settings = read_settings(self.path)
         assert settings is not None
         temporary = self.path / (self.name + TEMPORARY_SUFFIX)
         with writing(temporary, self.path / "shard") as file:
             file.write(shard_content(embeds, keys, _hash_of(settings["fingerprint"])))
-        with store_lock(self.path):
-            taken = {file.name for file in shard_paths(self.path)}
-            name = next(
-                name for name in (f"shard-{number:05d}.safetensors" for number in count()) if name not in taken
-            )
-            put_in_place(temporary, self.path / name)
+        return temporary
 
     def wait_for_others(self) -> None:
         """Returns when the writers that are at work now have ended. Release the own lock before, or two writers would wait for each other."""
@@ -137,8 +146,27 @@ class Writer:
 
     def others(self) -> list[str]:
         """Names of the other writers at work. Hold the lock "store" while calling this, as it tries the locks of others."""
-        names = [file.name for file in (self.path / LOCKS).iterdir() if _WRITER.fullmatch(file.name)]
-        return [name for name in sorted(names) if name != self.name and not _is_free(self.path, name)]
+        return [name for name in self._names() if name != self.name and not _is_free(self.path, name)]
+
+    def check_division(self) -> None:
+        """ValueError if others at work divide the texts otherwise: one might embed what another has. Hold the lock "store", as for [`others`]."""
+        division = _division(self.name)
+        others = [name for name in self._names() if _division(name) != division and not _is_free(self.path, name)]
+        if others:
+            raise ValueError(
+                f"{self.path} is being filled by {', '.join(others[:3])}, but this process is {self.name}: all of them need the same number "
+                "of processes or of tasks, or one would embed what another has. Wait for them, or start as many"
+            )
+
+    def _names(self) -> list[str]:
+        return sorted(file.name for file in (self.path / LOCKS).iterdir() if _WRITER.fullmatch(file.name))
+
+
+def _division(name: str) -> tuple[str, str]:
+    """Into what, and into how many, a writer's texts are divided."""
+    match = _WRITER.fullmatch(name)
+    assert match is not None
+    return match[1], match[3]
 
 
 @contextmanager
@@ -150,17 +178,12 @@ def writer(path: Path, process_index: int, num_processes: int) -> Iterator[Write
     Raises:
         ValueError: If other processes divide the texts into another number of parts: they might embed the same ones.
     """
-    this = Writer(path, process_index, num_processes)
+    this = Writer(path, f"writer-{process_index}-of-{num_processes}")
     with ExitStack() as held:
         own = store_lock(path, this.name)
         while True:
             with store_lock(path):
-                others = this.others()
-                if any(not name.endswith(f"-of-{num_processes}") for name in others):
-                    raise ValueError(
-                        f"{path} is being filled by {', '.join(others)}, but this process is {this.name}: all of them need the same number "
-                        "of processes, or one would embed what another has. Wait for them, or start as many"
-                    )
+                this.check_division()
                 try:
                     held.enter_context(own.acquire(timeout=0))
                 except Timeout:

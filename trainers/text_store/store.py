@@ -7,7 +7,7 @@ A store is a directory:
                                `checksums` (n,) int64 of each embedding with its key; in the metadata, a hash of the fingerprint
     ...
     index.safetensors          `keys` (2, N) int64 sorted, and `rows` (N,) int64: where each embedding is, counted over all shards in order
-    locks/                     what the processes that write it tell each other
+    locks/, tasks/             what the processes that write it tell each other
 
 Shards are written whole or not at all and never changed. The index is a cache, made anew when it does not fit the shards.
 """
@@ -191,12 +191,15 @@ class TextEmbeddingStore:
         progress: bool = True,
         process_index: int = 0,
         num_processes: int = 1,
+        num_tasks: int | None = None,
     ) -> "TextEmbeddingStore":
         """Embeds those of `texts` that the store at `path` does not have yet, each once, and adds them.
 
-        A build that was interrupted goes on where it was when it is called again: to the same bytes, if it gets the same texts and settings.
-        Several processes can fill one store: each embeds the texts whose hash falls to it, into shards of its own, and then waits for
-        those that are still at work. What they leave is the same to look up as what one process leaves, but the rows are in another order.
+        A build that was interrupted continues where it was when it is called again: to the same bytes, if it gets the same texts and settings.
+
+        Several processes can fill one store. With `num_tasks`, each takes one part of the texts after the other and reads no other; with
+        `process_index` and `num_processes`, each reads all of them and embeds those whose hash falls to it. Then it waits for those that are
+        still at work. What they leave is the same to look up as what one process leaves, but the rows are in another order.
 
         Args:
             texts: any iterable of strings, read once and in pieces. From 10,000 texts on, if it tells how many there are
@@ -211,19 +214,24 @@ class TextEmbeddingStore:
             dtype: dtype of the stored embeddings: "float32", "float16" or "bfloat16".
             progress: whether to show a progress bar.
             process_index, num_processes: which of the processes that fill the store this one is. All get the same texts.
+            num_tasks: into how many tasks the texts are divided, some tens for each process. `texts` is then a list or what [`divide_texts`]
+                opens. Any number of processes call this with the same arguments, at any time; each returns when all tasks are done, also those
+                of processes that died.
 
         Returns:
             The opened store; its `build_summary` tells what this process did.
 
         Raises:
             ValueError: If the store was made by another encoder or has another dtype (names what differs, see [`encoder_fingerprint`]), if
-                an embedding is not finite (names the text), if other processes fill it as another number of processes, or if there are no
-                texts and no store.
-            OSError: If the disk has too little room, or becomes full; the shards that were finished stay.
+                an embedding is not finite (names the text), if other processes fill it as another number of processes or tasks, if its tasks
+                are of other texts and not all done, or if there are no texts and no store.
+            OSError: If the disk has too little room, or becomes full; the shards that were finished stay. With `num_tasks`: if the locks of
+                the file system do not hold between machines.
         """
         from . import build as store_build
         from .encoding import encoder_fingerprint
         from .fingerprint import check_same_encoder
+        from .tasks import DividedTexts, TextList, build_in_tasks
 
         if isinstance(texts, str):
             raise TypeError("build takes an iterable of texts, not one string")
@@ -232,6 +240,12 @@ class TextEmbeddingStore:
         if shard_size < 1:
             raise ValueError(f"shard_size must be at least 1, got {shard_size}")
         share = store_build.Share(process_index, num_processes)
+        if num_tasks is not None and num_processes > 1:
+            raise ValueError("num_tasks takes the place of process_index and num_processes: leave these out")
+        if num_tasks is not None and is_address(path):
+            raise ValueError(
+                f"tasks need a directory, and a store at an address is only read: fill one in a directory and copy it to {path}"
+            )
         fingerprint = encoder_fingerprint(model, processor)
         if is_address(path):
             started = time.perf_counter()
@@ -250,29 +264,48 @@ class TextEmbeddingStore:
             return store
         path = Path(path).absolute()
         make_directory(path)
-        with writer(path, process_index, num_processes) as this:
-            settings, stored = read_settings(path), None
-            if settings is not None:
-                check_same_encoder(path, settings, dtype, fingerprint)
-                stored = cls(path)
-            summary = store_build.build_store(
-                this,
-                texts,
-                model,
-                processor,
-                fingerprint,
-                (lambda keys: np.zeros(len(keys), bool)) if stored is None else (lambda keys: stored.find(keys) >= 0),
-                0 if stored is None else len(stored),
-                share=share,
-                token_budget=token_budget,
-                shard_size=shard_size,
-                dtype=dtype,
-                progress=progress,
-            )
-        this.wait_for_others()
-        if read_settings(path) is None:
+
+        def opened() -> "TextEmbeddingStore | None":
+            settings = read_settings(path)
+            if settings is None:
+                return None
+            check_same_encoder(path, settings, dtype, fingerprint)
+            return cls(path)
+
+        options: dict[str, Any] = {
+            "token_budget": token_budget,
+            "shard_size": shard_size,
+            "dtype": dtype,
+            "progress": progress,
+        }
+        if num_tasks is not None:
+            opened()
+            divided = TextList(texts) if isinstance(texts, Sequence) else texts
+            if not isinstance(divided, DividedTexts):
+                raise TypeError(
+                    f"num_tasks needs a list of texts, or what divide_texts opens, not a {type(texts).__name__}"
+                )
+            summary = build_in_tasks(path, divided, model, processor, fingerprint, num_tasks, **options)
+        else:
+            with writer(path, process_index, num_processes) as this:
+                stored = opened()
+                summary = store_build.build_store(
+                    this,
+                    texts,
+                    model,
+                    processor,
+                    fingerprint,
+                    (lambda keys: np.zeros(len(keys), bool))
+                    if stored is None
+                    else (lambda keys: stored.find(keys) >= 0),
+                    0 if stored is None else len(stored),
+                    share=share,
+                    **options,
+                )
+            this.wait_for_others()
+        built = opened()
+        if built is None:
             raise ValueError(f"there are no texts to embed, and no text store at {path} yet")
-        store = cls(path)
-        store.index  # noqa: B018 - made now, so that who opens the store next need not wait
-        store.build_summary = summary
-        return store
+        built.index  # noqa: B018 - made now, so that who opens the store next need not wait
+        built.build_summary = summary
+        return built

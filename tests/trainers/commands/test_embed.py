@@ -271,3 +271,21 @@ def test_launched_processes_fill_one_store(tmp_path, checkpoint):
     assert run(*arguments, "--process-index", 1, "--num-processes", 3).exit_code == 0
     store = TextEmbeddingStore(tmp_path / "store")
     assert len(store) == 40 and store.lookup(make_texts(40)).shape == (40, 32)
+
+
+def test_processes_take_tasks_and_those_of_slurm_share_texts(tmp_path, checkpoint):
+    (tmp_path / "a.txt").write_text("\n".join(make_texts(40)))
+    arguments = [tmp_path / "a.txt", "--model", checkpoint, "--shard-size", 8, "--output"]
+    for number, environment in enumerate(
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, {"RANK": "0", "WORLD_SIZE": "2"})
+    ):
+        command = ["embed", *map(str, arguments), str(tmp_path / "tasks"), "--num-tasks", "5"]
+        result = CliRunner().invoke(app, command, env=environment)
+        assert result.exit_code == 0, result.output
+        assert ("5 tasks, 40 texts: 40 embedded" if number == 0 else " 0 texts: 0 embedded") in result.output
+    for rank in ("0", "1"):
+        environment = {"SLURM_PROCID": rank, "SLURM_NTASKS": "2", "SLURM_LOCALID": rank}
+        result = CliRunner().invoke(app, ["embed", *map(str, arguments), str(tmp_path / "shares")], env=environment)
+        assert f"process {rank} of 2: " in result.output, result.output
+    tasks, shares = (TextEmbeddingStore(tmp_path / name).lookup(make_texts(40)) for name in ("tasks", "shares"))
+    torch.testing.assert_close(tasks, shares, atol=1e-5, rtol=1e-5)
