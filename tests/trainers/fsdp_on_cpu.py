@@ -6,7 +6,7 @@ Run as a program, it is `proclip`: `accelerate launch --config_file recipes/acce
 
 from typing import Any
 
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 
@@ -19,7 +19,7 @@ def choose_fsdp() -> None:
     ):
         init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
-            self.distributed_type = DistributedType.FSDP
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
             self.fsdp_plugin = fsdp_plugin
 
     AcceleratorState.__init__ = with_fsdp  # type: ignore[method-assign]

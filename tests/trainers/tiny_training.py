@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from modeling_proclip import ProCLIPConfig, ProCLIPModel
+from trainers.base.sharding import full_state, full_tensor
 from trainers.contrastive_tuning.config import ContrastiveTuningConfig
 from trainers.contrastive_tuning.trainer import ContrastiveTuningTrainer
 from trainers.inheritance.config import RepresentationInheritanceConfig
@@ -134,16 +135,17 @@ def changed_parameters(before: dict[str, torch.Tensor], model: ProCLIPModel) -> 
 
 
 def copy_state(model: ProCLIPModel) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    """All tensors of a model, whole if they are sharded."""
+    return {name: tensor.clone() for name, tensor in full_state(model).items()}
 
 
 def training_state(trainer) -> dict[str, torch.Tensor]:
     """All tensors that training has moved: model, optimizer and EMA teacher."""
     state = copy_state(trainer.model)
     for i, moments in trainer.optimizer.state_dict()["state"].items():
-        state |= {f"optimizer.{i}.{name}": value for name, value in moments.items()}
+        state |= {f"optimizer.{i}.{name}": full_tensor(value) for name, value in moments.items()}
     if getattr(trainer, "ema", None) is not None:
-        state |= {f"ema.{name}": value for name, value in trainer.ema.averaged.state_dict().items()}
+        state |= {f"ema.{name}": value for name, value in full_state(trainer.ema.averaged).items()}
     return state
 
 

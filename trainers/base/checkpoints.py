@@ -125,9 +125,18 @@ def verify(folder: str | Path) -> None:
             raise CheckpointError(f"{folder / name} was damaged after it was written: {what}")
 
 
-def check_resumable(folder: str | Path) -> None:
-    """Check that a checkpoint has what a run goes on from, besides the weights: Transformers starts anew, without a word, what is missing."""
+def check_resumable(folder: str | Path, *, num_processes: int, batch_size: int, sharded: bool) -> None:
+    """Check that a run on `num_processes`, of batches of `batch_size` rows on each, goes on from a checkpoint where it was: Transformers starts anew, without a
+    word, what is missing, and counts the rows that were read in batches of the present size. `sharded` says whether FSDP shards the parameters.
+    """
     folder = Path(folder)
+    _check_same_rows(folder, num_processes, batch_size)
+    if any(folder.glob("pytorch_model_fsdp*")) != sharded:
+        written, now = ("without", "with") if sharded else ("with", "without")
+        raise CheckpointError(
+            f"{folder} was written {written} FSDP, and this run is {now} it: resume it as it was begun, or start a new run from its weights, which "
+            "are whole (from_pretrained)"
+        )
     if any(folder.glob("global_step*")):
         return  # DeepSpeed's, which has files of its own and looks for them itself
     for pattern in (STATE_FILE, "scheduler.pt", "optimizer*", "rng_state*.pth"):
@@ -136,6 +145,26 @@ def check_resumable(folder: str | Path) -> None:
                 f"{folder / pattern} is missing, so the run cannot go on where it was (save_only_model=True leaves it out): resume from another "
                 "checkpoint, or start a new run from these weights"
             )
+
+
+def _check_same_rows(folder: Path, num_processes: int, batch_size: int) -> None:
+    """Raises CheckpointError if a step of the run that wrote `folder` had more or fewer rows. The same rows shared by another number of processes are read in
+    the same order.
+    """
+    state = _read_state(folder)
+    written = len(list(folder.glob("rng_state*.pth")))
+    if state is None or not state.train_batch_size or not written:
+        return  # named as missing, or of a release that did not record it
+    if written * state.train_batch_size != num_processes * batch_size:
+        raise CheckpointError(
+            f"{folder} was written on {written} x {state.train_batch_size} rows a step (processes x per_device_train_batch_size), and this run has "
+            f"{num_processes} x {batch_size}: it would go on with other rows. Change per_device_train_batch_size so that the product is the same"
+        )
+    if written != num_processes:
+        logger.warning(
+            f"{folder} was written on {written} processes and is resumed on {num_processes}: the rows are the same, but what is random in the "
+            "model, such as dropout, is drawn anew."
+        )
 
 
 def steps_of(folder: str | Path) -> int:
@@ -183,10 +212,16 @@ def _sha256_of(files: Any) -> str:
 
 
 def _check_without_manifest(folder: Path) -> None:
+    if _read_state(folder) is None:
+        raise UnfinishedError(f"{folder} was not written to its end ({STATE_FILE} is missing or cut)")
+
+
+def _read_state(folder: Path) -> TrainerState | None:
+    """The state of the Trainer in a checkpoint, or None if it is missing or cut."""
     try:
-        TrainerState.load_from_json(str(folder / STATE_FILE))
-    except (OSError, ValueError, TypeError) as error:
-        raise UnfinishedError(f"{folder} was not written to its end ({STATE_FILE} is missing or cut)") from error
+        return TrainerState.load_from_json(str(folder / STATE_FILE))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def _put_on_disk(file: Path) -> dict[str, Any]:

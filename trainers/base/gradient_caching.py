@@ -11,8 +11,9 @@ It costs one more forward pass, and is exact: both passes see the same random st
 """
 
 import contextlib
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterator
+from itertools import repeat
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -21,12 +22,21 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 from trainers.compute.precision import at_least_float32
 
+from .sharding import rounds_together
 from .zero import step_left_out
+
+
+class MicroBatchSequence(Protocol):
+    """A batch in parts: a list of them, or what makes them anew in each iteration."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Any]: ...
 
 
 def cached_backward(
     embed: Callable[[Any], tuple[torch.Tensor, ...]],
-    micro_batches: Iterable[Any],
+    micro_batches: MicroBatchSequence,
     loss_fn: Callable[..., torch.Tensor],
     *,
     accelerator: Accelerator,
@@ -42,7 +52,7 @@ def cached_backward(
         embed: maps a micro-batch to a tuple of embeddings, each `(rows, dim)`; called twice for every micro-batch, first without and then
             with gradient. It calls `model`, the wrapped one. All of its randomness must come from torch.
         micro_batches: the batch in parts, one after the other, at least one; they are iterated over twice. Processes may have different
-            numbers of them, except under FSDP, whose processes run every forward pass together.
+            numbers of them. Under FSDP, whose processes run every pass together, those with fewer run their last one again, without effect.
         loss_fn: maps the joined embeddings `(batch_size, dim)`, float32 or float64, to the loss `()`; it may gather them from all
             processes. Called once.
         accelerator: that of the trainer.
@@ -54,13 +64,15 @@ def cached_backward(
     Raises:
         ValueError: If there are no micro-batches.
     """
+    if not len(micro_batches):
+        raise ValueError("There are no micro-batches to train on.")
+    num_rounds = rounds_together(accelerator, len(micro_batches))
     random_states, parts = [], []
-    for micro_batch in micro_batches:
+    for micro_batch in _in_rounds(micro_batches, num_rounds):
         random_states.append(_RandomState(accelerator.device))
         with torch.no_grad(), accelerator.autocast():
             parts.append(embed(micro_batch))
-    if not parts:
-        raise ValueError("There are no micro-batches to train on.")
+    del parts[len(micro_batches) :]
     after_first_pass = _RandomState(accelerator.device)
 
     # At least float32, so that gradients are not rounded on their way.
@@ -80,20 +92,28 @@ def cached_backward(
     loss = loss.detach()
     del joined, grads
 
-    for i, micro_batch in enumerate(micro_batches):
-        last = i == len(rows) - 1
+    for i, micro_batch in enumerate(_in_rounds(micro_batches, num_rounds)):
+        last = i == num_rounds - 1
         with contextlib.nullcontext() if last else step_left_out(accelerator, model):
             random_states[i].restore()
             with accelerator.autocast():
                 embeds = embed(micro_batch)
             # It has the same gradient as the loss: d/dw sum(e(w) g) = g de/dw.
-            surrogate = sum((at_least_float32(e) * grad[i]).sum() for e, grad in zip(embeds, embed_grads, strict=True))
+            own = [grad[i] if i < len(rows) else torch.zeros_like(grad[-1]) for grad in embed_grads]
+            surrogate = sum((at_least_float32(e) * grad).sum() for e, grad in zip(embeds, own, strict=True))
             if last:
                 surrogate = surrogate + sum((parameter * grad).sum() for parameter, grad in direct)
             accelerator.backward(surrogate)
     # As after a single pass, also for what a data worker or a callback draws next.
     after_first_pass.restore()
     return loss
+
+
+def _in_rounds(micro_batches: MicroBatchSequence, num_rounds: int) -> Iterator[Any]:
+    """The micro-batches, and the last one again until there are `num_rounds`."""
+    for micro_batch in micro_batches:
+        yield micro_batch
+    yield from repeat(micro_batch, num_rounds - len(micro_batches))
 
 
 class _RandomState:

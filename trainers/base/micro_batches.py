@@ -23,6 +23,9 @@ class MicroBatches:
         self.parts: Sequence[dict[str, torch.Tensor]] = [dict(zip(batch, part, strict=True)) for part in sides]
         self.device = device
 
+    def __len__(self) -> int:
+        return len(self.parts)
+
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         return self._copied_ahead() if self.device.type == "cuda" else self._copied()
 

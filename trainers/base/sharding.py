@@ -5,6 +5,7 @@ it alone: it is an ordinary parameter on every process, in float32, that may be 
 hand: its gradient is averaged over the processes once a step.
 """
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -18,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule, StateDictType, fully_shard
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor
 
+from .distributed import row_counts
 from .replaced import replaced
 
 
@@ -83,13 +85,14 @@ def _units(model: nn.Module) -> list[str]:
 
 def separate_scalars(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     """Give the scalars of `model` groups of their own: the optimizers' fused steps take no mixture of whole and sharded parameters."""
-    whole = set(scalars(model))
-    for group in list(optimizer.param_groups):
-        ours = [parameter for parameter in group["params"] if parameter in whole]
-        if ours:
-            group["params"] = [parameter for parameter in group["params"] if parameter not in whole]
-            optimizer.add_param_group({**group, "params": ours})
-    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+    whole, groups = set(scalars(model)), optimizer.param_groups
+    separate = []
+    for group in groups:
+        of_group = group["params"]
+        for params in ([p for p in of_group if p not in whole], [p for p in of_group if p in whole]):
+            if params:
+                separate.append({**group, "params": params})
+    groups[:] = separate
 
 
 def average_scalar_gradients(accelerator: Accelerator, model: nn.Module) -> None:
@@ -100,6 +103,11 @@ def average_scalar_gradients(accelerator: Accelerator, model: nn.Module) -> None
                 parameter.grad = accelerator.reduce(parameter.grad, reduction="mean")
 
 
+def rounds_together(accelerator: Accelerator, own: int) -> int:
+    """How many forward passes this process has to make that needs `own`: under FSDP, whose processes run every pass together, as many as any process needs."""
+    return max(row_counts(torch.empty(own, device=accelerator.device))) if uses_fsdp(accelerator) else own
+
+
 def saved_whole(accelerator: Accelerator) -> Any:
     """A context in which Transformers gathers the weights of a sharded model when it saves the model, as it does only if all is saved so."""
     if not uses_fsdp(accelerator):
@@ -107,9 +115,9 @@ def saved_whole(accelerator: Accelerator) -> Any:
     return replaced(accelerator.state.fsdp_plugin, state_dict_type=StateDictType.FULL_STATE_DICT)
 
 
-def shard_like(copy: nn.Module, model: nn.Module) -> None:
-    """Shard `copy`, a module of the same structure that is not trained, as `model` is; each child of it can be called by itself. Nothing happens if `model` is
-    not sharded, or `copy` is already.
+def shard_like(twin: nn.Module, model: nn.Module) -> None:
+    """Shard `twin`, a module of the same structure that is not trained, as `model` is; each child of it can be called by itself. Nothing happens if `model` is
+    not sharded, or `twin` is already.
     """
     mesh = next((p.device_mesh for p in model.parameters() if isinstance(p, DTensor)), None)
     if mesh is None:
@@ -117,18 +125,30 @@ def shard_like(copy: nn.Module, model: nn.Module) -> None:
     children = {name for name, _ in model.named_children()}
     for name, module in reversed(list(model.named_modules())):  # what is inside comes first
         if name in children or (name and isinstance(module, FSDPModule)):
-            part = copy.get_submodule(name)
+            part = twin.get_submodule(name)
             if not isinstance(part, FSDPModule) and any(True for _ in part.parameters()):
                 # Without a backward pass nothing else would take the gathered weights away again.
                 fully_shard(part, mesh=mesh, reshard_after_forward=True)
 
 
+def structure_of(model: nn.Module) -> nn.Module:
+    """A copy of `model` without its weights, for [`gathered`]."""
+    weights = {
+        id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad)
+        for parameter in model.parameters()
+    }
+    return copy.deepcopy(model, weights)
+
+
+def gathered(structure: nn.Module, model: nn.Module) -> nn.Module:
+    """`structure` with the weights of a sharded model, whole, on the CPU of every process. All processes have to call it."""
+    structure.load_state_dict({name: tensor.cpu() for name, tensor in full_state(model).items()}, assign=True)
+    return structure
+
+
 def full_state(module: nn.Module) -> dict[str, torch.Tensor]:
     """The state dict of `module`, with whole tensors on every process. All processes have to call it."""
-    return {
-        name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        for name, tensor in module.state_dict().items()
-    }
+    return {name: full_tensor(tensor) for name, tensor in module.state_dict().items()}
 
 
 def load_full_state(module: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
@@ -137,6 +157,11 @@ def load_full_state(module: nn.Module, state: Mapping[str, torch.Tensor]) -> Non
         set_model_state_dict(module, dict(state), options=StateDictOptions(full_state_dict=True))
     else:
         module.load_state_dict(state)
+
+
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor`, whole on every process. All processes have to call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:

@@ -265,7 +265,12 @@ class StageTrainer(Trainer):
                 else:
                     folder = str(wanted)
                     checkpoints.verify(folder)
-                checkpoints.check_resumable(folder)
+                checkpoints.check_resumable(
+                    folder,
+                    num_processes=self.args.world_size,
+                    batch_size=self.args.train_batch_size,
+                    sharded=sharding.uses_fsdp(self.accelerator),
+                )
                 answer = [folder]
             except ValueError as error:
                 answer = [error]

@@ -20,6 +20,7 @@ from modeling_proclip.attention_proof import check_bidirectional
 from modeling_proclip.finite_weights import check_finite
 from modeling_proclip.prompt_template import NO_TEMPLATE, templated_tokenizer
 from trainers.base.config import Refused
+from trainers.base.sharding import uses_fsdp
 from trainers.base.trainer import StageTrainer
 from trainers.data.captions import DrawnCaptions
 from trainers.data.epochs import SetEpoch
@@ -207,6 +208,10 @@ class MaskedNextTokenTrainer(StageTrainer):
             processing_class=processing_class,
             **kwargs,
         )
+        if uses_fsdp(self.accelerator):
+            raise ValueError(
+                "masked next-token prediction has no sharded form: train it with DDP (`accelerate launch --multi_gpu`)."
+            )
         self.add_callback(SetEpoch(self.texts.rows))
 
     def compute_loss(

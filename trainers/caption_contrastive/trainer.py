@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType, gather_object, send_to_device
+from accelerate.utils import gather_object, send_to_device
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerControl
@@ -18,6 +18,7 @@ from modeling_proclip.packing import attending_by_segments, recomputes_activatio
 from modeling_proclip.pooling import pool_segments, pool_tokens
 from modeling_proclip.prompt_template import choose_template
 from trainers.base.gradient_caching import cached_backward
+from trainers.base.sharding import gathered, rounds_together, structure_of, uses_fsdp
 from trainers.base.trainer import StageTrainer
 from trainers.compute.precision import at_least_float32
 from trainers.data.epochs import SetEpoch
@@ -102,10 +103,9 @@ class CaptionContrastiveTrainer(StageTrainer):
             processing_class=self.tokenizer.tokenizer,
             **kwargs,
         )
-        if args.micro_batch_tokens and self.accelerator.distributed_type == DistributedType.FSDP:
-            raise ValueError(
-                "micro_batch_tokens gives the processes different numbers of forward passes, which FSDP runs together: leave it out."
-            )
+        if uses_fsdp(self.accelerator):
+            self._check_fsdp()
+            self._structure = structure_of(self.model)  # for `merge`
         # Packing saves what it saves on a GPU; the frozen layers' states are kept by padded rows.
         self.text_model = text_model
         if self.args.device.type == "cuda" and self.frozen is None and not recomputes_activations(text_model):
@@ -113,12 +113,27 @@ class CaptionContrastiveTrainer(StageTrainer):
         self.loss_is_scaled_for_ga = True  # each step has one batch: there is nothing to divide by
         self.add_callback(SetEpoch(self.pairs))
 
+    def _check_fsdp(self) -> None:
+        """Raises ValueError for settings with which the processes would not run the same layers at the same time, as FSDP does."""
+        if self.args.cache_frozen_layers:
+            raise ValueError(
+                "cache_frozen_layers runs some layers by themselves, and FSDP only the whole model: leave it out."
+            )
+        if self.args.micro_batch_tokens and self.args.gradient_caching_batch_size is None:
+            raise ValueError(
+                "micro_batch_tokens gives the processes different numbers of forward passes, which FSDP runs together: set "
+                "gradient_caching_batch_size too, which evens them out."
+            )
+
     def merge(self) -> PreTrainedModel:
         """The LLM with the LoRA merged into its weights, as a plain model of Transformers; save it with `save_pretrained`. A [`ProCLIPModel`] that
         was passed in has it as its `text_model`. Call this last: the trainer's model is no longer a PEFT model. Raises ValueError if a merged
-        weight is NaN or infinite, as float16's may be.
+        weight is NaN or infinite, as float16's may be. Under FSDP all processes have to call it, and it is a copy, on the CPU of each.
         """
-        merged = self.accelerator.unwrap_model(self.model).merge_and_unload()
+        model = self.accelerator.unwrap_model(self.model)
+        if uses_fsdp(self.accelerator):
+            model = gathered(self._structure, model)
+        merged = model.merge_and_unload()
         check_finite(dict(merged.named_parameters()), "the merged LLM")
         return merged
 
@@ -193,7 +208,9 @@ class CaptionContrastiveTrainer(StageTrainer):
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> torch.Tensor:
-        """Pooled embeddings `(len(texts), hidden_size)`, float32, on the CPU, with the LoRA as it is now."""
+        """Pooled embeddings `(len(texts), hidden_size)`, float32, on the CPU, with the LoRA as it is now. Under FSDP all processes have to call it, each with a
+        text at least.
+        """
         self._compute_frozen([(text, None) for text in texts])
         model = self.model
         was_training = model.training
@@ -202,10 +219,14 @@ class CaptionContrastiveTrainer(StageTrainer):
         batches, order = micro_batches(
             rows, self.tokenizer.pad_token_id, token_budget=self._token_budget(), packed=self.data_collator.packed
         )
+        idle = rounds_together(self.accelerator, len(batches)) - len(batches)
         with self.compute_loss_context_manager():
-            embeds = [self.embed(model, send_to_device(batch, self.accelerator.device)).cpu() for batch in batches]
+            embeds = [
+                self.embed(model, send_to_device(batch, self.accelerator.device)).cpu()
+                for batch in [*batches, *batches[-1:] * idle]
+            ]
         model.train(was_training)
-        return torch.cat(embeds)[order.argsort()]
+        return torch.cat(embeds[: len(batches)])[order.argsort()]
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -226,12 +247,12 @@ class CaptionContrastiveTrainer(StageTrainer):
         start = time.time()
         texts = [caption_list(eval_dataset[i], f"evaluation row {i}")[:2] for i in range(len(eval_dataset))]
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
-        own = texts[rank::ranks]
-        own_embeds = self.embed_texts([text for pair in own for text in pair]).unflatten(0, (-1, 2)) if own else None
+        own = texts[rank::ranks] or texts[:1]  # a process without a row of its own takes part all the same
+        own_embeds = self.embed_texts([text for pair in own for text in pair]).unflatten(0, (-1, 2))
         embeds = torch.empty(len(texts), 2, self.model.config.hidden_size)
         for number, part in gather_object([(rank, own_embeds)]):
-            if part is not None:
-                embeds[number::ranks] = part
+            rows = embeds[number::ranks]
+            rows.copy_(part[: len(rows)])
         first, second = embeds.unbind(1)
         size = self.args.eval_batch_size
         losses = [

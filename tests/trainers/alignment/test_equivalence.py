@@ -22,6 +22,7 @@ from tests.trainers.tiny_training import (
     training_state,
     tuning_trainer,
 )
+from trainers.base.sharding import full_tensor
 
 
 # Eight steps in two epochs, with a checkpoint in the middle of the second, to resume from; the others take two steps.
@@ -62,7 +63,7 @@ class KeepGradients(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         if not self.gradients:
             named = model.named_parameters()
-            self.gradients = {name: p.grad.clone() for name, p in named if p.grad is not None}
+            self.gradients = {name: full_tensor(p.grad).clone() for name, p in named if p.grad is not None}
 
 
 def make_trainer(case: str, caching: bool, folder: Path, world_size: int, **changes):

@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import TrainerState
 
 from tests.trainers.tiny_training import (
     assert_same_bits,
@@ -214,3 +216,28 @@ def test_the_manifest_says_what_was_written(tmp_path):
     assert [file.name for file in folder.iterdir()] == [MANIFEST]
     with pytest.raises(CheckpointError, match="was not written to its end"):
         verify(folder)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, None),
+        ({"num_processes": 3, "batch_size": 4}, None),  # as many rows a step
+        (
+            {"num_processes": 3},
+            r"written on 2 x 6 rows a step .* this run has 3 x 6: .* Change per_device_train_batch_size",
+        ),
+        ({"batch_size": 12}, "this run has 2 x 12"),
+        ({"sharded": True}, "written without FSDP, and this run is with it"),
+    ],
+)
+def test_a_run_of_another_kind_is_refused(tmp_path, settings, message, caplog):
+    """Else Transformers would count the rows that were read in batches of the present size."""
+    state = TrainerState(train_batch_size=6, global_step=3)
+    state.save_to_json(str(tmp_path / "trainer_state.json"))
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state_0.pth", "rng_state_1.pth"):
+        (tmp_path / name).touch()
+    run = {"num_processes": 2, "batch_size": 6, "sharded": False, **settings}
+    with nullcontext() if message is None else pytest.raises(ValueError, match=message):
+        checkpoints.check_resumable(tmp_path, **run)
+    assert ("dropout, is drawn anew" in caplog.text) == (run["num_processes"] == 3 and message is None)
