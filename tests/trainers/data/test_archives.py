@@ -9,10 +9,14 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils.data import DataLoader
 
 from tests.trainers.tiny_pairs import picture_bytes
 from trainers.data import PairSource, iter_texts, open_pairs
 from trainers.data.archives import TarShard
+from trainers.data.stream_evaluation import EvaluationBatches
+from trainers.data.stream_loader import StreamLoader
 from trainers.data.text_files import read_texts
 
 
@@ -175,6 +179,47 @@ def test_a_broken_member_is_a_broken_row(tmp_path, situation, streaming):
     ):
         with pytest.raises(ValueError, match=rf"0 broken images and 1 rows without .*a\.tar, 00001: {message}"):
             fails()
+
+
+def _number(rows) -> list[int]:
+    return [row["image"].getpixel((0, 0))[0] for row in rows]
+
+
+def _evaluated(rows) -> dict:
+    return {"numbers": torch.tensor(_number(rows))}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_members_broken_in_every_way_are_counted_in_training_and_evaluation_on_a_stream(tmp_path, num_workers):
+    """Of 13 rows, 1, 2 and 3 have broken images or none, 4 and 5 texts in other encodings, 6 no text, 7 no image, and 12 a link."""
+    members = rows_of(*range(12))
+    members |= {"00001.png": b"broken", "00002.png": members["00002.png"][:50], "00004.txt": b"caf\xe9"}
+    members |= {"00005.txt": "a fox".encode("utf-16")}
+    for name in ("00003.png", "00006.txt", "00007.png"):
+        del members[name]
+    with tarfile.open(pack(tmp_path / "a.tar", members), "a") as tar:
+        link = tarfile.TarInfo("00012.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "00000.png"
+        tar.addfile(link)
+    source = PairSource(
+        source=str(tmp_path),
+        image_column="png",
+        text_columns="txt",
+        streaming=True,
+        shuffle_buffer_size=3,
+        max_broken_fraction=0.9,
+    )
+    good, stream = [0, 8, 9, 10, 11], open_pairs(source)
+    loader = StreamLoader(stream, 1, _number)
+    batches = iter(loader)
+    assert sorted(next(batches)[0] for _ in good) == good
+    next(batches)  # of the next epoch: the first one is read to its end
+    skipped = loader.skipped()
+    assert skipped.broken_images >= 4 and skipped.without_caption >= 4
+    assert skipped.rows == len(good) + 1 + skipped.skipped
+    evaluated = DataLoader(EvaluationBatches(stream, 4, _evaluated), batch_size=None, num_workers=num_workers)
+    shown = [(batch["numbers"].tolist()[: int(batch["real_rows"])], len(batch["numbers"])) for batch in evaluated]
+    assert shown == [([0], 1), ([], 1), ([8, 9, 10, 11], 4), ([], 1)]
 
 
 def test_links_sparse_and_huge_members_are_broken_rows(tmp_path):

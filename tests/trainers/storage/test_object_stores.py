@@ -8,6 +8,7 @@ from huggingface_hub import HfApi
 from tests.hub_server import TOKEN, hub_server
 from tests.object_server import SECRET
 from trainers.storage import object_stores
+from trainers.storage.file_cache import cached_files
 from trainers.storage.object_stores import download, is_address, list_remote
 
 
@@ -129,5 +130,13 @@ def test_files_of_a_dataset_on_the_hub(tmp_path, monkeypatch):
         )
         (file,) = list_remote("hf://datasets/alice/texts/data")
         assert (file.url, file.size) == ("hf://datasets/alice/texts/data/a.txt", 6)
-        download(file, tmp_path / "a.txt")
-        assert (tmp_path / "a.txt").read_bytes() == b"a fox\n"
+        monkeypatch.setenv("PROCLIP_CACHE", str(tmp_path / "cache"))
+        with cached_files(file.url, [file]) as cached:
+            assert (cached.folder / "a.txt").read_bytes() == b"a fox\n"
+        # At a commit too, which a later one does not change.
+        commit = api.dataset_info("alice/texts").sha
+        api.delete_file("data/a.txt", "alice/texts", repo_type="dataset")
+        (kept,) = list_remote(f"hf://datasets/alice/texts@{commit}/data")
+        assert (kept.name, kept.version) == (file.name, file.version)
+        with pytest.raises(FileNotFoundError, match="there is nothing at hf://datasets/alice/texts/data"):
+            list_remote("hf://datasets/alice/texts/data")
