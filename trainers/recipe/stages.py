@@ -55,7 +55,7 @@ def teacher(steps: RecipeSteps) -> tuple[PreTrainedModel, Any]:
 
 def llm_trainer(steps: RecipeSteps, stage: str) -> MaskedNextTokenTrainer | CaptionContrastiveTrainer:
     """The trainer of a stage that tunes the LLM. RecipeError if masked tokens are to be predicted by an LLM without its language-modelling head."""
-    args, (text, revision) = steps.arguments[stage], steps.llm_of(stage)
+    args, (text, revision) = steps.new_arguments(stage), steps.llm_of(stage)
     rows, held_out = _rows(steps, stage, images=False), _held_out(steps, stage, images=False)
     loading: dict[str, Any] = {
         "revision": revision,
@@ -97,7 +97,7 @@ def load_pair(steps: RecipeSteps, stage: str) -> tuple[ProCLIPModel, ProCLIPProc
 
 def alignment_trainer(steps: RecipeSteps, stage: str, model: ProCLIPModel, processor: ProCLIPProcessor) -> Trainer:
     """The trainer of stage 1 or stage 2."""
-    args, images = steps.arguments[stage], stage == "contrastive_tuning"
+    args, images = steps.new_arguments(stage), stage == "contrastive_tuning"
     rows, held_out = _rows(steps, stage, images=images), _held_out(steps, stage, images=images)
     text_store: Any = TextEmbeddingStore(steps.store_path("llm"))
     if steps.samples("llm"):

@@ -42,7 +42,7 @@ class RecipeSteps:
         llm_stages = [stage for stage in recipe.stages if stage in LLM_STAGES]
         if recipe.data.eval is not None and recipe.data.eval.streaming and llm_stages:
             raise RecipeError(f"data.eval.streaming: {llm_stages[0]} reads held-out rows by number; leave it false")
-        self.arguments = {name: self._arguments(name) for name in recipe.stages}
+        self.arguments = {name: self.new_arguments(name) for name in recipe.stages}
 
     # What a step starts from
 
@@ -187,7 +187,10 @@ class RecipeSteps:
             values["stages"][name] = {**values["stages"][name], **ours}
         return values
 
-    def _arguments(self, name: str) -> Any:
+    def new_arguments(self, name: str) -> Any:
+        """The trainer config of a stage. Making it also makes accelerate forget the trainer that came before, and DeepSpeed's settings for that, which
+        another trainer of this process would refuse.
+        """
         stage = self.recipe.stages[name]
         derived = derived_arguments(name, stage, self.processes.num_processes)
         if name in LLM_STAGES and self._is_stream(name):
