@@ -77,6 +77,14 @@ def test_smaller_embeddings(folder, images):
     assert names["image_embeds"].shape == (1, 4)
 
 
+def test_embed_a_large_corpus(folder):
+    (folder / "captions").mkdir()
+    for number in range(3):
+        (folder / "captions" / f"{number}.txt").write_text("\n".join(CAPTIONS[number:]))
+    store = run_page("docs/how_to/embed_large_corpora.md", {})["store"]
+    assert len(store) == 8 and store.build_summary.num_tasks == 20
+
+
 def test_align_a_new_llm(folder, images):
     write_parts(folder)
     page, settings = (

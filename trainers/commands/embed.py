@@ -11,6 +11,9 @@ import typer
 from .options import ATTENTION, DEVICE, TOKEN_BUDGET
 
 
+_SEVERAL = "Several processes"  # heads their options in the help
+
+
 def embed(
     texts: Annotated[
         str | None,
@@ -62,30 +65,40 @@ def embed(
         int | None,
         typer.Option(
             min=1,
-            help="Divide TEXTS into so many tasks, some tens for each device. Processes, also on several machines that share the output "
-            "directory, take tasks until all are done; start any number of them, at any time, with the same command.",
+            help="Divide TEXTS into this many tasks, which processes take until all are done. Some tens for each device. With --engine ray: 100.",
+            rich_help_panel=_SEVERAL,
         ),
     ] = None,
     engine: Annotated[
         Literal["local", "ray"],
         typer.Option(
-            help="ray: start a worker for each device of a Ray cluster, or of this machine if there is none, and give them the tasks."
+            help="ray: a worker for each device takes tasks, on the cluster that RAY_ADDRESS names, or else on this machine.",
+            rich_help_panel=_SEVERAL,
         ),
     ] = "local",
     num_workers: Annotated[
         int | None,
-        typer.Option(min=1, help="Workers of --engine ray. Default: one for each GPU, or else for each machine."),
+        typer.Option(
+            min=1,
+            help="Workers of --engine ray. Default: one for each GPU, or one for each machine if there is none.",
+            rich_help_panel=_SEVERAL,
+        ),
     ] = None,
     process_index: Annotated[
         int | None,
         typer.Option(
             min=0,
-            help="Without --num-tasks: index of this process among those that fill the store, each of which reads all TEXTS and embeds its "
-            "share. Default: from the launcher (accelerate, torchrun, srun).",
+            help="Without tasks: index of this process. Default: from the launcher.",
+            rich_help_panel=_SEVERAL,
         ),
     ] = None,
     num_processes: Annotated[
-        int | None, typer.Option(min=1, help="Number of these processes. Default: from the launcher.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Without tasks: number of processes. Default: from the launcher.",
+            rich_help_panel=_SEVERAL,
+        ),
     ] = None,
     verify: Annotated[
         str | None,
@@ -100,8 +113,9 @@ def embed(
     stage 1. To resume a stopped run, give the same command again. Costs one forward pass for each text, and disk space of one embedding
     for each text.
 
-    A large corpus is divided by --num-tasks: each process reads only its own tasks, and does those of processes that died. Without it, processes
-    started by `accelerate launch`, `torchrun` or `srun`, or each with its own --process-index, read all texts and share the embedding.
+    **Several processes** fill one store. With --num-tasks, each process reads only the tasks that it takes. Start any number of them with the same
+    command, at any time, on any machine that shares the output directory; the tasks of processes that died are done by the others. Without it,
+    every process reads all texts and embeds its share: under `accelerate launch`, `torchrun` or `srun`, or each with its own --process-index.
     """
     if verify is not None:
         if output is not None:

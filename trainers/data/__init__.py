@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from .languages import BalancedLanguages
     from .pairs import PairRows, PairSource, PairStream, iter_texts, open_pairs
+    from .text_files import divide_texts
 
 _MODULES = {
     "BalancedLanguages": "trainers.data.languages",
@@ -22,6 +23,7 @@ _MODULES = {
     "PairSource": "trainers.data.pairs",
     "PairStream": "trainers.data.pairs",
     "TextEmbeddingStore": "trainers.text_store.store",
+    "divide_texts": "trainers.data.text_files",
     "encode_texts": "trainers.text_store.encoding",
     "iter_texts": "trainers.data.pairs",
     "open_pairs": "trainers.data.pairs",
@@ -34,6 +36,7 @@ __all__ = [
     "PairSource",
     "PairStream",
     "TextEmbeddingStore",
+    "divide_texts",
     "encode_texts",
     "iter_texts",
     "open_pairs",

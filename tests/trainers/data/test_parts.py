@@ -101,6 +101,17 @@ def test_a_part_opens_its_own_files_only(tmp_path, monkeypatch):
     assert [file for file in opened if file.endswith(".tar")] == [str(tmp_path / "2.tar")]
 
 
+def test_a_file_in_an_object_store_is_downloaded_by_the_part_that_has_it(tmp_path, bucket):
+    for number in range(4):
+        (tmp_path / f"{number}.txt").write_text("\n".join(TEXTS[number * 15 : number * 15 + 15]))
+        bucket.system.pipe_file(f"{bucket.url}/texts/{number}.txt", (tmp_path / f"{number}.txt").read_bytes())
+    divided = divide_texts(f"{bucket.url}/texts")
+    assert divided.most_parts() == 4 and list(divided.part(0, 4)) == TEXTS[:15]
+    assert list(bucket.entries()) == ["texts/0.txt"]
+    parts = [list(divided.part(index, 8)) for index in range(8)]
+    assert list(itertools.chain(*parts)) == TEXTS and sorted(map(len, parts)) == [0] * 4 + [15] * 4
+
+
 def test_bytes_of_other_parts_are_not_read(tmp_path):
     """What is damaged in one part does not disturb another, and is named where it is."""
     lines = "\n".join(TEXTS * 20).encode()
