@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 STATE_FILE = "trainer_state.json"
+_FILES_OF_ENGINES = {"FSDP": "pytorch_model_fsdp*", "DeepSpeed": "global_step*"}
 _NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)", re.ASCII)
 _CHUNK = 2**20  # bytes
 
@@ -125,26 +126,34 @@ def verify(folder: str | Path) -> None:
             raise CheckpointError(f"{folder / name} was damaged after it was written: {what}")
 
 
-def check_resumable(folder: str | Path, *, num_processes: int, batch_size: int, sharded: bool) -> None:
+def check_resumable(folder: str | Path, *, num_processes: int, batch_size: int, engine: str | None) -> None:
     """Check that a run on `num_processes`, of batches of `batch_size` rows on each, goes on from a checkpoint where it was: Transformers starts anew, without a
-    word, what is missing, and counts the rows that were read in batches of the present size. `sharded` says whether FSDP shards the parameters.
+    word, what is missing, and counts the rows that were read in batches of the present size. `engine` is "FSDP", "DeepSpeed" or None.
     """
     folder = Path(folder)
-    _check_same_rows(folder, num_processes, batch_size)
-    if any(folder.glob("pytorch_model_fsdp*")) != sharded:
-        written, now = ("without", "with") if sharded else ("with", "without")
-        raise CheckpointError(
-            f"{folder} was written {written} FSDP, and this run is {now} it: resume it as it was begun, or start a new run from its weights, which "
-            "are whole (from_pretrained)"
-        )
-    if any(folder.glob("global_step*")):
-        return  # DeepSpeed's, which has files of its own and looks for them itself
-    for pattern in (STATE_FILE, "scheduler.pt", "optimizer*", "rng_state*.pth"):
+    written_by = next((name for name, files in _FILES_OF_ENGINES.items() if any(folder.glob(files))), None)
+    optimizer = "global_step*" if written_by == "DeepSpeed" else "optimizer*"
+    for pattern in (STATE_FILE, "scheduler.pt", optimizer, "rng_state*.pth"):
         if not any(folder.glob(pattern)):
             raise MissingFileError(
                 f"{folder / pattern} is missing, so the run cannot go on where it was (save_only_model=True leaves it out): resume from another "
                 "checkpoint, or start a new run from these weights"
             )
+    if written_by != engine:
+        before, now = (
+            "without FSDP or DeepSpeed" if name is None else f"under {name}" for name in (written_by, engine)
+        )
+        raise CheckpointError(
+            f"{folder} was written {before}, and this run is {now}: resume it as it was begun, or start a new run from its weights, which are whole "
+            "(from_pretrained)"
+        )
+    parts = len(list(folder.glob("global_step*/*_optim_states.pt")))
+    if written_by == "DeepSpeed" and parts != num_processes:
+        raise CheckpointError(
+            f"{folder} was written on {parts} processes, and DeepSpeed resumes on as many, not on {num_processes}: start as many, or start a new run "
+            "from its weights, which are whole (from_pretrained)"
+        )
+    _check_same_rows(folder, num_processes, batch_size)
 
 
 def _check_same_rows(folder: Path, num_processes: int, batch_size: int) -> None:

@@ -52,7 +52,7 @@ def cached_backward(
         embed: maps a micro-batch to a tuple of embeddings, each `(rows, dim)`; called twice for every micro-batch, first without and then
             with gradient. It calls `model`, the wrapped one. All of its randomness must come from torch.
         micro_batches: the batch in parts, one after the other, at least one; they are iterated over twice. Processes may have different
-            numbers of them. Under FSDP, whose processes run every pass together, those with fewer run their last one again, without effect.
+            numbers of them. Under FSDP and DeepSpeed, whose processes run them together, those with fewer run their last one again, without effect.
         loss_fn: maps the joined embeddings `(batch_size, dim)`, float32 or float64, to the loss `()`; it may gather them from all
             processes. Called once.
         accelerator: that of the trainer.

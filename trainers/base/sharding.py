@@ -21,11 +21,17 @@ from torch.distributed.tensor import DTensor
 
 from .distributed import row_counts
 from .replaced import replaced
+from .zero import uses_deepspeed
 
 
 def uses_fsdp(accelerator: Accelerator) -> bool:
     """Whether `accelerator` shards parameters by FSDP."""
     return accelerator.distributed_type == DistributedType.FSDP
+
+
+def engine_of(accelerator: Accelerator) -> str | None:
+    """What shares a training out over the processes: "FSDP", "DeepSpeed", or None."""
+    return "FSDP" if uses_fsdp(accelerator) else "DeepSpeed" if uses_deepspeed(accelerator) else None
 
 
 def check_engine(accelerator: Accelerator) -> None:
@@ -104,8 +110,12 @@ def average_scalar_gradients(accelerator: Accelerator, model: nn.Module) -> None
 
 
 def rounds_together(accelerator: Accelerator, own: int) -> int:
-    """How many forward passes this process has to make that needs `own`: under FSDP, whose processes run every pass together, as many as any process needs."""
-    return max(row_counts(torch.empty(own, device=accelerator.device))) if uses_fsdp(accelerator) else own
+    """How many passes this process has to make that needs `own`: as many as any process needs under FSDP, whose processes run all passes together, and under
+    DeepSpeed, whose processes run backward passes together.
+    """
+    if not (uses_fsdp(accelerator) or uses_deepspeed(accelerator)):
+        return own
+    return max(row_counts(torch.empty(own, device=accelerator.device)))
 
 
 def saved_whole(accelerator: Accelerator) -> Any:

@@ -269,7 +269,7 @@ class StageTrainer(Trainer):
                     folder,
                     num_processes=self.args.world_size,
                     batch_size=self.args.train_batch_size,
-                    sharded=sharding.uses_fsdp(self.accelerator),
+                    engine=sharding.engine_of(self.accelerator),
                 )
                 answer = [folder]
             except ValueError as error:

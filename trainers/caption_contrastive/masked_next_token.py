@@ -20,7 +20,7 @@ from modeling_proclip.attention_proof import check_bidirectional
 from modeling_proclip.finite_weights import check_finite
 from modeling_proclip.prompt_template import NO_TEMPLATE, templated_tokenizer
 from trainers.base.config import Refused
-from trainers.base.sharding import uses_fsdp
+from trainers.base.sharding import engine_of
 from trainers.base.trainer import StageTrainer
 from trainers.data.captions import DrawnCaptions
 from trainers.data.epochs import SetEpoch
@@ -208,9 +208,9 @@ class MaskedNextTokenTrainer(StageTrainer):
             processing_class=processing_class,
             **kwargs,
         )
-        if uses_fsdp(self.accelerator):
+        if engine_of(self.accelerator) is not None:
             raise ValueError(
-                "masked next-token prediction has no sharded form: train it with DDP (`accelerate launch --multi_gpu`)."
+                "masked next-token prediction is not trained under FSDP or DeepSpeed: use DDP (`accelerate launch --multi_gpu`)."
             )
         self.add_callback(SetEpoch(self.texts.rows))
 

@@ -228,7 +228,7 @@ def test_the_manifest_says_what_was_written(tmp_path):
             r"written on 2 x 6 rows a step .* this run has 3 x 6: .* Change per_device_train_batch_size",
         ),
         ({"batch_size": 12}, "this run has 2 x 12"),
-        ({"sharded": True}, "written without FSDP, and this run is with it"),
+        ({"engine": "FSDP"}, "written without FSDP or DeepSpeed, and this run is under FSDP"),
     ],
 )
 def test_a_run_of_another_kind_is_refused(tmp_path, settings, message, caplog):
@@ -237,7 +237,32 @@ def test_a_run_of_another_kind_is_refused(tmp_path, settings, message, caplog):
     state.save_to_json(str(tmp_path / "trainer_state.json"))
     for name in ("optimizer.pt", "scheduler.pt", "rng_state_0.pth", "rng_state_1.pth"):
         (tmp_path / name).touch()
-    run = {"num_processes": 2, "batch_size": 6, "sharded": False, **settings}
+    run = {"num_processes": 2, "batch_size": 6, "engine": None, **settings}
     with nullcontext() if message is None else pytest.raises(ValueError, match=message):
         checkpoints.check_resumable(tmp_path, **run)
     assert ("dropout, is drawn anew" in caplog.text) == (run["num_processes"] == 3 and message is None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "left_out", "message"),
+    [
+        ({}, None, None),
+        ({"engine": None}, None, "written under DeepSpeed, and this run is without FSDP or DeepSpeed"),
+        (
+            {"num_processes": 3, "batch_size": 4},
+            None,
+            "written on 2 processes, and DeepSpeed resumes on as many, not on 3",
+        ),
+        ({"batch_size": 12}, None, "this run has 2 x 12"),
+        ({}, "scheduler.pt", "scheduler.pt is missing"),
+    ],
+)
+def test_a_run_of_another_kind_than_deepspeeds_is_refused(tmp_path, settings, left_out, message):
+    TrainerState(train_batch_size=6, global_step=3).save_to_json(str(tmp_path / "trainer_state.json"))
+    (tmp_path / "global_step3").mkdir()
+    parts = [f"global_step3/zero_pp_rank_{i}_mp_rank_00_optim_states.pt" for i in range(2)]
+    for name in {"scheduler.pt", "rng_state_0.pth", "rng_state_1.pth", *parts} - {left_out}:
+        (tmp_path / name).touch()
+    run = {"num_processes": 2, "batch_size": 6, "engine": "DeepSpeed", **settings}
+    with nullcontext() if message is None else pytest.raises(ValueError, match=message):
+        checkpoints.check_resumable(tmp_path, **run)

@@ -68,8 +68,8 @@ def resume(case: str, caching: bool, folder: Path, world_size: int) -> dict[str,
 
 def stage_0(caching: bool, folder: Path, world_size: int, **settings) -> dict:
     """Three steps of the LLM's LoRA, and what the tuned LLM embeds."""
-    if caching:
-        settings["gradient_caching_batch_size"] = 2
+    if caching:  # with other numbers of micro-batches on each process
+        settings |= {"gradient_caching_batch_size": 2, "micro_batch_tokens": 60}
     trainer = tiny_llm.trainer(
         folder,
         per_device_train_batch_size=6 // world_size,

@@ -40,9 +40,7 @@ def content(tmp_path_factory):
 @pytest.fixture(scope="module")
 def one_process(content, tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
-    Curriculum(
-        load_recipe(write_recipe(folder / "recipe.yaml", {**content, "output_dir": str(folder / "out")}))
-    ).run()
+    Curriculum(load_recipe(write_recipe(folder / "recipe.yaml", {**content, "output_dir": str(folder / "out")}))).run()
     return folder / "out"
 
 
