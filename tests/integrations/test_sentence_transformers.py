@@ -1,7 +1,6 @@
 """SentenceTransformer loads a checkpoint as it was saved: the same embeddings of unit length, for texts and pictures; and trains it."""
 
 import json
-import pickle
 from pathlib import Path
 
 import numpy as np
@@ -148,12 +147,20 @@ def test_shorter_embeddings(checkpoint, truncate_dim):
     np.testing.assert_allclose(cosines, expected.image_embeds @ expected.text_embeds.T, atol=1e-5)
 
 
-def test_other_processes_get_the_same_model(checkpoint):
-    """A pool sends it to them as a pickle."""
-    model = SentenceTransformer(str(checkpoint))
-    sent = pickle.loads(pickle.dumps(model))
-    for inputs in (TEXTS, PICTURES):
-        np.testing.assert_array_equal(sent.encode(inputs), model.encode(inputs))
+def test_a_pool_of_two_processes_encodes_as_one(checkpoint):
+    """sentence-transformers spawns them and sends each the model as a pickle."""
+    model = SentenceTransformer(str(checkpoint), prompts={"query": "query: "})
+    pool = model.start_multi_process_pool(["cpu", "cpu"])
+    try:
+        for inputs, settings in (
+            (TEXTS, {}),
+            (TEXTS, {"prompt_name": "query", "truncate_dim": 5, "normalize_embeddings": True}),
+            (PICTURES, {}),
+        ):
+            encoded = model.encode(inputs, pool=pool, chunk_size=2, batch_size=2, **settings)
+            np.testing.assert_allclose(encoded, model.encode(inputs, **settings), atol=1e-5)
+    finally:
+        model.stop_multi_process_pool(pool)
 
 
 def test_texts_are_padded_whoever_asks_for_unpadded_ones(checkpoint, caplog):
