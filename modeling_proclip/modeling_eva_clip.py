@@ -83,7 +83,7 @@ class EvaCLIPEmbeddings(nn.Module):
                 "convert the checkpoint with another image_size."
             )
         patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
-        class_token = self.class_embedding.expand(len(patches), 1, -1)
+        class_token = self.class_embedding.expand(patches.shape[0], 1, -1)
         return torch.cat([class_token, patches], dim=1) + self.position_embedding
 
 

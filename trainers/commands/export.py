@@ -12,7 +12,7 @@ def export(
     format: Annotated[Literal["onnx"], typer.Option(help="What to write.")] = "onnx",
     quantize: Annotated[
         Literal["int8"] | None,
-        typer.Option(help="Store weights in 8 bits: a quarter of the size, and some of the score."),
+        typer.Option(help="Store most weights in 8 bits: less than half the size, and a little of the score."),
     ] = None,
 ) -> None:
     """Write the image side and the text side of a checkpoint as two ONNX files, with the processor's files beside them.

@@ -5,16 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import onnx
 import onnxruntime
 import onnxscript  # noqa: F401  by which torch translates: a missing package is named before a model is loaded
 import torch
-from onnxruntime.quantization import QuantType, quantize_dynamic
 from transformers import AutoModel, AutoProcessor, ProcessorMixin
 
 import modeling_proclip  # noqa: F401  registers the classes
 from modeling_proclip import ProCLIPModel, ProCLIPProcessor
 from modeling_proclip.conversion.output import new_folder
 
+from .int8 import quantize_weights
 from .sides import ImageSide, Side, TextSide, examples, export_program
 
 
@@ -47,8 +48,7 @@ def export_onnx(name_or_path: str, output: Path, quantize: Literal["int8"] | Non
     Args:
         name_or_path: folder or Hub name of a ProCLIP checkpoint. It is exported in float32, whatever it is stored in.
         output: a new or empty folder.
-        quantize: "int8" stores the weights of matrix products and embedding tables in 8 bits; activations are quantised as they come, which
-            LLMs with a few very large activations do not bear.
+        quantize: "int8" stores most weights of matrix products and embedding tables in 8 bits; see [`trainers.export.int8.quantize_weights`].
 
     Raises:
         ValueError: If `output` is no empty folder, the model is no whole ProCLIP, a side cannot be exported, or its embeddings are further from
@@ -85,7 +85,7 @@ def _export_side(
         if not cosine >= INT8_MIN_COSINE:
             raise ValueError(
                 f"{file.name} in int8 would give embeddings with a cosine of {cosine:.3f} with the model's (at least {INT8_MIN_COSINE} is asked), "
-                "so nothing was written: this model does not bear 8-bit activations; export it without --quantize"
+                "so nothing was written: 8 bits are too few for this model; export it without --quantize"
             )
     return ExportedSide(file.name, _num_bytes(file), difference, cosine)
 
@@ -120,20 +120,18 @@ def _compare(side: Side, processor: ProCLIPProcessor, file: Path) -> tuple[float
 
 
 def _quantize(file: Path) -> None:
-    """Replace `file` by itself in int8."""
-    large = file.with_name("float32.onnx")
-    weights = file.with_name(file.name + ".data")
-    file.rename(large)  # weights beside it are found by their name, which stays
-    quantize_dynamic(
-        large,
-        file,
-        op_types_to_quantize=["MatMul", "Gemm", "Gather"],
-        per_channel=True,
-        weight_type=QuantType.QInt8,
-        use_external_data_format=weights.exists(),
-    )
-    large.unlink()
+    """Replace `file`, and the weights beside it if there are any, by the same in int8."""
+    model = onnx.load(file)
+    for part in _parts(file):
+        part.unlink()
+    quantize_weights(model)
+    onnx.save(model, file, save_as_external_data=model.ByteSize() > _MAX_PROTOBUF, location=f"{file.name}.data")
+
+
+def _parts(file: Path) -> list[Path]:
+    """`file`, and the file of its weights if they are too many for one."""
+    return list(file.parent.glob(f"{file.name}*"))
 
 
 def _num_bytes(file: Path) -> int:
-    return sum(part.stat().st_size for part in file.parent.glob(f"{file.name}*"))
+    return sum(part.stat().st_size for part in _parts(file))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lancedb.index import FTS, IvfFlat, IvfSq
+from lancedb.index import FTS
 from transformers import BatchFeature
 
 from modeling_proclip.images import BrokenImage, decode_image
@@ -282,16 +282,9 @@ class _Update:
         if len(self.index) and "words_idx" not in have:
             images.create_index("words", config=FTS(stem=False, remove_stop_words=False))
         if len(self.index) >= APPROXIMATE_FROM and "embedding_idx" not in have:
-            self._create_embedding_index()
+            self.index.approximate()
         checksums = self.index.rows(images, ["checksum"])["checksum"].to_pylist()
         summary.total, summary.duplicates = len(checksums), len(checksums) - len(set(checksums))
         summary.num_links = self.folder.num_links
         found = self.index.rows(self.index.unreadable, ["path", "reason"]).to_pydict()
         summary.unreadable = sorted([*zip(found["path"], found["reason"]), *self.folder.unlisted])
-
-    def _create_embedding_index(self) -> None:
-        """The approximate index, of float32 and binary embeddings: the database compares no int8 ones, which are searched exactly."""
-        if self.index.precision != "int8":
-            binary = self.index.precision == "binary"
-            config = IvfFlat(distance_type="hamming") if binary else IvfSq(distance_type="cosine")
-            self.index.images.create_index("embedding", config=config)

@@ -13,6 +13,7 @@ from typing import Any
 
 import lancedb
 import pyarrow as pa
+from lancedb.index import IvfFlat, IvfSq
 
 from trainers.compute.quantization import Precision, Quantization
 from trainers.storage.files import TEMPORARY_SUFFIX, write_file
@@ -148,6 +149,13 @@ class ImageIndex:
         """Path -> signature of every row of `table`."""
         found = self.rows(table, ["path", *_SIGNATURE]).to_pydict()
         return dict(zip(found["path"], zip(*(found[name] for name in _SIGNATURE))))
+
+    def approximate(self) -> None:
+        """Build the approximate index of float32 or binary embeddings. The database cannot compare int8 ones, which are searched exactly."""
+        if self.precision != "int8":
+            binary = self.precision == "binary"
+            config = IvfFlat(distance_type="hamming") if binary else IvfSq(distance_type="cosine")
+            self.images.create_index("embedding", config=config)
 
     @staticmethod
     def file_columns(path: str, signature: Sequence[int]) -> dict[str, Any]:

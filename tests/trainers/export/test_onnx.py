@@ -12,6 +12,8 @@ from tests.integrations.test_documentation import run_page
 from tests.modeling_proclip import tiny
 from trainers.cli import app
 from trainers.export import onnx as export
+from trainers.export.int8 import quantize_weights
+from trainers.export.sides import ImageSide, TextSide
 
 
 TEXTS = ["a red fox", "zwei Hunde", "", "word " * 100]
@@ -85,9 +87,68 @@ def test_int8_is_smaller_and_near(folder, translated_before):
     with torch.no_grad():
         cosines = (model(**inputs).text_embeds * torch.from_numpy(found)).sum(dim=1)
     assert 0.9 < cosines.min() < 0.99999
-    for file in ("text_model.onnx", "vision_model.onnx"):
-        assert (folder / "int8" / file).stat().st_size < (folder / "onnx" / file).stat().st_size
+    text_model = "text_model.onnx"
+    assert (folder / "int8" / text_model).stat().st_size < (folder / "onnx" / text_model).stat().st_size
     assert {file.name for file in (folder / "int8").iterdir()} == {file.name for file in (folder / "onnx").iterdir()}
+
+
+def test_int8_follows_the_blocks_of_the_weights():
+    """A table, and products in ten layers, the first two of which keep float32."""
+    generator = torch.Generator().manual_seed(0)
+    table, matrices = (torch.randn(*shape, generator=generator).numpy() for shape in ((50, 40), (10, 40, 40)))
+    table[:, 0] *= 1000  # a large weight, which must not coarsen those of other blocks
+    nodes = [onnx.helper.make_node("Gather", ["table", "ids"], ["x0"])]
+    for number in range(10):
+        node = onnx.helper.make_node("MatMul", [f"x{number}", f"w{number}"], [f"x{number + 1}"])
+        scopes = onnx.StringStringEntryProto(key="pkg.torch.onnx.name_scopes", value=f"['', 'model.h.{number}.mlp']")
+        node.metadata_props.append(scopes)
+        nodes.append(node)
+    weights = {"table": table, **{f"w{number}": matrix for number, matrix in enumerate(matrices)}}
+    graph = onnx.helper.make_graph(
+        nodes,
+        "graph",
+        [onnx.helper.make_tensor_value_info("ids", onnx.TensorProto.INT64, ["n"])],
+        [onnx.helper.make_tensor_value_info(f"x{n}", onnx.TensorProto.FLOAT, ["n", 40]) for n in (0, 2)],
+        [onnx.numpy_helper.from_array(values, name) for name, values in weights.items()],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+    quantize_weights(model)
+    kinds = [node.op_type for node in model.graph.node]
+    assert kinds == ["GatherBlockQuantized", *["MatMul"] * 2, *["MatMulNBits"] * 8]
+    assert {tensor.name for tensor in model.graph.initializer if tensor.name in weights} == {"w0", "w1"}
+    (rows, third) = onnxruntime.InferenceSession(model.SerializeToString()).run(
+        None, {"ids": torch.arange(50).numpy()}
+    )
+    for block in (slice(0, 32), slice(32, 40)):
+        step = abs(table[:, block]).max(axis=1, keepdims=True) / 127
+        assert (abs(rows[:, block] - table[:, block]) <= 0.501 * step).all()
+    assert abs(third - rows @ matrices[0] @ matrices[1]).max() < 1e-2
+
+
+QWEN3 = {"model_type": "qwen3", **tiny.TEXT}
+GEMMA3 = {"model_type": "gemma3_text", "sliding_window": 4, **tiny.TEXT}
+SIGLIP = {**tiny.VISION, "model_type": "siglip_vision_model"}
+EVA = {
+    **{key: value for key, value in tiny.VISION.items() if key != "projection_dim"},
+    "model_type": "proclip_eva_vision",
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        (TextSide, {"text_config": QWEN3}),
+        (TextSide, {"text_config": GEMMA3}),
+        (ImageSide, {"vision_config": SIGLIP}),
+        (ImageSide, {"vision_config": EVA}),
+    ],
+    ids=["Qwen3", "Gemma3", "SigLIP", "EVA"],
+)
+def test_other_families(kind, config, tmp_path):
+    """In int8, which is compared with the model too; a float32 file that differs by more than 1e-4 is refused before."""
+    side = kind(tiny.model(**config))
+    done = export._export_side(side, tiny.processor(prompt_template=tiny.LLAMA3, max_length=40), tmp_path, "int8")
+    assert 0.9 < done.lowest_cosine < 0.999999
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import uvicorn
 from typer.testing import CliRunner
 
 from tests.trainers.tiny_encoders import tiny_proclip
@@ -69,6 +70,19 @@ def accepted(address):
     with urllib.request.urlopen(f"{address}/metrics", timeout=60) as answer:
         values = dict(line.split(" ") for line in answer.read().decode().splitlines() if not line.startswith("#"))
     return float(values["proclip_waiting_inputs"]) + float(values["proclip_batch_inputs_sum"])
+
+
+def test_an_answer_is_sent_at_once(checkpoint, monkeypatch):
+    """uvicorn writes headers and body one by one; the body must not wait for an acknowledgement of the headers."""
+    settings = []
+
+    def accept_one(self, sockets):
+        with socket.create_connection(sockets[0].getsockname()), sockets[0].accept()[0] as accepted:
+            settings.append(accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+
+    monkeypatch.setattr(uvicorn.Server, "run", accept_one)
+    result = CliRunner().invoke(app, ["serve", str(checkpoint), "--port", "0"])
+    assert result.exit_code == 0 and settings[0] != 0, result.output
 
 
 def test_a_port_that_is_taken_is_one_line(checkpoint):
