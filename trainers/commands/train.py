@@ -36,15 +36,14 @@ def train(
     from trainers.recipe.schema import load_recipe
 
     curriculum = Curriculum(load_recipe(recipe, settings or ()))
-    if dry_run:
-        if curriculum.processes.is_main_process:
-            _print_plan(curriculum)
-            _print_memory(curriculum)
-        return
-    model = curriculum.run(stage)
+    model = None if dry_run else curriculum.run(stage)
     if curriculum.processes.is_main_process:
         _print_plan(curriculum)
-        typer.echo(f"the model is in {model}")
+        if model is None:
+            _print_memory(curriculum)
+        else:
+            typer.echo(f"the model is in {model}")
+    curriculum.processes.destroy_process_group()  # else torch warns of it at the end of each process
 
 
 def _print_plan(curriculum: "Curriculum") -> None:

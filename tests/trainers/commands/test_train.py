@@ -3,6 +3,7 @@ import json
 import shutil
 
 import pytest
+import torch.distributed as dist
 from typer.testing import CliRunner
 
 from tests.trainers.tiny_recipe import settings, write_parts, write_recipe
@@ -41,6 +42,13 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(recipe, tmp_path):
     assert rows["contrastive_tuning"] == ["24", "2", "6", "8", "1", "×", "4*", "to", "do"]
     assert "gradient caching" in result.output
     assert not (tmp_path / "out").exists()
+
+
+def test_the_process_group_is_destroyed(recipe, tmp_path):
+    """Else torch warns at the end of each process."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    assert run(recipe, "--dry-run").exit_code == 0
+    assert not dist.is_initialized()
 
 
 def test_the_planned_store_is_the_size_of_the_built_one(recipe):

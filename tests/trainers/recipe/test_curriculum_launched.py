@@ -1,4 +1,4 @@
-"""All three stages on two processes under DeepSpeed, started as a user starts them, against one process."""
+"""All three stages on two processes, by every file of `recipes/accelerate/`, started as a user starts them, against one process."""
 
 import json
 import os
@@ -11,6 +11,7 @@ import torch
 
 from modeling_proclip import ProCLIPModel
 from tests.trainers.tiny_recipe import settings, write_parts, write_recipe
+from trainers.base.checkpoints import verify
 from trainers.compute.precision import unit_length
 from trainers.recipe.curriculum import Curriculum
 from trainers.recipe.schema import load_recipe
@@ -18,6 +19,13 @@ from trainers.recipe.schema import load_recipe
 
 ROOT = Path(__file__).parents[3]
 STAGES = ["caption_contrastive", "inheritance", "contrastive_tuning"]
+# File of recipes/accelerate -> what is started (accelerate itself takes neither FSDP nor DeepSpeed on CPUs), and what the second process writes in a checkpoint.
+LAUNCHES = {
+    "ddp": ("trainers.cli", "rng_state_1.pth"),
+    "fsdp2": ("tests.trainers.fsdp_on_cpu", "optimizer_0/__1_0.distcp"),
+    "deepspeed_zero1": ("tests.trainers.deepspeed_on_cpu", "global_step4/zero_pp_rank_1_*_optim_states.pt"),
+    "deepspeed_zero2": ("tests.trainers.deepspeed_on_cpu", "global_step4/zero_pp_rank_1_*_optim_states.pt"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +69,18 @@ def embeddings(output_dir: Path) -> torch.Tensor:
     return torch.cat([unit_length(images), unit_length(texts)])
 
 
-@pytest.mark.parametrize("zero", [1, 2])
-def test_two_processes_train_as_one(content, one_process, tmp_path, zero):
+def test_every_file_is_launched():
+    assert LAUNCHES.keys() == {file.stem for file in (ROOT / "recipes" / "accelerate").glob("*.yaml")}
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_two_processes_train_as_one(content, one_process, tmp_path, name):
+    module, of_second = LAUNCHES[name]
     recipe = write_recipe(tmp_path / "recipe.yaml", {**content, "output_dir": str(tmp_path / "out")})
-    config = ROOT / "recipes" / "accelerate" / f"deepspeed_zero{zero}.yaml"
+    config = ROOT / "recipes" / "accelerate" / f"{name}.yaml"
     launch = f"-m accelerate.commands.launch --config_file {config} --num_processes 2".split()
     finished = subprocess.run(
-        [sys.executable, *launch, "-m", "tests.trainers.deepspeed_on_cpu", "train", str(recipe)],
+        [sys.executable, *launch, "-m", module, "train", str(recipe)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -76,4 +89,7 @@ def test_two_processes_train_as_one(content, one_process, tmp_path, zero):
     assert finished.returncode == 0, finished.stderr
     assert last_losses(tmp_path / "out") == pytest.approx(last_losses(one_process), abs=1e-4)
     torch.testing.assert_close(embeddings(tmp_path / "out"), embeddings(one_process), rtol=0, atol=1e-5)
-    assert [*(tmp_path / "out" / "contrastive_tuning" / "checkpoints").glob("checkpoint-4/global_step4/*optim*")]
+    checkpoint = tmp_path / "out" / "contrastive_tuning" / "checkpoints" / "checkpoint-4"
+    verify(checkpoint)  # whose manifest is written last, when all processes have written theirs
+    (file,) = checkpoint.glob(of_second)
+    assert file.relative_to(checkpoint).as_posix() in json.loads((checkpoint / "manifest.json").read_text())["files"]
