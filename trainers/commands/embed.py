@@ -58,7 +58,7 @@ def embed(
     compile_layers: Annotated[
         bool | None,
         typer.Option(
-            help="Compile the LLM's layers: some seconds once, then faster. By default on a GPU, for 100,000 texts and more."
+            help="Compile the LLM's layers: some seconds once, then faster. By default on a GPU, for 100,000 texts and more, and for tasks."
         ),
     ] = None,
     num_tasks: Annotated[

@@ -1,9 +1,12 @@
 """Which of several processes this one is, by the variables that its launcher sets."""
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+
+logger = logging.getLogger(__name__)
 
 # The launchers' variables for the index of a process, how many there are, and the index on its machine. The first that are set decide: under `srun
 # torchrun`, say, torchrun's.
@@ -46,6 +49,12 @@ def launched_process(environment: Mapping[str, str] = os.environ) -> LaunchedPro
         if not 0 <= index < count:
             rule = f"the index of a process is from 0 to {count - 1}" if count else "there is at least one process"
             raise ValueError(f"{index_name} is {index} and {count_name} is {count}: {rule}")
+        if launcher == "Slurm" and count > 1 and "SLURM_JOB_ID" in environment and "SLURM_STEP_ID" not in environment:
+            logger.warning(
+                "Slurm calls this process number %d of %d, and srun did not start it: nobody may have started the others. Start it by srun",
+                index,
+                count,
+            )
         return LaunchedProcess(index, count, values.get(local_name))
     return LaunchedProcess()
 

@@ -73,7 +73,7 @@ def build_with_ray(
         The opened store; its `build_summary` tells what the tasks of all runs did.
 
     Raises:
-        RuntimeError: If all workers have died more often than Ray starts one anew; what was embedded stays.
+        ChildProcessError: If all workers have died more often than Ray starts one anew; what was embedded stays.
         ImportError: If Ray is not installed (the extra `ray`). Otherwise as [`TextEmbeddingStore.build`].
     """
     path = Path(path).absolute()
@@ -136,7 +136,7 @@ def _wait(runs: list[Any], path: Path, bar: Progress) -> None:
             raise error.cause from None
         except RayActorError as error:
             if not runs:
-                raise RuntimeError(
+                raise ChildProcessError(
                     f"every worker has died {_RESTARTS + 1} times: {' '.join(str(error).split())}. What was embedded is in {path}, and the same "
                     "command continues"
                 ) from error

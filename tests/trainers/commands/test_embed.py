@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -248,11 +249,15 @@ def test_verifies_a_store_and_says_what_to_do(tmp_path, checkpoint):
 
 
 def test_options_that_do_not_go_together_are_refused(tmp_path):
+    whole = ["a.txt", "--model", "m", "--output", "o"]
     for arguments, message in (
         (["a.txt"], "--model, --output is missing"),
         (["--model", "m", "--output", "o"], "TEXTS is missing"),
         (["a.txt", "--verify", tmp_path], "needs both TEXTS and --model"),
         (["--verify", tmp_path, "--output", "o"], "leave --output out"),
+        ([*whole, "--process-index", 1], "--process-index and --num-processes go together"),
+        ([*whole, "--process-index", 0, "--num-processes", 2, "--num-tasks", 9], "leave --process-index and"),
+        ([*whole, "--num-workers", 2], "--num-workers is of --engine ray"),
     ):
         result = run(*arguments)
         assert result.exit_code == 2 and message in " ".join(result.output.replace("│", " ").split()), result.output
@@ -289,3 +294,32 @@ def test_processes_take_tasks_and_those_of_slurm_share_texts(tmp_path, checkpoin
         assert f"process {rank} of 2: " in result.output, result.output
     tasks, shares = (TextEmbeddingStore(tmp_path / name).lookup(make_texts(40)) for name in ("tasks", "shares"))
     torch.testing.assert_close(tasks, shares, atol=1e-5, rtol=1e-5)
+
+
+def test_workers_of_ray_are_told_all_there_is_to_know(tmp_path, checkpoint, monkeypatch):
+    """What they get can be pickled and does not depend on the directory; here, this process does their work."""
+    from trainers.text_store import ray_workers
+
+    def build(texts, load, path, *, num_tasks, num_workers, **options):
+        assert (num_tasks, num_workers) == (100, 3)
+        monkeypatch.chdir("/")
+        texts, load = pickle.loads(pickle.dumps((texts, load)))
+        return TextEmbeddingStore.build(
+            texts, *load(), tmp_path / path, num_tasks=num_tasks, progress=False, **options
+        )
+
+    monkeypatch.setattr(ray_workers, "build_with_ray", build)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    os.symlink(checkpoint, tmp_path / "model")
+    result = run("*.jsonl", "--model", "model", "--output", "store", "--engine", "ray", "--num-workers", 3)
+    assert result.exit_code == 0, result.output
+    assert "all workers: 100 tasks, 5 texts: 4 embedded, 1 in the store before, 0 repeated" in result.output
+
+
+def test_ray_is_an_extra(tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "trainers.text_store.ray_workers", raising=False)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    (tmp_path / "a.txt").write_text("a red fox")
+    message = refused(tmp_path / "a.txt", "--model", "m", "--output", tmp_path / "store", "--engine", "ray")
+    assert message.endswith('install it by: pip install "proclip-transformers[ray]"')

@@ -40,3 +40,13 @@ def test_the_launcher_says_which_process_this_is(environment, expected):
 def test_variables_that_make_no_sense_are_one_error(environment, message):
     with pytest.raises(ValueError, match=message):
         launched_process(environment)
+
+
+def test_a_batch_script_is_not_a_task_of_srun(caplog):
+    """In it Slurm sets the variables too: each text that falls to the other processes would be missing."""
+    environment = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "4"}
+    launched_process({**environment, "SLURM_STEP_ID": "0"})
+    launched_process({**environment, "SLURM_NTASKS": "1"})
+    assert not caplog.records
+    assert launched_process(environment) == LaunchedProcess(0, 4)
+    assert "number 0 of 4, and srun did not start it" in caplog.text

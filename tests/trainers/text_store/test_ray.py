@@ -4,6 +4,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from ray.exceptions import ActorDiedError, RayTaskError
+
+from trainers.display.progress import Progress
+from trainers.text_store import ray_workers
 
 
 PROGRAM = Path(__file__).parents[3] / "benchmarks" / "corpora.py"
@@ -17,3 +24,27 @@ def test_a_worker_and_the_driver_are_killed(tmp_path):
     alone, ray = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert alone["rows_stored"] == ray["rows_stored"] == 20_000 < ray["rows_read"] == alone["rows_read"]
     assert 10 <= ray["done_when_a_worker_was_killed"] <= ray["done_when_the_driver_was_killed"] < 40
+
+
+def wait_for(monkeypatch, path, *endings):
+    """Waits for workers whose runs end one after the other: by an error, or None."""
+
+    def get(ending):
+        if ending is not None:
+            raise ending
+
+    fake = SimpleNamespace(get=get, wait=lambda runs, timeout: (runs[:1], runs[1:]))
+    monkeypatch.setattr(ray_workers, "ray", fake)
+    ray_workers._wait(list(endings), path, Progress("", None, "tasks", shown=False))
+
+
+def test_what_a_worker_refuses_is_raised_as_it_is(monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match="^a.jsonl, line 2 is no JSON$"):
+        wait_for(monkeypatch, tmp_path, RayTaskError("build", "a traceback", ValueError("a.jsonl, line 2 is no JSON")))
+
+
+def test_workers_that_die_for_good(monkeypatch, tmp_path, caplog):
+    wait_for(monkeypatch, tmp_path, ActorDiedError(), None)
+    assert "a worker has died 6 times and is not started again" in caplog.text
+    with pytest.raises(ChildProcessError, match="every worker has died 6 times.* the same command continues"):
+        wait_for(monkeypatch, tmp_path, ActorDiedError(), ActorDiedError())
