@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import PositiveInt
 
+from trainers.storage.object_stores import is_address
 from trainers.storage.paths import path_inside
 from trainers.storage.yaml_files import NOT_IN_FILE, build, check_keys, read_yaml
 
@@ -58,7 +59,8 @@ RESOURCES = _FOLDER / "resources"
 class Data:
     """Where the rows are and how many there must be.
 
-    Files that the manifest names lie inside the source: a manifest from somebody else reaches nothing else on this computer.
+    Files that the manifest names lie inside the source: a manifest from somebody else reaches nothing else on this computer. ValueError if the source
+    is an address such as `s3://...`.
 
     Attributes:
         source: dataset on the Hub, or a local file or folder; for "openmoji", the packages that the data is made of.
@@ -92,6 +94,13 @@ class Data:
     where: dict[str, str] = field(default_factory=dict)
     first: PositiveInt | None = None
     own_captions: Annotated[Path | None, NOT_IN_FILE] = None
+
+    def __post_init__(self):
+        if is_address(self.source):
+            raise ValueError(
+                "source must be a dataset on the Hub, or a file or folder here, and not an address: a manifest from somebody else reaches no "
+                "other server"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

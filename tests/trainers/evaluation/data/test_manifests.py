@@ -152,6 +152,13 @@ def test_a_manifest_in_ten_lines_is_read():
         ("name: mine", "name: .mine", "name must be at most 100 letters"),
         ("name: mine", 'name: "{variant}"\nvariants: [../a]', "name must be at most 100 letters"),
         ("source: some/where", "source: some/where, own_captions: x.csv", "here: data.own_captions: unknown key; "),
+        ("source: some/where", "source: s3://bucket/a.parquet", "here: data: source must be a dataset on the Hub"),
+        ("source: some/where", "source: https://10.0.0.1/a.parquet", "reaches no other server"),
+        (
+            "name: mine\ntitle: Mine\nkind: zero_shot\ngroup: own\ndata: {source: some/where",
+            'name: "a{variant}"\ntitle: Mine\nkind: zero_shot\ngroup: own\nvariants: [s3]\ndata: {source: "{variant}://a"',
+            "reaches no other server",
+        ),
         ('["a {}"]', "resource:../manifest.py", "there is no resource '../manifest.py'"),
         ("title: Mine", "titel: Mine", "here: titel: unknown key; did you mean 'title'?"),
         ("title: Mine\n", "", "here: title: is missing"),
