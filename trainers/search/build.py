@@ -99,7 +99,7 @@ def index_folder(
         if (path / SETTINGS_FILE).exists():
             index = ImageIndex(path, to_write=True)
             if index.folder != folder:
-                raise ValueError(f"{path} is the index of {index.folder}, not of {folder}: give another --output")
+                raise ValueError(f"{path} is the index of {index.folder}, not of {folder}: choose another --output")
             check_model(index, encoder)
             asked = index.dim if truncate_dim is None else truncate_dim, precision or index.precision
             if asked != (index.dim, index.precision):
@@ -126,7 +126,7 @@ def check_model(index: ImageIndex, encoder: Encoder) -> None:
     differing = sorted(name for name in names if identity.get(name) != recorded.get(name))
     if differing:
         raise ValueError(
-            f"{index.path} was made by another model than {encoder.name} (they differ in {', '.join(differing)}): give the model that made it, "
+            f"{index.path} was made by a model other than {encoder.name} (they differ in {', '.join(differing)}): give the model that made it, "
             f"{index.settings['model']}, or index the folder again with another --output"
         )
 

@@ -18,10 +18,12 @@ def load_encoder(index: Path, model: str | None, device: str | None) -> tuple[En
     if model is None:
         if not (index / SETTINGS_FILE).exists():
             raise ValueError(
-                f"{index} is a new index: name its model by --model, the folder or Hub name of a ProCLIP, CLIP or SigLIP"
+                f"{index} is a new index: give its model with --model, the folder or Hub name of a ProCLIP, CLIP or SigLIP checkpoint"
             )
         model = ImageIndex(index).settings["model"]
         if Path(model).is_absolute() and not Path(model).is_dir():
-            raise FileNotFoundError(f"the model that made {index} is no longer at {model}: say where it is by --model")
+            raise FileNotFoundError(
+                f"the model that made {index} is no longer at {model}: give its new place with --model"
+            )
     name = str(Path(model).resolve()) if Path(model).is_dir() else model
     return Encoder.load(model, device or default_device()), name

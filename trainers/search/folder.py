@@ -30,15 +30,15 @@ class ImageFile:
 
 @dataclass
 class Folder:
-    """The image files below `root`, by suffix. Links are not followed, so nothing outside of it is read and no loop is entered.
+    """The image files below `root`, by suffix. Links are not followed, so nothing outside it is read and there are no loops.
 
     Args:
         root: the folder.
-        num_links: links that were passed over, once the files have been listed.
+        num_links: links that were skipped, once the files have been listed.
         unlisted: folders that could not be listed, with the reason.
 
     Raises:
-        NotADirectoryError: If `root` is no folder.
+        NotADirectoryError: If `root` is not a folder.
     """
 
     root: Path
@@ -47,10 +47,10 @@ class Folder:
 
     def __post_init__(self) -> None:
         if not self.root.is_dir():
-            raise NotADirectoryError(f"{self.root} is no folder: name the folder that holds the images")
+            raise NotADirectoryError(f"{self.root} is not a folder: give the folder that holds the images")
 
     def files(self) -> Iterator[ImageFile]:
-        """The image files in the order of their paths. Names that are no valid UTF-8 are passed over and listed in `unlisted`."""
+        """The image files in the order of their paths. Names that are not valid UTF-8 are skipped and listed in `unlisted`."""
         self.num_links, self.unlisted = 0, []
         suffixes = set(Image.registered_extensions())
         for parent, folders, names in os.walk(self.root, onerror=self._note_error):

@@ -1,4 +1,4 @@
-"""Search among embeddings of one byte or one bit a dimension, with the question in float32."""
+"""Search among embeddings of one byte or one bit a dimension, with the query in float32."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -10,6 +10,7 @@ import torch
 from trainers.compute.precision import unit_length
 from trainers.compute.quantization import Quantization
 
+from .request import CANDIDATES, PARTITIONS, SearchRequest
 from .table import ImageIndex, any_of
 
 
@@ -17,44 +18,39 @@ _BATCH = 8192  # rows that are decoded together
 _RANK_OFFSET = 60  # of reciprocal rank fusion, as in LanceDB's RRFReranker
 
 
-def search_quantized(
-    index: ImageIndex,
-    embedding: torch.Tensor,
-    top: int,
-    where: str | None,
-    words: str | None,
-    columns: Sequence[str],
-    num_candidates: int,
-    partitions: int,
-    exact: bool,
-) -> list[dict[str, Any]]:
+def search_quantized(index: ImageIndex, request: SearchRequest) -> list[dict[str, Any]]:
     """[`search`] in an index of int8 or binary embeddings.
 
-    int8 embeddings are all compared with `embedding (dim,)`. Binary ones are first compared by their signs (the database does that), then the
-    `num_candidates` best with `embedding` itself. Of an approximate index the nearest `partitions` are searched, or with `exact` all.
+    int8 embeddings are all compared with the query's. Binary ones are first compared by their signs, which the database does, then the best
+    [`CANDIDATES`] for each result with the query's embedding itself. An approximate index is searched in its nearest [`PARTITIONS`] only, unless the request
+    is exact.
     """
-    query: Any  # the database's builders share no type
+    query: Any  # the database's builders have no common type
     if index.precision == "int8":
         query = index.images.search().select(["path", "embedding"])
-        batches = (query.where(where) if where else query).limit(None).to_batches(batch_size=_BATCH)
+        query = query.where(request.where) if request.where else query
+        batches = query.limit(None).to_batches(batch_size=_BATCH)
     else:
-        (signs,) = index.quantization.encode(embedding[None])
+        (signs,) = index.quantization.encode(request.embedding[None])
         query = index.images.search(signs, vector_column_name="embedding")
         query = query.distance_type("hamming").select(["path", "embedding", "_distance"])
-        query = query.bypass_vector_index() if exact else query.nprobes(partitions)
-        query = query.where(where, prefilter=True) if where else query
-        batches = query.limit(num_candidates).to_arrow().to_batches()
-    scores = _best(batches, index.quantization, embedding, top)
-    if words:
-        query = index.images.search(words, query_type="fts").select(["path", "_score"])
-        query = query.where(where, prefilter=True) if where else query
-        named = [row["path"] for row in query.limit(top).to_list()]
-        scores = _joined_ranks([list(scores), named], top)
+        query = query.bypass_vector_index() if request.exact else query.nprobes(PARTITIONS)
+        query = query.where(request.where, prefilter=True) if request.where else query
+        batches = query.limit(request.top * CANDIDATES).to_arrow().to_batches()
+    scores = _best(batches, index.quantization, request.embedding, request.top)
+    if request.words:
+        query = index.images.search(request.words, query_type="fts").select(["path", "_score"])
+        query = query.where(request.where, prefilter=True) if request.where else query
+        named = [row["path"] for row in query.limit(request.top).to_list()]
+        scores = _joined_ranks([list(scores), named], request.top)
     if not scores:
         return []
-    rows = index.rows(index.images, list(dict.fromkeys(["path", *columns])), any_of("path", list(scores))).to_pylist()
+    columns = list(dict.fromkeys(["path", *request.columns]))
+    rows = index.rows(index.images, columns, any_of("path", list(scores))).to_pylist()
     of_path = {row["path"]: row for row in rows}
-    return [{name: of_path[path][name] for name in columns} | {"score": score} for path, score in scores.items()]
+    return [
+        {name: of_path[path][name] for name in request.columns} | {"score": score} for path, score in scores.items()
+    ]
 
 
 def _best(

@@ -1,4 +1,4 @@
-"""Questions to an index: by text, by image, by both, with filters, and by words."""
+"""Searches of an index: by text, by image, by both, with filters, and by words."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,24 +12,23 @@ from modeling_proclip.images import decode_image
 from trainers.evaluation.scoring.encoders import Encoder
 
 from .quantized import search_quantized
+from .request import CANDIDATES, PARTITIONS, SearchRequest
 from .table import ImageIndex
 
 
 # Columns of a result. The thumbnail is JPEG.
 COLUMNS = ("path", "width", "height", "taken", "caption", "size")
-# How many of the approximate index's partitions are searched, and how many times the asked number of candidates are then compared exactly.
-_PARTITIONS, _CANDIDATES = 50, 10
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked for.
+    """What to search for.
 
     Args:
-        text: what the image shows.
-        image: a path, bytes or an image of Pillow that it is like. With `text`, both count.
-        negative: what it does not show.
-        image_weight: share of `image` where there is a text too, 0 to 1.
+        text: what the images show.
+        image: a path, bytes or Pillow image that they resemble. With `text`, both count.
+        negative: what they do not show.
+        image_weight: share of `image` beside a text, 0 to 1.
         negative_weight: how much `negative` is subtracted, in embeddings of unit length.
     """
 
@@ -89,7 +88,7 @@ def search(
         words: words that captions and file names are searched for as well; both orders are joined by reciprocal rank.
         columns: columns of the results.
         exact: compare with every embedding even where there is an approximate index. Binary embeddings are compared by their signs, and the
-            best [`_CANDIDATES`] times `top` with `embedding` itself.
+            best [`CANDIDATES`] times `top` with `embedding` itself.
 
     Returns:
         The `columns` of each, and "score": the cosine, or with `words` the joined reciprocal rank.
@@ -98,48 +97,41 @@ def search(
         ValueError: If the embedding has another size, or `where` is no condition on these columns.
     """
     if embedding.shape != (index.dim,):
-        raise ValueError(f"the embedding has the shape {tuple(embedding.shape)}, those of {index.path} ({index.dim},)")
+        raise ValueError(
+            f"the embedding has shape {tuple(embedding.shape)}, but those of {index.path} have shape ({index.dim},)"
+        )
+    request = SearchRequest(embedding, top, where, words, columns, exact)
     try:
-        if index.precision == "float32":
-            return _search_float32(index, embedding, top, where, words, columns, exact)
-        return search_quantized(index, embedding, top, where, words, columns, top * _CANDIDATES, _PARTITIONS, exact)
+        return _search_float32(index, request) if index.precision == "float32" else search_quantized(index, request)
     except (ValueError, RuntimeError, OSError) as error:
         reason = str(error).splitlines()[0].split(", /")[0]  # without the place in the database's own code
         if "INVERTED index" in reason:
             raise ValueError(
-                f"{index.path} is not ready for words: repeat `proclip index`, which makes their index last"
+                f"{index.path} cannot be searched by words yet: repeat `proclip index`, which indexes the words last"
             ) from error
         if where is None:
             raise ValueError(f"{index.path} cannot be searched: {reason}") from error
         raise ValueError(f"--where {where!r:.200} is not a condition that the index understands: {reason}") from error
 
 
-def _search_float32(
-    index: ImageIndex,
-    embedding: torch.Tensor,
-    top: int,
-    where: str | None,
-    words: str | None,
-    columns: Sequence[str],
-    exact: bool,
-) -> list[dict[str, Any]]:
-    vector = embedding.numpy()
-    query: Any  # the database's builders share no type
-    if words:
-        query = index.images.search(query_type="hybrid", vector_column_name="embedding").vector(vector).text(words)
-        query = query.rerank(RRFReranker())
+def _search_float32(index: ImageIndex, request: SearchRequest) -> list[dict[str, Any]]:
+    vector = request.embedding.numpy()
+    query: Any  # the database's builders have no common type
+    if request.words:
+        query = index.images.search(query_type="hybrid", vector_column_name="embedding")
+        query = query.vector(vector).text(request.words).rerank(RRFReranker())
         score = "_relevance_score"
     else:
         query, score = index.images.search(vector, vector_column_name="embedding"), "_distance"
     query = query.distance_type("cosine")
-    query = query.bypass_vector_index() if exact else query.nprobes(_PARTITIONS).refine_factor(_CANDIDATES)
-    if where:
-        query = query.where(where, prefilter=True)
-    if not words:
-        query = query.select([*columns, score])
+    query = query.bypass_vector_index() if request.exact else query.nprobes(PARTITIONS).refine_factor(CANDIDATES)
+    if request.where:
+        query = query.where(request.where, prefilter=True)
+    if not request.words:
+        query = query.select([*request.columns, score])
     return [
-        {name: row[name] for name in columns} | {"score": row[score] if words else 1 - row[score]}
-        for row in query.limit(top).to_list()
+        {name: row[name] for name in request.columns} | {"score": row[score] if request.words else 1 - row[score]}
+        for row in query.limit(request.top).to_list()
     ]
 
 
@@ -149,13 +141,13 @@ def describe(index: ImageIndex, exact: bool) -> str:
     if exact or not approximate:
         if index.precision == "binary":
             return (
-                f"exact: the signs of the question are compared with those of all {len(index):,} embeddings, and the question itself with the best "
-                f"{_CANDIDATES} for every result"
+                f"exact: the signs of the query are compared with those of all {len(index):,} embeddings, and the query itself with the best "
+                f"{CANDIDATES} for each result"
             )
         return f"exact: the query is compared with all {len(index):,} embeddings"
     statistics = index.images.index_stats("embedding_idx")
     bits = "1 bit" if index.precision == "binary" else "8 bits"
     return (
-        f"approximate: {statistics.num_indexed_rows:,} embeddings of {bits}, of which the {_PARTITIONS} nearest partitions are searched and the "
-        f"best candidates compared exactly; {statistics.num_unindexed_rows:,} new ones all compared exactly"
+        f"approximate: {statistics.num_indexed_rows:,} embeddings of {bits}; the {PARTITIONS} nearest partitions are searched, and the best candidates "
+        f"compared exactly, as are all {statistics.num_unindexed_rows:,} new embeddings"
     )

@@ -64,7 +64,7 @@ class ImageIndex:
 
     Raises:
         FileNotFoundError: If there is no index; says how to make one.
-        ValueError: If what is there is no index of this release.
+        ValueError: If it is not an index of this release.
     """
 
     def __init__(self, path: Path, to_write: bool = False):
@@ -73,7 +73,7 @@ class ImageIndex:
             self.settings: dict[str, Any] = json.loads((path / SETTINGS_FILE).read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError) as error:
             raise FileNotFoundError(
-                f"{path} holds no index of images: make one by `proclip index FOLDER --model MODEL --output {path}`"
+                f"{path} is not an index of images: make one with `proclip index FOLDER --model MODEL --output {path}`"
             ) from error
         except ValueError as error:
             raise ValueError(
@@ -90,9 +90,7 @@ class ImageIndex:
         try:
             self.images, self.unreadable = database.open_table("images"), database.open_table("unreadable")
         except ValueError as error:
-            raise ValueError(
-                f"{path} lacks a table: repeat `proclip index`, which was stopped at its start"
-            ) from error
+            raise ValueError(f"{path} has a table missing: repeat `proclip index`, which was stopped early") from error
 
     @classmethod
     def create(
@@ -190,4 +188,6 @@ def check_place(path: Path) -> None:
     if not path.is_dir() or any(
         file.name not in (LOCK_FILE, SETTINGS_FILE + TEMPORARY_SUFFIX) for file in path.iterdir()
     ):
-        raise FileExistsError(f"{path} is a file or holds other files: name a folder that is new, empty, or an index")
+        raise FileExistsError(
+            f"{path} is a file, or a folder with other files: give a new or empty folder, or an index"
+        )

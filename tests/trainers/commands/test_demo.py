@@ -34,8 +34,8 @@ def test_a_folder(here, monkeypatch):
     [
         ((), "there is no quickstart-output/results.json: run `proclip quickstart` first"),
         (("--model", "model"), "--model and --compare need an index or a folder"),
-        (("nowhere",), "nowhere is no folder"),
-        ((".",), "name its model by --model"),
+        (("nowhere",), "nowhere is not a folder"),
+        ((".",), "give its model with --model"),
     ],
 )
 def test_refusals_are_one_line(arguments, message):

@@ -60,7 +60,7 @@ def test_a_model_that_has_moved(folder):
     try:
         result = run("search", "moved.index", "a fox", code=1)
         assert "the model that made moved.index is no longer at" in result.stderr
-        assert "say where it is by --model" in result.stderr
+        assert "give its new place with --model" in result.stderr
         run("search", "moved.index", "a fox", "--model", "other place")
     finally:
         (folder / "other place").rename(folder / "model")
@@ -79,13 +79,13 @@ def test_a_smaller_index():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("index", "photos", "--output", "new.index"), "name its model by --model"),
-        (("index", "nowhere", "--model", "model", "--output", "new.index"), "nowhere is no folder"),
+        (("index", "photos", "--output", "new.index"), "give its model with --model"),
+        (("index", "nowhere", "--model", "model", "--output", "new.index"), "nowhere is not a folder"),
         (
             ("index", "photos", "--model", "model", "--output", "new.index", "--truncate-dim", "17"),
             "the embeddings of model have 16 dimensions",
         ),
-        (("search", "new.index", "a fox"), "holds no index of images"),
+        (("search", "new.index", "a fox"), "is not an index of images"),
         (("search", "photos.index"), "nothing to search for"),
         (("search", "photos.index", "--image", "nowhere.png"), "nowhere.png"),
         (("search", "photos.index", "a fox", "--where", "colour = 1"), "is not a condition"),

@@ -86,4 +86,4 @@ def test_progress_and_errors_of_indexing(galleries, tmp_path, monkeypatch):
     assert seen == [f"{name}: {done} of 11 images indexed" for name in ("ProCLIP", "CLIP") for done in (0, 11)]
     shutil.rmtree(photos)
     indexing._run()
-    assert indexing.status.startswith("Indexing stopped: ") and "is no folder" in indexing.status
+    assert indexing.status.startswith("Indexing stopped: ") and "is not a folder" in indexing.status

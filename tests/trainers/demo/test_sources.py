@@ -25,14 +25,14 @@ def here(tmp_path, monkeypatch):
 
 
 def test_a_folder_then_its_index(here):
-    with pytest.raises(ValueError, match="photos.index is a new index: name its model by --model"):
+    with pytest.raises(ValueError, match="photos.index is a new index: give its model with --model"):
         gallery_of(here / "photos")
     gallery = gallery_of(here / "photos", "model")
     assert (str(gallery.path), gallery.folder, gallery.title) == ("photos.index", here / "photos", "model")
     index_folder(gallery.path, gallery.folder, gallery.model, gallery.encoder)
     assert gallery_of(here / "photos").folder == here / "photos"
     assert gallery_of(gallery.path).folder is None and len(gallery_of(gallery.path).open()) == 10
-    with pytest.raises(NotADirectoryError, match="nowhere is no folder"):
+    with pytest.raises(NotADirectoryError, match="nowhere is not a folder"):
         gallery_of(here / "nowhere")
 
 

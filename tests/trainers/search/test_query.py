@@ -74,7 +74,7 @@ def test_words_raise_what_they_name(index, encoder):
 
 
 def test_an_embedding_of_another_size(index):
-    with pytest.raises(ValueError, match=r"shape \(7,\), those of .* \(16,\)"):
+    with pytest.raises(ValueError, match=r"shape \(7,\), but those of .* have shape \(16,\)"):
         search(index, torch.ones(7))
 
 
@@ -106,7 +106,7 @@ def test_what_is_no_index(tmp_path, damage):
         path.mkdir()
         (path / "index.json").write_text({"garbage": "{", "other": '{"format": 99}'}[damage])
     error, message = {
-        "missing": (FileNotFoundError, "holds no index of images: make one by `proclip index"),
+        "missing": (FileNotFoundError, "is not an index of images: make one with `proclip index"),
         "garbage": (ValueError, "index.json is damaged"),
         "other": (ValueError, "not an index of this release"),
     }[damage]

@@ -151,7 +151,7 @@ def test_binary_embeddings_have_an_approximate_index(photos, encoder, tmp_path, 
     monkeypatch.setattr(build, "APPROXIMATE_FROM", 5)
     index, _ = index_folder(tmp_path / "binary.index", photos, "tiny", encoder, precision="binary")
     assert describe(index, exact=False).startswith("approximate: 10 embeddings of 1 bit")
-    assert describe(index, exact=True).startswith("exact: the signs of the question")
+    assert describe(index, exact=True).startswith("exact: the signs of the query")
     question = Question("a fox").embedding(encoder)
     approximate, exact = (search(index, question, top=3, exact=exact) for exact in (False, True))
     assert approximate == exact
