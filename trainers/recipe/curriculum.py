@@ -75,11 +75,10 @@ class Curriculum(RecipeProgress):
             self._check_devices()
             self._on_main(self._write_resolved)
             for name in names:
-                if name in LLM_STAGES:
-                    self._tune_llm(name)
-                else:
+                if name not in LLM_STAGES:
                     self._prepare()
-                    self._align(name)
+                if self.state_of(name) != "finished":
+                    self._run_stage(name)
         return self.output_dir / names[-1] / "model"
 
     def _check_predecessors(self, stage: str) -> None:
@@ -158,13 +157,14 @@ class Curriculum(RecipeProgress):
         model.to("cpu")
         self.processes.wait_for_everyone()
 
-    def _tune_llm(self, stage: str) -> None:
-        """Masked next-token prediction, or stage 0."""
-        folder = self.output_dir / stage
-        if self.state_of(stage) == "finished":
-            return
+    def _run_stage(self, stage: str) -> None:
         self._on_main(lambda: self._begin(stage))
-        started = time.perf_counter()
+        train = self._tune_llm if stage in LLM_STAGES else self._align
+        train(stage, time.perf_counter())
+
+    def _tune_llm(self, stage: str, started: float) -> None:
+        """Masked next-token prediction, or stage 0. `started` is the time of `time.perf_counter`."""
+        folder = self.output_dir / stage
         trainer = llm_trainer(self, stage)
         self._train(stage, trainer)
         adapter = folder / "adapter"
@@ -182,13 +182,9 @@ class Curriculum(RecipeProgress):
 
         self._on_main(finish)
 
-    def _align(self, stage: str) -> None:
+    def _align(self, stage: str, started: float) -> None:
         """Stage 1 or stage 2."""
         folder = self.output_dir / stage
-        if self.state_of(stage) == "finished":
-            return
-        self._on_main(lambda: self._begin(stage))
-        started = time.perf_counter()
         model, processor = load_pair(self, stage)
         try:
             trainer = self._trainer(stage, model, processor)
