@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from tests.trainers import tiny_llm
 from tests.trainers.alignment import test_equivalence as equivalence
+from tests.trainers.alignment.test_peft_training import adapted
 from tests.trainers.deepspeed_on_cpu import choose_deepspeed
 from tests.trainers.tiny_training import assert_same_bits, copy_state, inheritance_trainer, tuning_trainer
 from trainers.base.zero import check_zero, zero_settings
@@ -96,6 +97,15 @@ def half_precision(folder: Path, world_size: int) -> dict:
     )
 
 
+def with_peft(folder: Path, world_size: int) -> dict:
+    """PEFT adapters on the image encoder, beside a text adapter with a learning rate of its own; what is saved."""
+    settings = {"max_steps": 2, "learning_rate": 1e-3, "adapter_learning_rate": 1e-2}
+    trainer = tuning_trainer(folder, adapted(), per_device_train_batch_size=6 // world_size, **settings)
+    found = run(trainer)
+    trainer.save_model(str(folder / "adapter"))
+    return found
+
+
 def clamped(folder: Path, world_size: int) -> list[float]:
     """The logit scale after each step, from one that is above its bound."""
     trainer = tuning_trainer(folder, per_device_train_batch_size=6 // world_size, max_steps=3, method="llm2clip")
@@ -142,6 +152,7 @@ def _rank(rank: int, world_size: int, port: int, folder: Path) -> None:
             results[zero, case, caching]["resumed"] = resume(case, caching, place / f"{case} {caching}", world_size)
         results[zero, "accumulated"] = accumulated(place / "accumulated", world_size)
         results[zero, "bf16"] = half_precision(place / "bf16", world_size)
+        results[zero, "peft"] = with_peft(place / "peft", world_size)
         results[zero, "clamped"] = clamped(place / "clamped", world_size)
         results[zero, "not finite"] = not_finite(place / "not-finite")
     torch.save(results, folder / f"{rank}.pt")
@@ -205,6 +216,18 @@ def test_stage_0(tmp_path, zero, caching):
 @pytest.mark.parametrize("zero", STAGES_OF_ZERO)
 def test_accumulated_gradients(tmp_path, zero):
     assert_same_training([results[zero, "accumulated"] for results in two_processes()], accumulated(tmp_path, 1))
+
+
+@pytest.mark.parametrize("zero", STAGES_OF_ZERO)
+def test_peft_adapters(tmp_path, zero):
+    assert_same_training([results[zero, "peft"] for results in two_processes()], with_peft(tmp_path, 1))
+    saved, expected = (
+        load_file(place / "adapter" / "adapter_model.safetensors")
+        for place in (folder() / str(zero) / "peft", tmp_path)
+    )
+    assert saved.keys() == expected.keys() and saved["base_model.model.logit_scale"].shape == ()
+    for name, value in expected.items():
+        torch.testing.assert_close(saved[name], value, rtol=1e-5, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("zero", STAGES_OF_ZERO)
