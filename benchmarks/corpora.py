@@ -4,7 +4,7 @@
     python benchmarks/corpora.py --json results.json
 
 The encoder is a stand-in: a text's embedding is a piece of a fixed random vector, which tells of every row whether it is the right one, and each text
-takes 50 microseconds of waiting, as for a device.
+takes 50 microseconds (or `--seconds-per-text`) of waiting, as for a device.
 
 1. The corpus is written: JSON lines in 8 files. A tenth of the rows repeats a text of another file.
 2. One process embeds it.
@@ -32,7 +32,6 @@ import torch
 
 DIM = 32
 NUM_FILES, NUM_TASKS, NUM_WORKERS = 8, 40, 2
-SECONDS_PER_TEXT = 50e-6
 SHARD_SIZE = 2048
 TIME_LIMIT = 600  # seconds that a step may take
 
@@ -55,7 +54,7 @@ def write_corpus(folder: Path, num_texts: int) -> int:
     return num_rows
 
 
-def load_stand_in(num_texts: int) -> tuple[None, None]:
+def load_stand_in(num_texts: int, seconds_per_text: float) -> tuple[None, None]:
     """Puts the stand-in in the place of model and processor, in this process."""
     from trainers.text_store import build as store_build
     from trainers.text_store import encoding as text_encoding
@@ -66,7 +65,7 @@ def load_stand_in(num_texts: int) -> tuple[None, None]:
         numbers = [int(text[6 : text.index(":")]) for text in texts]
         for begin in range(0, len(texts), 64):
             indices = list(range(begin, min(begin + 64, len(texts))))
-            time.sleep(SECONDS_PER_TEXT * len(indices))
+            time.sleep(seconds_per_text * len(indices))
             yield text_encoding.EncodedBatch(indices, pool[[numbers[i] for i in indices]], 0)
 
     store_build.encode_texts = encode
@@ -74,19 +73,19 @@ def load_stand_in(num_texts: int) -> tuple[None, None]:
     return None, None
 
 
-def build_alone(folder: Path, num_texts: int) -> float:
+def build_alone(folder: Path, num_texts: int, seconds_per_text: float) -> float:
     """Embeds the corpus in this process. The seconds that it took."""
     from trainers.data import TextEmbeddingStore
     from trainers.data.text_files import read_texts
 
     started = time.perf_counter()
     source = read_texts(folder / "corpus")
-    model, processor = load_stand_in(num_texts)
+    model, processor = load_stand_in(num_texts, seconds_per_text)
     TextEmbeddingStore.build(source, model, processor, folder / "alone", shard_size=SHARD_SIZE, progress=False)
     return time.perf_counter() - started
 
 
-def drive(folder: Path, num_texts: int) -> None:
+def drive(folder: Path, num_texts: int, seconds_per_text: float) -> None:
     """The driver: embeds the corpus by the workers of the cluster that is connected, or that RAY_ADDRESS names."""
     from functools import partial
 
@@ -94,7 +93,7 @@ def drive(folder: Path, num_texts: int) -> None:
     from trainers.text_store.ray_workers import build_with_ray
 
     build_with_ray(
-        divide_texts(folder / "corpus"), partial(load_stand_in, num_texts), folder / "ray",
+        divide_texts(folder / "corpus"), partial(load_stand_in, num_texts, seconds_per_text), folder / "ray",
         num_tasks=NUM_TASKS, num_workers=NUM_WORKERS, shard_size=SHARD_SIZE, progress=False,
     )  # fmt: skip
 
@@ -115,7 +114,7 @@ def wait_until(condition: Callable[[], Any], driver: subprocess.Popen) -> Any:
     return found
 
 
-def build_with_deaths(folder: Path, num_texts: int) -> dict[str, Any]:
+def build_with_deaths(folder: Path, num_texts: int, seconds_per_text: float) -> dict[str, Any]:
     """Embeds the corpus on a cluster of this machine, with deaths. Who was killed when, and the seconds that it took."""
     import ray
 
@@ -136,6 +135,7 @@ def build_with_deaths(folder: Path, num_texts: int) -> dict[str, Any]:
         cluster_seconds, started = time.perf_counter() - started, time.perf_counter()
         environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
         command = [sys.executable, __file__, "--drive", str(folder), "--num-texts", str(num_texts)]
+        command += ["--seconds-per-text", str(seconds_per_text)]
         driver = subprocess.Popen(command, env=environment)
         wait_until(lambda: num_done(store) >= NUM_TASKS // 4, driver)
         worker = wait_until(worker_at_work, driver)
@@ -145,7 +145,7 @@ def build_with_deaths(folder: Path, num_texts: int) -> dict[str, Any]:
         driver.kill()
         driver.wait()
         at_death_of_driver = num_done(store)
-        drive(folder, num_texts)
+        drive(folder, num_texts, seconds_per_text)
         seconds = time.perf_counter() - started
     finally:
         ray.shutdown()
@@ -183,16 +183,17 @@ def main() -> None:
     """Runs all of it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--num-texts", type=int, default=200_000, help="different texts")
+    parser.add_argument("--seconds-per-text", type=float, default=50e-6, help="of waiting")
     parser.add_argument("--json", type=Path, help="file that the table is written to")
     parser.add_argument("--drive", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.drive is not None:
-        return drive(args.drive, args.num_texts)
+        return drive(args.drive, args.num_texts, args.seconds_per_text)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         num_rows = write_corpus(folder / "corpus", args.num_texts)
-        seconds = build_alone(folder, args.num_texts)
-        deaths = build_with_deaths(folder, args.num_texts)
+        seconds = build_alone(folder, args.num_texts, args.seconds_per_text)
+        deaths = build_with_deaths(folder, args.num_texts, args.seconds_per_text)
         found = compare(folder)
     assert found == {"rows": args.num_texts, "same_keys": True, "same_embeddings": True, "problems": []}, found
     rows = [
