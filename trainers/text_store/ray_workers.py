@@ -21,6 +21,7 @@ from trainers.display.progress import Progress
 
 from .build import BuildSummary
 from .layout import make_directory
+from .remote import check_directory
 from .store import TextEmbeddingStore
 from .tasks import DividedTexts, Plan, read_plan
 
@@ -76,6 +77,7 @@ def build_with_ray(
         ChildProcessError: If all workers have died more often than Ray starts one anew; what was embedded stays.
         ImportError: If Ray is not installed (the extra `ray`). Otherwise as [`TextEmbeddingStore.build`].
     """
+    check_directory(path)
     path = Path(path).absolute()
     make_directory(path)
     with _cluster():

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterable, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainers.display.progress import track
 from trainers.storage.file_cache import CachedFiles, cached_files
-from trainers.storage.object_stores import RemoteFile, list_remote
+from trainers.storage.object_stores import RemoteFile, is_address, list_remote
 
 from .keys import text_keys
 from .layout import LOCKS
@@ -29,6 +30,14 @@ def fetch_store(url: str) -> CachedFiles:
     cached = cached_files(folder, files, _shown)
     (cached.folder / LOCKS).mkdir(exist_ok=True)  # to make an index, if it was not uploaded
     return cached
+
+
+def check_directory(path: str | Path) -> None:
+    """ValueError if a store that is to be filled in tasks is at an address, where the locks of the tasks cannot be."""
+    if is_address(path):
+        raise ValueError(
+            f"tasks need a directory, and a store at an address is only read: fill one in a directory and copy it to {path}"
+        )
 
 
 def check_complete(store: "TextEmbeddingStore", texts: Iterable[str]) -> int:

@@ -27,7 +27,7 @@ from trainers.storage.object_stores import is_address
 from .index import Index, open_index
 from .keys import text_keys
 from .layout import make_directory, open_shard, read_settings, shard_paths, warn_once, writer
-from .remote import check_complete, fetch_store
+from .remote import check_complete, check_directory, fetch_store
 from .row_reader import RowReader
 
 
@@ -242,10 +242,8 @@ class TextEmbeddingStore:
         share = store_build.Share(process_index, num_processes)
         if num_tasks is not None and num_processes > 1:
             raise ValueError("num_tasks takes the place of process_index and num_processes: leave these out")
-        if num_tasks is not None and is_address(path):
-            raise ValueError(
-                f"tasks need a directory, and a store at an address is only read: fill one in a directory and copy it to {path}"
-            )
+        if num_tasks is not None:
+            check_directory(path)
         fingerprint = encoder_fingerprint(model, processor)
         if is_address(path):
             started = time.perf_counter()

@@ -8,6 +8,8 @@ import torch
 
 from tests.trainers.fake_encoder import contents
 from trainers.data import TextEmbeddingStore
+from trainers.data.text_files import divide_texts
+from trainers.text_store.ray_workers import build_with_ray
 from trainers.text_store.verify import verify_store
 
 
@@ -63,6 +65,21 @@ def test_building_into_an_object_store_only_checks_that_nothing_is_missing(bucke
         "locks/store",
         "locks/writer-0-of-1",
     }
+
+
+def test_tasks_read_texts_from_a_bucket_and_fill_a_directory(bucket, encoder, tmp_path, monkeypatch):
+    for number in range(3):
+        lines = "".join(f"{text}\n" for text in TEXTS[number::3])
+        bucket.system.pipe_file(f"{bucket.url}/texts/{number}.txt", lines.encode())
+    texts = divide_texts(f"{bucket.url}/texts")
+    store = encoder.build(texts, tmp_path / "store", num_tasks=2)
+    assert len(store) == 25 and sorted(encoder.embedded) == sorted(TEXTS)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"only read: fill one in a directory and copy it to {bucket.url}/store"):
+        encoder.build(texts, f"{bucket.url}/store", num_tasks=2)
+    with pytest.raises(ValueError, match=f"only read: fill one in a directory and copy it to {bucket.url}/store"):
+        build_with_ray(texts, lambda: (None, None), f"{bucket.url}/store")
+    assert not (tmp_path / "s3:").exists()
 
 
 def test_what_is_no_store_or_damaged_is_named(bucket, local):
