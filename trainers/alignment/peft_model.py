@@ -71,8 +71,10 @@ class ProCLIPPeftModel(PeftModel):
         With `push_to_hub` the folder is published too, to `repo_id` (by default its name). Raises ValueError if a trained weight is NaN or
         infinite.
         """
-        trained = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
-        check_finite(trained, f"{save_directory} was not written")
+        saved = kwargs.get("state_dict")
+        if saved is None:
+            saved = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+        check_finite(saved, f"{save_directory} was not written")
         hub_arguments = take_hub_arguments(kwargs, Path(save_directory).name) if push_to_hub else None
         super().save_pretrained(str(save_directory), *args, **kwargs)
         if not kwargs.get("is_main_process", True):

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.trainer_utils import has_length
@@ -20,6 +21,7 @@ from trainers.base.finite import WithTexts
 from trainers.base.gradient_caching import cached_backward
 from trainers.base.micro_batches import MicroBatches
 from trainers.base.replaced import replaced
+from trainers.base.sharding import uses_fsdp
 from trainers.base.streams import evaluation_loader
 from trainers.base.trainer import StageTrainer
 from trainers.base.training_record import training_record
@@ -327,6 +329,11 @@ class AlignmentTrainer(StageTrainer):
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """As Trainer, with `evaluation_metrics` among the metrics."""
         self._losses_of_stream = []
+        if uses_fsdp(self.accelerator) and not isinstance(self.model, FSDPModule):
+            raise ValueError(
+                "under FSDP the model is sharded when its training begins, and cannot be evaluated before: call train() first, with eval_on_start=True if the "
+                "model is to be evaluated before the first step."
+            )
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self._losses_of_stream:  # Trainer weights batches alike where it cannot know how many rows they have
             num_rows = sum(rows for _, rows in self._losses_of_stream)

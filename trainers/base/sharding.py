@@ -41,7 +41,7 @@ def check_engine(accelerator: Accelerator) -> None:
     plugin = accelerator.state.fsdp_plugin
     settings = "in the file for accelerate launch (recipes/accelerate/fsdp2.yaml is one that works)"
     if plugin.fsdp_version != 2:
-        raise ValueError(f"FSDP 1 cannot leave the logit scale whole: set fsdp_version: 2 {settings}.")
+        raise ValueError(f"FSDP 1 is not supported: set fsdp_version: 2 {settings}.")
     if plugin.cpu_ram_efficient_loading:
         raise ValueError(
             "fsdp_cpu_ram_efficient_loading leaves every process but the first without the model's buffers, such as the adapter's input statistics: "

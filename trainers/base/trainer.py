@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +146,12 @@ class StageTrainer(Trainer):
             raise ValueError(f"{why} The weights are still those before this step.")
         self._seconds_computing += time.perf_counter() - started  # the check has waited for the device
         return loss
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager:
+        """As Trainer; under FSDP, autocast, which accelerate puts around the forward pass of every other model."""
+        if sharding.uses_fsdp(self.accelerator):
+            return self.accelerator.autocast()
+        return super().autocast_smart_context_manager(cache_enabled)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As Trainer; under FSDP with groups of their own for the parameters that stay whole."""

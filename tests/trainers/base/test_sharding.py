@@ -52,15 +52,27 @@ def resume(case: str, caching: bool, folder: Path, world_size: int) -> dict[str,
     return training_state(trainer)
 
 
+def half_precision_loss(folder: Path, rows: int) -> float:
+    """The first loss of stage 2, computed in bfloat16."""
+    trainer = tuning_trainer(folder, rows=picture_rows(), per_device_train_batch_size=rows, max_steps=1, bf16=True)
+    trainer.train()
+    return trainer.state.log_history[0]["loss"]
+
+
 def save_and_merge(folder: Path) -> dict:
     """A model of stage 2 and an LLM of stage 0 as they are saved, and what they embed; the refusal of weights that are not finite."""
-    trainer = tuning_trainer(folder, rows=picture_rows(), max_steps=2)
+    trainer = tuning_trainer(
+        folder, rows=picture_rows(), eval_dataset=picture_rows(6), eval_on_start=True, max_steps=2
+    )
+    with pytest.raises(ValueError, match="cannot be evaluated before: call train.. first"):
+        trainer.evaluate()
     trainer.train()
     trainer.save_model(str(folder / "model"))
     trainer.save_state(folder)
     with torch.no_grad():
         image_embeds = trainer.model(pixel_values=PIXELS).image_embeds
         teacher_embeds = trainer.ema.embed(pixel_values=PIXELS)
+    half = half_precision_loss(folder / "bf16", 6 // trainer.args.world_size)
     tuned = tiny_llm.trainer(folder / "stage-0", max_steps=2, per_device_train_batch_size=6)
     tuned.train()
     process = tuned.args.process_index
@@ -82,6 +94,7 @@ def save_and_merge(folder: Path) -> dict:
         "teacher_embeds": teacher_embeds,
         "text_embeds": text_embeds,
         "eval_loss": metrics["eval_loss"],
+        "half_precision_loss": half,
     }
 
 
@@ -186,6 +199,12 @@ def test_what_is_saved_is_whole(folder, found):
     adapter = load_peft_weights(str(saved / "adapter"))
     assert adapter and all(torch.is_tensor(tensor) and tensor.ndim == 2 for tensor in adapter.values())
     assert not (saved / "broken").exists()
+
+
+def test_half_precision_is_that_of_one_process(tmp_path, found):
+    loss, in_float32 = half_precision_loss(tmp_path, 6), equivalence.one_process("stage-2")["logs"][0]["loss"]
+    assert abs(loss - in_float32) > 1e-3 * loss
+    assert found[2][0]["saved"]["half_precision_loss"] == pytest.approx(loss, rel=1e-4)
 
 
 SETTINGS = {"fsdp_version": 2, "cpu_ram_efficient_loading": False, "state_dict_type": StateDictType.SHARDED_STATE_DICT}
