@@ -5,6 +5,7 @@ DeepSpeed's engine does by itself what Trainer does elsewhere: `accelerator.back
 and clears the gradients, which are never in `.grad`. It trains a copy of its own of the weights, and takes no parameter without dimensions.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -15,6 +16,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 from transformers import TrainingArguments
 
+from .distributed import world_size
 from .replaced import replaced
 
 
@@ -25,6 +27,12 @@ def uses_deepspeed(accelerator: Accelerator) -> bool:
 
 def check_zero(accelerator: Accelerator, args: TrainingArguments) -> None:
     """Raises ValueError for settings of DeepSpeed under which a training could not run, or would not be the one that was asked for."""
+    asked_for = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"  # by `accelerate launch`
+    if asked_for and not (uses_deepspeed(accelerator) and accelerator.num_processes == world_size()):
+        raise ValueError(
+            "accelerate uses DeepSpeed only where it finds a GPU or the like, and there is none: start this training with "
+            "recipes/accelerate/ddp.yaml in place of DeepSpeed's file."
+        )
     if not uses_deepspeed(accelerator):
         return
     plugin = accelerator.state.deepspeed_plugin

@@ -306,3 +306,14 @@ def test_clipping_that_would_be_left_out_is_refused():
     with pytest.raises(ValueError, match="max_grad_norm=1.0 would be ignored"):
         check_zero(engine, SimpleNamespace(fp16=False, max_grad_norm=1.0))
     check_zero(engine, SimpleNamespace(fp16=False, max_grad_norm=0.0))
+
+
+def test_deepspeed_without_a_gpu_is_refused(monkeypatch):
+    """accelerate's CPU mode would run DDP without a word; without that mode every process would take itself for the only one."""
+    arguments = SimpleNamespace(fp16=False, max_grad_norm=1.0)
+    ddp = SimpleNamespace(distributed_type=DistributedType.MULTI_CPU, num_processes=2)
+    check_zero(ddp, arguments)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    for engine in (ddp, SimpleNamespace(**vars(accelerator()), num_processes=2)):
+        with pytest.raises(ValueError, match="only where it finds a GPU"):
+            check_zero(engine, arguments)
