@@ -72,8 +72,8 @@ class Division:
 
     @cached_property
     def _ends(self) -> list[int]:
-        """Where each file ends if they are put one behind the other."""
-        return list(accumulate(self.sizes))
+        """Where each file ends if they are put one behind the other. An empty file counts as one byte, so that some part reads it: it may be damaged."""
+        return list(accumulate(max(size, 1) for size in self.sizes))
 
     def identity(self) -> dict[str, Any]:
         """What tells these rows from others without reading them, as JSON: names and sizes of the files, or the number of rows of a table."""
@@ -103,7 +103,7 @@ class Division:
         ends = self._ends
         begin, end = (ends[-1] * number // count for number in (index, index + 1))
         for number in range(bisect_right(ends, begin), len(ends)):
-            shard, start = self.found.shards[number], ends[number] - self.sizes[number]
+            shard, start = self.found.shards[number], ends[number - 1] if number else 0
             if start >= end:
                 break
             if begin <= start and ends[number] <= end:

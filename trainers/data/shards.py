@@ -146,7 +146,7 @@ class RemoteShard:
         with self._local() as shard:
             if isinstance(shard, TableFile) and columns is not None:
                 there = shard.columns()
-                missing = [column for column in columns if column not in there]
+                missing = [column for column in columns if there and column not in there]
                 if missing:
                     raise ValueError(
                         f"{self.path} has no column {missing[0]!r}, which files before it have; its columns are {', '.join(there)}"

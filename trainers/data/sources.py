@@ -61,23 +61,25 @@ class FoundRows:
     num_images: int = 0
 
     def columns(self, wanted: Sequence[str] = ()) -> list[str]:
-        """Names of the columns. ValueError if one of the files has no column `wanted` that the first one has."""
+        """Names of the columns. ValueError if one of the files has no column `wanted` that the first one has.
+        Empty files of lines have none."""
         if not self.shards:
             return list(self.table.column_names or next(iter(self.table), {}))
-        columns = dict.fromkeys(self.shards[0].columns())
+        first, columns = self.shards[0], dict.fromkeys(self.shards[0].columns())
         for shard in self.shards[1:]:
             if is_shard(shard.path):  # a later one may begin with another kind of image
                 if all(column in columns for column in wanted):
                     break
                 columns |= dict.fromkeys(shard.columns())
-            elif isinstance(shard, RemoteShard):
+            elif isinstance(shard, RemoteShard) and columns:
                 break  # each is checked when it is downloaded
-            else:
-                there = shard.columns()
+            elif there := shard.columns():  # an empty file of lines has none
+                if not columns:
+                    first, columns = shard, dict.fromkeys(there)
                 missing = [column for column in wanted if column in columns and column not in there]
                 if missing:
                     raise ValueError(
-                        f"{shard.path} has no column {missing[0]!r}, which {self.shards[0].path} has; its columns are {', '.join(there)}"
+                        f"{shard.path} has no column {missing[0]!r}, which {first.path} has; its columns are {', '.join(there)}"
                     )
         return list(columns)
 

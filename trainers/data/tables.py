@@ -189,6 +189,7 @@ def _csv_records(path: str) -> Iterator[tuple[int, list[str], str]]:
 
 def _delimiter(header: str, path: str) -> str:
     """The one that divides the header into the most fields."""
+    header = header[: csv.field_size_limit()]  # no field of it is longer than the reader takes
     likely = "\t,;|" if path.lower().endswith((".tsv", ".tab")) else ",;\t|"
     return max(likely, key=lambda delimiter: len(next(csv.reader([header], delimiter=delimiter))))
 

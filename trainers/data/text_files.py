@@ -72,7 +72,7 @@ class TextParts:
         one of 1,000.
         """
         found = self._division.part(index, count)
-        if found is not None:
+        if found is not None and found.columns():  # files of lines may all be empty
             rows = read_found(found, self._source, images=False, streaming=self._streaming)
             yield from good_texts(rows, self._source, at_least=ENOUGH_ROWS)
 
@@ -114,7 +114,7 @@ def _find(source: str | Path, column: str | None, split: str) -> tuple[FoundRows
 
 
 def _default_column(found: FoundRows) -> str:
-    columns = replace(found, shards=found.shards[:1]).columns()
+    columns = next(filter(None, (shard.columns() for shard in found.shards)), None) or found.columns()
     if not columns:
         raise ValueError(f"{found.name} holds no texts")
     check_captions(found, columns)

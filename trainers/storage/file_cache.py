@@ -11,12 +11,12 @@ An entry is a file, or a folder whose files are needed together (a text store). 
 entries, those that are being downloaded too. The least recently used are evicted first, and none that a process has open.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,10 @@ from filelock import FileLock
 
 from .files import TEMPORARY_SUFFIX, put_in_place, write_file
 from .object_stores import RemoteFile, download
+
+
+if sys.platform != "win32":
+    import fcntl
 
 
 DEFAULT_SIZE = "100 GB"
@@ -36,10 +40,17 @@ class CachedFiles:
 
     Attributes:
         folder: holds the files, by their names.
+
+    Raises:
+        OSError: On Windows, which has no locks that several processes share.
     """
 
     def __init__(self, url: str):
         self._lock: int | None = None
+        if sys.platform == "win32":
+            raise OSError(
+                f"{url} cannot be read on Windows, which lacks the locks of the cache: download it, and name the copy"
+            )
         self._cache, key = cache_folder(), hashlib.sha256(url.encode()).hexdigest()[:32]
         self.url, self._entry, self.folder = url, self._cache / key, self._cache / key / "files"
         (self._cache / "locks").mkdir(parents=True, exist_ok=True)

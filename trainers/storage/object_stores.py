@@ -7,6 +7,7 @@ them (AWS_ACCESS_KEY_ID, `gcloud auth`, HF_TOKEN, ...), never from an address, s
 import logging
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +28,8 @@ _MAGIC = "*?["
 _VERSIONS = ("ETag", "etag", "generation", "blob_id", "created", "LastModified", "mtime")
 # A process that was forked, such as a data worker, has neither the thread that reads remote files nor whoever may hold its lock: without this
 # it would wait for ever.
-os.register_at_fork(after_in_child=fsspec.asyn.reset_lock)
+if sys.platform != "win32":
+    os.register_at_fork(after_in_child=fsspec.asyn.reset_lock)
 
 _ATTEMPTS = 3  # downloads of a file, besides what the store's package retries
 

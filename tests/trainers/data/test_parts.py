@@ -154,3 +154,31 @@ def test_sources_are_told_apart(tmp_path):
     )
     (tmp_path / "1" / "part.jsonl").write_text("{}")
     assert divide_texts(path).identity() != identity
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_an_empty_file_of_lines_is_read_as_one_without_texts(tmp_path, place, count):
+    for number in range(3):
+        rows = "" if number == place else json.dumps({"caption": f"text {number}"}) + "\n"
+        (tmp_path / f"{number}.jsonl").write_text(rows)
+    divided = divide_texts(tmp_path)
+    expected = [f"text {number}" for number in range(3) if number != place]
+    assert [text for index in range(count) for text in divided.part(index, count)] == expected
+    assert list(read_texts(tmp_path)) == expected
+
+
+@pytest.mark.parametrize("place", [0, 2])
+def test_an_empty_file_that_cannot_be_empty_is_refused(tmp_path, place):
+    for number in range(3):
+        pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b"]}), tmp_path / f"{number}.parquet")
+    (tmp_path / f"{place}.parquet").write_bytes(b"")
+    with pytest.raises(ValueError, match=f"{place}.parquet is no Parquet file"):
+        divided = divide_texts(tmp_path)
+        [list(divided.part(index, 7)) for index in range(7)]
+
+
+def test_a_first_line_of_any_length_is_a_text(tmp_path):
+    texts = ["long " * 100_000, "short"]
+    (tmp_path / "a.txt").write_text("\n".join(texts))
+    assert list(read_texts(tmp_path / "a.txt")) == texts

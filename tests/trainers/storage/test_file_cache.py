@@ -2,6 +2,8 @@
 
 import multiprocessing
 import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -122,3 +124,21 @@ def test_two_processes_download_each_file_once(bucket):
     assert sorted(counts.get(timeout=60) for _ in readers) == [0, 12]
     for reader in readers:
         reader.join(60)
+
+
+def test_on_windows_everything_is_imported_and_the_cache_refuses():
+    """Without what Python lacks there. Libraries are imported first: what they import on which system is their affair."""
+    code = """
+import os, sys
+import datasets, filelock, fsspec.asyn, torch, transformers, typer.rich_utils
+del os.register_at_fork
+sys.modules["fcntl"], sys.platform = None, "win32"
+import trainers.cli, trainers.data
+from trainers.storage.file_cache import CachedFiles
+try:
+    CachedFiles("s3://bucket/a.parquet")
+except OSError as error:
+    print(error)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "s3://bucket/a.parquet cannot be read on Windows" in result.stdout, result.stderr
