@@ -83,8 +83,8 @@ def scalars_as_saved(accelerator: Accelerator, scalars: Sequence[nn.Parameter]) 
 
 
 def step_left_out(accelerator: Accelerator, model: nn.Module) -> AbstractContextManager[None]:
-    """A context in which `accelerator.backward` adds to the gradients, and the processes do not join them (but for ZeRO 2, which keeps no whole gradients);
-    DeepSpeed makes no step.
+    """A context for all backward passes of a step but the last: `accelerator.backward` adds to the gradients, the processes do not exchange them (except under
+    ZeRO 2, where no process keeps all of them), and DeepSpeed makes no step.
     """
     if not uses_deepspeed(accelerator):
         return accelerator.no_sync(model)
