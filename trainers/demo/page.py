@@ -114,25 +114,31 @@ def serve(
         The page's address.
 
     Raises:
-        OSError: If the port is taken.
+        OSError: If the port is taken, or `host` is not an address of this computer.
     """
     indexing = Indexing(list(galleries))
     page = build_page(galleries, indexing, top, examples)
     indexing.start()
-    _, address, _ = page.launch(
-        server_name=host,
-        server_port=port,
-        prevent_thread_lock=True,
-        share=False,
-        quiet=True,
-        footer_links=[],
-        ssr_mode=False,
-        max_file_size=MAX_IMAGE,
-        enable_monitoring=False,
-        theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
-        css_paths=_STYLE,
-        app_kwargs={"middleware": [Middleware(OnlyHere)]},
-    )
+    try:
+        _, address, _ = page.launch(
+            server_name=host,
+            server_port=port,
+            prevent_thread_lock=True,
+            share=False,
+            quiet=True,
+            footer_links=[],
+            ssr_mode=False,
+            max_file_size=MAX_IMAGE,
+            enable_monitoring=False,
+            theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+            css_paths=_STYLE,
+            app_kwargs={"middleware": [Middleware(OnlyHere)]},
+        )
+    except OSError as error:  # Gradio's message names its own settings
+        place = f"port {port}" if port is not None else "any port from 7860 to 7959"
+        raise OSError(
+            f"cannot listen on {host}, {place}: another program does, or {host} is not an address of this computer; name another --port or --host"
+        ) from error
     if announce is not None:
         announce(f"open {address}  (Control-C ends it)")
         page.block_thread()

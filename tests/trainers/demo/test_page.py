@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import socket
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -183,6 +184,13 @@ def test_every_answer_forbids_other_places(address):
     with urllib.request.urlopen(address, timeout=30) as response:
         assert response.headers["Content-Security-Policy"].startswith("default-src 'self'")
         assert b"fonts.googleapis" not in response.read()
+
+
+def test_a_port_that_is_taken_is_named(galleries):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1, port {port}: another program does"):
+            serve(galleries, port=port)
 
 
 def test_it_listens_here_only(address):
