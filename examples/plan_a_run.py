@@ -9,6 +9,7 @@ that you might get. The models are those of recipes/proclip-vit-l-14-*.yaml: a L
 """
 
 import argparse
+import math
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
@@ -336,6 +337,14 @@ def check() -> str:
     return head + markdown(["step", "measured, ms an image", "predicted, ms an image", "off by"], rows)
 
 
+def positive(text: str) -> float:
+    """A number of the command line. ArgumentTypeError if it is not positive and finite."""
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"must be more than 0 and finite, got {text}")
+    return number
+
+
 def read_constants(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The options of the command line, which are the constants and `check`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -343,7 +352,7 @@ def read_constants(arguments: Sequence[str] | None = None) -> argparse.Namespace
     for name, (default, unit, what, source) in CONSTANTS.items():
         parser.add_argument(
             f"--{name}",
-            type=float,
+            type=positive,
             default=default,
             help=f"{what} ({unit or 'a number'}; {source}); default %(default)s",
         )

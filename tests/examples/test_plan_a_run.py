@@ -33,6 +33,13 @@ def test_every_constant_is_an_option(script):
         assert getattr(script.read_constants([f"--{name}", "7"]), name.replace("-", "_")) == 7
 
 
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf"])
+def test_a_constant_that_makes_no_sense_is_refused(script, capsys, value):
+    with pytest.raises(SystemExit):
+        script.read_constants([f"--batch={value}"])
+    assert f"argument --batch: must be more than 0 and finite, got {value}" in capsys.readouterr().err
+
+
 @pytest.fixture
 def plan(script):
     """Round numbers: 1 PFLOP/s of which half is reached, an image of 1 TFLOP, and a network of 1 GB/s."""

@@ -4,6 +4,7 @@ Addresses come from the user's command line or recipe, never from rows of data. 
 them (AWS_ACCESS_KEY_ID, `gcloud auth`, HF_TOKEN, ...), never from an address, so that no log, record or card can show them.
 """
 
+import errno
 import logging
 import os
 import re
@@ -32,6 +33,8 @@ if sys.platform != "win32":
     os.register_at_fork(after_in_child=fsspec.asyn.reset_lock)
 
 _ATTEMPTS = 3  # downloads of a file, besides what the store's package retries
+# Errors of the local disk. Trying again would not help.
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ENAMETOOLONG)
 
 
 def is_address(place: str | os.PathLike) -> bool:
@@ -96,7 +99,7 @@ def download(file: RemoteFile, target: Path) -> None:
     """Writes `file` to `target`, which is on the disk afterwards. A download that is cut off is repeated twice.
 
     Raises:
-        FileNotFoundError, OSError: As [`list_remote`], or if the download is cut off every time.
+        FileNotFoundError, OSError: As [`list_remote`], if the download is cut off every time, or if `target` cannot be written, as on a full disk.
         ValueError: If there is another version at the address by now.
     """
     system = _file_system(file.url)
@@ -111,6 +114,9 @@ def download(file: RemoteFile, target: Path) -> None:
         except (FileNotFoundError, PermissionError):
             raise
         except OSError as error:
+            if error.errno in _DISK_ERRORS:
+                reason = f"{file.url} cannot be written there ({error.strerror}): set PROCLIP_CACHE to a folder on another disk"
+                raise OSError(error.errno, reason, str(target.parent)) from error
             if attempt == _ATTEMPTS:
                 raise
             logger.warning("%s: trying again", error)
@@ -165,6 +171,8 @@ def _in_one_line(place: str) -> Iterator[None]:
     except PermissionError as error:
         raise PermissionError(f"{place} may not be read with these credentials ({_first_line(error)})") from error
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+            raise
         raise OSError(
             f"{place} cannot be read ({_first_line(error)}). Check the network, the address, and the credentials"
         ) from error

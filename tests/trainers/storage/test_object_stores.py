@@ -1,5 +1,9 @@
 """What is said of addresses that cannot be read, and downloads that are cut off or overtaken by another version."""
 
+import errno
+import os
+from pathlib import Path
+
 import fsspec
 import pytest
 import s3fs
@@ -98,6 +102,23 @@ def test_a_download_that_is_cut_off_is_repeated_and_then_an_error(bucket, tmp_pa
     cut_downloads(monkeypatch, 3)
     with pytest.raises(OSError, match=f"{file.url} was cut off after 2 of 7 bytes"):
         download(file, tmp_path / "b.txt")
+
+
+def test_a_full_disk_is_said_of_the_cache_and_not_tried_again(bucket, monkeypatch, caplog):
+    bucket.system.pipe_file(f"{bucket.url}/a.txt", b"content")
+    files = list_remote(f"{bucket.url}/a.txt")
+
+    def get_file(url, target):
+        Path(target).write_bytes(b"con")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(fsspec.filesystem("s3"), "get_file", get_file)
+    with pytest.raises(
+        OSError, match=f"{files[0].url} cannot be written there .*PROCLIP_CACHE.*{bucket.cache}"
+    ) as error:
+        cached_files(files[0].url, files)
+    assert error.value.errno == errno.ENOSPC and "trying again" not in caplog.text
+    assert not list(bucket.cache.rglob("a.txt*")), "what was written in part is gone"
 
 
 @pytest.mark.parametrize("content", [b"another", b"a longer one"])
