@@ -74,6 +74,7 @@ def build_with_ray(
         The opened store; its `build_summary` tells what the tasks of all runs did.
 
     Raises:
+        ConnectionError: If no cluster answers at RAY_ADDRESS, after 40 seconds.
         ChildProcessError: If all workers have died more often than Ray starts one anew; what was embedded stays.
         ImportError: If Ray is not installed (the extra `ray`). Otherwise as [`TextEmbeddingStore.build`].
     """
@@ -105,7 +106,14 @@ def _cluster() -> Iterator[None]:
         )  # read by the processes that Ray starts; there is no argument
         ray.init("local", include_dashboard=False, object_store_memory=_OBJECT_STORE, logging_level=logging.ERROR)
     else:
-        ray.init(address, logging_level=logging.ERROR)
+        os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")  # attempts of 40 s each; otherwise 20 of them
+        try:
+            ray.init(address, logging_level=logging.ERROR)
+        except ConnectionError as error:
+            raise ConnectionError(
+                f"no Ray cluster answers at {address}, which RAY_ADDRESS names ({' '.join(str(error).split())}): start it, or unset RAY_ADDRESS to "
+                "use this machine"
+            ) from error
     try:
         yield
     finally:

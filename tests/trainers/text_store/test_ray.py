@@ -1,6 +1,7 @@
 """Text stores that the workers of a Ray cluster fill."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -49,3 +50,19 @@ def test_workers_that_die_for_good(monkeypatch, tmp_path, caplog):
     assert "a worker has died 6 times and is not started again" in caplog.text
     with pytest.raises(ChildProcessError, match="every worker has died 6 times.* the same command continues"):
         wait_for(monkeypatch, tmp_path, ActorDiedError(), ActorDiedError())
+
+
+def test_no_cluster_at_the_address(tmp_path):
+    """In a process of its own, because Ray reads these limits once. Ray's own 20 attempts would take 14 minutes."""
+    code = f"""
+from trainers.text_store.ray_workers import build_with_ray
+try:
+    build_with_ray([], None, {str(tmp_path / "store")!r})
+except ConnectionError as error:
+    print(error)
+"""
+    limits = {"RAY_py_gcs_connect_timeout_s": "1", "RAY_gcs_rpc_server_connect_timeout_s": "1"}
+    environment = {**os.environ, **limits, "RAY_ADDRESS": "127.0.0.1:1"}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert result.stdout.startswith("no Ray cluster answers at 127.0.0.1:1, which RAY_ADDRESS names"), result.stderr
+    assert result.stderr.count("Failed to get cluster ID") == 1
