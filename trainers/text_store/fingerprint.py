@@ -14,11 +14,13 @@ def check_same_encoder(
 ) -> None:
     """Raises ValueError if the store at `path` with these `settings` was made by another encoder than the one with this `fingerprint`, or holds another dtype."""
     there = {"dtype": settings["dtype"], **settings["fingerprint"]}
+    models = there.get("model"), fingerprint.get("model")
+    named = f"its model is {models[0]!r}, and this one {models[1]!r}; " if any(models) else ""
     check_fingerprint(
         f"the text store {path}",
         there,
         {"dtype": dtype, **fingerprint},
-        f"its model is {there.get('model')!r}, and this one {fingerprint.get('model')!r}. Build a store of its own for it, in another directory",
+        f"{named}build a store of its own for it, in another directory",
     )
 
 
