@@ -111,20 +111,21 @@ class CachedFiles:
 
     def _reserve(self, record: dict[str, Any]) -> None:
         """Evicts what was used least recently until the entry with this `record` has room, and writes the record, which counts from then on.
-        OSError if what is being read leaves too little room.
+        OSError if what is being read leaves too little room, or the entry is larger than the whole cache, for which nothing is evicted.
         """
         limit = cache_size()
         with FileLock(self._cache / "lock"):
             others = {file.parent: file.stat().st_mtime for file in self._cache.glob("*/entry.json")}
             others.pop(self._entry, None)
             sizes = {entry: _read_record(entry).get("size", 0) for entry in others}
-            for entry in sorted(others, key=lambda entry: others[entry]):
+            fits_alone = record["size"] <= limit
+            for entry in sorted(others, key=lambda entry: others[entry]) if fits_alone else ():
                 if record["size"] + sum(sizes.values()) > limit and _evict(entry):
                     del sizes[entry]
             if record["size"] + sum(sizes.values()) > limit:
                 raise OSError(
                     f"{self.url} has {record['size'] / 1e9:,.2f} GB, which do not fit into the cache {self._cache}: its limit is "
-                    f"{limit / 1e9:,.2f} GB, and {sum(sizes.values()) / 1e9:,.2f} GB are being read. Set PROCLIP_CACHE_SIZE to more, or "
+                    f"{limit / 1e9:,.2f} GB{f', and {sum(sizes.values()) / 1e9:,.2f} GB are being read' if fits_alone else ''}. Set PROCLIP_CACHE_SIZE to more, or "
                     "PROCLIP_CACHE to a folder on a larger disk"
                 )
             self._entry.mkdir(exist_ok=True)
@@ -170,6 +171,8 @@ def _evict(entry: Path) -> bool:
     lock = os.open(entry.parent / "locks" / entry.name, os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The record goes last, so that what a killed process leaves still counts.
+        shutil.rmtree(entry / "files", ignore_errors=True)
         shutil.rmtree(entry)
         return True
     except BlockingIOError:

@@ -85,8 +85,27 @@ def test_the_least_recently_used_is_evicted_and_nothing_that_is_read(downloads, 
             read(made("g", size=21))
     read(made("g", size=21))
     assert entries() == {"g"}
-    with pytest.raises(OSError, match="do not fit into the cache"):
+    with pytest.raises(OSError, match=r"do not fit into the cache .*: its limit is 0.00 GB\. Set"):
         read(made("h", size=31))
+    assert entries() == {"g"}  # no eviction would have made room
+
+
+def test_an_eviction_that_is_killed_leaves_nothing_uncounted(downloads, monkeypatch):
+    monkeypatch.setenv("PROCLIP_CACHE_SIZE", "10")
+    read(made("a"))
+    rmtree = file_cache.shutil.rmtree
+
+    def killed_afterwards(*args, **options):
+        rmtree(*args, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as once:
+        once.setattr(file_cache.shutil, "rmtree", killed_afterwards)
+        with pytest.raises(KeyboardInterrupt):
+            read(made("b"))
+    assert entries() == {"a"}
+    read(made("b"))
+    assert entries() == {"b"} and read(made("a")) == [b"v" * 10]
 
 
 @pytest.mark.parametrize(
