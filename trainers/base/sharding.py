@@ -1,8 +1,8 @@
-"""Training with parameters that are shared out over the processes, by FSDP2 through accelerate: what stays whole, and how whole weights come back.
+"""Training with parameters that FSDP2 shards over the processes, through accelerate: what stays whole, and how whole weights are put together again.
 
-A parameter without dimensions, such as CLIP's logit scale, cannot be sharded (torch's `fully_shard` refuses it), and there is nothing to gain. FSDP2 leaves
-it alone: it is an ordinary parameter on every process, in float32, that may be read and changed anywhere. What FSDP2 does for the others is done here by
-hand: its gradient is averaged over the processes once a step.
+A parameter without dimensions, such as CLIP's logit scale, cannot be sharded (torch's `fully_shard` refuses it), and sharding it would save nothing. FSDP2
+leaves it alone: it is an ordinary float32 parameter on every process, which may be read and changed anywhere. Its gradient, which FSDP2 would average if it
+were sharded, is averaged over the processes here, once a step.
 """
 
 import copy
@@ -30,12 +30,12 @@ def uses_fsdp(accelerator: Accelerator) -> bool:
 
 
 def engine_of(accelerator: Accelerator) -> str | None:
-    """What shares a training out over the processes: "FSDP", "DeepSpeed", or None."""
+    """What divides a training's weights or optimizer among the processes: "FSDP", "DeepSpeed", or None."""
     return "FSDP" if uses_fsdp(accelerator) else "DeepSpeed" if uses_deepspeed(accelerator) else None
 
 
 def check_engine(accelerator: Accelerator) -> None:
-    """Raises ValueError for settings of FSDP under which a training could not start, or would not be the one that was asked for."""
+    """Raises ValueError for settings of FSDP under which a training could not start, or would differ from the one that was asked for."""
     if not uses_fsdp(accelerator):
         return
     plugin = accelerator.state.fsdp_plugin
@@ -79,8 +79,8 @@ def sharding_settings(accelerator: Accelerator, model: nn.Module) -> Iterator[No
 
 
 def _units(model: nn.Module) -> list[str]:
-    """Of the kinds of layers that `model` names as units: those that it has, as it may name those of an LLM that it does not hold now, and that do not hold its
-    input embeddings, which accelerate makes a unit of their own.
+    """The classes of layers that become units: those in `_no_split_modules` that `model` has (it also names layers of an LLM that may not be loaded), without
+    those that hold its input embeddings, which accelerate makes a unit of their own.
     """
     embeddings = model.get_input_embeddings()
     kinds = {
@@ -110,8 +110,8 @@ def average_scalar_gradients(accelerator: Accelerator, model: nn.Module) -> None
 
 
 def rounds_together(accelerator: Accelerator, own: int) -> int:
-    """How many passes this process has to make that needs `own`: as many as any process needs under FSDP, whose processes run all passes together, and under
-    DeepSpeed, whose processes run backward passes together.
+    """How many passes a process that needs `own` has to make. Under FSDP, whose processes run all passes together, and under DeepSpeed, whose processes run
+    backward passes together, it is the most that any process needs.
     """
     if not (uses_fsdp(accelerator) or uses_deepspeed(accelerator)):
         return own
@@ -119,7 +119,7 @@ def rounds_together(accelerator: Accelerator, own: int) -> int:
 
 
 def saved_whole(accelerator: Accelerator) -> Any:
-    """A context in which Transformers gathers the weights of a sharded model when it saves the model, as it does only if all is saved so."""
+    """A context in which Transformers gathers the weights of a sharded model to save it, which it does only if the whole state is saved so."""
     if not uses_fsdp(accelerator):
         return nullcontext()
     return replaced(accelerator.state.fsdp_plugin, state_dict_type=StateDictType.FULL_STATE_DICT)
@@ -152,13 +152,13 @@ def structure_of(model: nn.Module) -> nn.Module:
 
 def gathered(structure: nn.Module, model: nn.Module) -> nn.Module:
     """`structure` with the weights of a sharded model, whole, on the CPU of every process. All processes have to call it."""
-    structure.load_state_dict({name: tensor.cpu() for name, tensor in full_state(model).items()}, assign=True)
+    structure.load_state_dict(full_state(model), assign=True)
     return structure
 
 
 def full_state(module: nn.Module) -> dict[str, torch.Tensor]:
-    """The state dict of `module`, with whole tensors on every process. All processes have to call it."""
-    return {name: full_tensor(tensor) for name, tensor in module.state_dict().items()}
+    """The state dict of `module`, with whole tensors on the CPU of every process; the device holds one of them at a time. All processes have to call it."""
+    return {name: full_tensor(tensor).cpu() for name, tensor in module.state_dict().items()}
 
 
 def load_full_state(module: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
