@@ -20,7 +20,7 @@ import torch
 from modeling_proclip import ProCLIPConfig, ProCLIPModel
 from trainers import ContrastiveTuningConfig, ContrastiveTuningTrainer
 from trainers.losses import GPU_BLOCK_ELEMENTS
-from trainers.recipe.memory import memory_of
+from trainers.recipe.memory import STRUCTURE_LOSS, memory_of
 from trainers.text_store.build import bytes_of_text
 
 
@@ -133,6 +133,7 @@ class Plan:
         return 1e9 * (self.constants.nvlink_gbs if devices <= 8 else self.constants.internode_gbs)
 
     def is_cached(self, batch: float, devices: int) -> bool:
+        """Whether a device's share of the batch needs gradient caching."""
         return batch / devices > self.constants.micro_batch
 
     def compute_seconds(self, batch: float, devices: int) -> float:
@@ -162,7 +163,8 @@ class Plan:
         gradients, optimizer = 4 * self.model.trained, 8 * self.model.trained
         activations = min(share, self.constants.micro_batch) * self.model.image_bytes
         side = share * DIM * 4
-        loss = 50 * min(GPU_BLOCK_ELEMENTS, share * batch) + 7 * side
+        of_number, copies = STRUCTURE_LOSS
+        loss = of_number * min(GPU_BLOCK_ELEMENTS, share * batch) + copies * side
         loss += 4 * batch * DIM * 4 if devices > 1 else 0
         held = self.model.weights + optimizer + (gradients if devices > 1 else 0)
         if self.is_cached(batch, devices):
@@ -170,6 +172,7 @@ class Plan:
         return held + max(gradients, activations + loss)
 
     def embedding_hours(self, captions: float, devices: int) -> float:
+        """Both encoders of texts, each caption once."""
         flops = captions * (text_flops(self.constants.tokens) + TEACHER_FLOPS)
         return flops / (self.rate * self.constants.text_share * devices) / 3600
 
@@ -184,6 +187,7 @@ class Plan:
         return max(computing, rows * self.row_bytes() / (self.constants.read_gbs * 1e9)) / 3600
 
     def stage_2_hours(self, captions: float, devices: int) -> float:
+        """Computing and then the network, step by step."""
         steps, batch = captions * self.constants.epochs / self.constants.batch, self.constants.batch
         return steps * (self.compute_seconds(batch, devices) + self.network_seconds(batch, devices)) / 3600
 
@@ -200,13 +204,12 @@ def corpus_rows(plan: Plan) -> Iterable[Sequence[str]]:
             hours = [of(captions, devices) for of in (plan.embedding_hours, plan.stage_1_hours, plan.stage_2_hours)]
             cost = sum(hours) * devices * plan.constants.price
             store = captions * plan.row_bytes() / 1e9
-            rates = (f"{plan.read_rate(devices) / 1e9:.2f}",)
             yield (
                 name,
                 str(devices),
                 f"{store:,.0f}",
                 *(f"{h:,.1f}" for h in (*hours, sum(hours))),
-                *rates,
+                f"{plan.read_rate(devices) / 1e9:.2f}",
                 f"{cost:,.0f}",
             )
 

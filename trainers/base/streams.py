@@ -39,12 +39,10 @@ class StreamReader(TrainerCallback):
         had read the stream, ValueError if the stream or its readers have changed since.
         """
         args = self.args
-        options: dict[str, Any] = {"pin_memory": args.dataloader_pin_memory}
-        if args.dataloader_num_workers:
-            options["prefetch_factor"] = args.dataloader_prefetch_factor
-            options["multiprocessing_context"] = args.dataloader_multiprocessing_context
         stream = self.stream.for_process(args.process_index, args.world_size)
-        loader = StreamLoader(stream, args.train_batch_size, collate, args.dataloader_num_workers, **options)
+        loader = StreamLoader(
+            stream, args.train_batch_size, collate, args.dataloader_num_workers, **_loading_options(args)
+        )
         if checkpoint is not None:
             loader.load_state_dict(self._read_state(checkpoint))
         self._loader = loader
@@ -56,7 +54,7 @@ class StreamReader(TrainerCallback):
             self._file(folder).write_text(json.dumps(self._loader.state_dict()))
 
     def _read_state(self, checkpoint: str) -> Any:
-        """How far this process had read; of one that was not there, how far the first one had, in which the number of processes is another."""
+        """How far this process had read. If the checkpoint is of fewer processes, how far the first one had, which names their number."""
         for file in (self._file(checkpoint), Path(checkpoint, "stream_0.json")):
             if file.exists():
                 return json.loads(file.read_text())
@@ -81,15 +79,27 @@ def evaluation_loader(stream: PairStream, args: TrainingArguments, collate: Any)
     """The batches of this process for an evaluation on `stream`, on the host: see [`EvaluationBatches`]. By accelerate's loader, which tells the loops
     of Trainer that they are in an evaluation, within a training too.
     """
-    options: dict[str, Any] = {"pin_memory": args.dataloader_pin_memory, "num_workers": args.dataloader_num_workers}
-    if args.dataloader_num_workers:
-        options["prefetch_factor"] = args.dataloader_prefetch_factor
-        options["multiprocessing_context"] = args.dataloader_multiprocessing_context
     stream = stream.for_process(args.process_index, args.world_size)
     batches = EvaluationBatches(stream, args.eval_batch_size, collate)
     # A generator of its own: else starting the loader would move the random state of a training.
     generator = torch.Generator().manual_seed(args.seed)
-    return DataLoaderShard(batches, batch_size=None, collate_fn=_as_it_is, generator=generator, **options)
+    return DataLoaderShard(
+        batches,
+        batch_size=None,
+        num_workers=args.dataloader_num_workers,
+        collate_fn=_as_it_is,
+        generator=generator,
+        **_loading_options(args),
+    )
+
+
+def _loading_options(args: TrainingArguments) -> dict[str, Any]:
+    """Keyword arguments of a DataLoader; those of data workers are refused where there are none."""
+    options: dict[str, Any] = {"pin_memory": args.dataloader_pin_memory}
+    if args.dataloader_num_workers:
+        options["prefetch_factor"] = args.dataloader_prefetch_factor
+        options["multiprocessing_context"] = args.dataloader_multiprocessing_context
+    return options
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -165,7 +165,7 @@ def embed(
 
 def _absolute(name: str) -> str:
     """The same file, folder or pattern of files for processes that run in other directories; what is elsewhere as it is."""
-    return os.path.abspath(name) if glob.glob(name) else name
+    return os.path.abspath(name) if os.path.exists(name) or glob.glob(name) else name
 
 
 def _load_encoder(

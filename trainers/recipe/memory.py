@@ -24,7 +24,7 @@ Inputs = dict[str, torch.Tensor]
 
 # Bytes that a loss and its gradient hold for each number in a block of rows against columns, and copies of the embeddings (measured on a
 # CPU, where distances are float64; on a GPU a dozen float32 blocks come to the same).
-_STRUCTURE_LOSS, _CONTRASTIVE_LOSS = (50, 7), (16, 2)
+STRUCTURE_LOSS, _CONTRASTIVE_LOSS = (50, 7), (16, 2)
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,7 @@ def _bytes_of_loss(share: int, side: int, arguments: AlignmentConfig) -> int:
     """The block that the loss computes at a time, its copies of a `side` of the embeddings, and the sides that are gathered with their gradients."""
     columns = share * arguments.world_size
     block = min(block_elements(arguments.device), share * columns)
-    of_number, copies = _STRUCTURE_LOSS if arguments.lambda_struct else _CONTRASTIVE_LOSS
+    of_number, copies = STRUCTURE_LOSS if arguments.lambda_struct else _CONTRASTIVE_LOSS
     gathered = 4 * side * arguments.world_size if arguments.world_size > 1 else 0
     return of_number * block + copies * side + gathered
 

@@ -94,11 +94,11 @@ class Plan:
         try:
             done = json.loads(self._file(task).read_bytes())
             return done["plan"] == self.digest and all((self.path / name).exists() for name in done["shards"])
-        except (FileNotFoundError, ValueError, KeyError):
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
             return False
 
     def pending(self, among: Iterable[int] | None = None) -> list[int]:
-        """The tasks that are not done, `among` some of them."""
+        """The tasks that are not done: all of them, or only those `among` some."""
         files = {file.name for file in (self.path / TASKS).iterdir()}
         tasks = range(1, self.num_tasks + 1) if among is None else among
         return [task for task in tasks if self._file(task).name not in files or not self.is_done(task)]
@@ -285,6 +285,12 @@ def build_in_tasks(
             bar.write(
                 f"the source cannot be cut into more than {most:,} parts: the other {num_tasks - most:,} tasks are empty"
             )
+
+        def still_pending() -> list[int]:
+            left = plan.pending(pending)
+            bar.advance(num_tasks - len(left) - bar.completed)
+            return left
+
         while pending:
             before = total.num_tasks
             for task in tuple(pending):
@@ -294,10 +300,8 @@ def build_in_tasks(
                     if not mine or plan.is_done(task):
                         continue
                     total += embed(task)
-                pending = plan.pending(pending)
-                bar.advance(num_tasks - len(pending) - bar.completed)
-            pending = plan.pending(pending)
-            bar.advance(num_tasks - len(pending) - bar.completed)
+                pending = still_pending()
+            pending = still_pending()
             if pending and total.num_tasks == before:
                 time.sleep(_POLL)
     return total
