@@ -3,11 +3,13 @@
 The sub-commands are in `trainers/commands/`.
 
 Unknown commands and options are refused with exit code 2. Input that the library refuses ends in one line `error: ...` on standard
-error and exit code 1; `--traceback` shows where it came from. Control-C ends in one line and exit code 130.
+error and exit code 1, also if all processes of `accelerate launch` refuse it; `--traceback` shows where it came from. Control-C ends in one line and exit code 130.
 """
 
 import logging
 import os
+import re
+import time
 import warnings
 from typing import Annotated, Any
 
@@ -46,6 +48,13 @@ QUIET_ENVIRONMENT = {
 
 # What the library raises for input that it refuses: a wrong value, a missing file or model, an extra that is not installed.
 INPUT_ERRORS = (ValueError, OSError, ImportError)
+
+# What torch puts around the message of an error that a data worker raised: its type and its traceback.
+_IN_DATA_WORKER = re.compile(r"Caught (\w+) in [^\n]*\.\nOriginal Traceback .*\n(?:\w+\.)*\1: ", re.DOTALL)
+
+# Seconds that a process other than the first waits before it reports an error. Most errors are raised by all processes: torchrun and
+# `accelerate launch` end the others as soon as the first has reported it.
+_AFTER_THE_FIRST_PROCESS = 5.0
 
 # The extra that installs a module which not every command needs.
 EXTRA_OF = {
@@ -97,9 +106,12 @@ class OneLineErrors(TyperGroup):
         except INPUT_ERRORS as error:
             if ctx.params["traceback"]:
                 raise
-            message = " ".join(line.strip() for line in str(error).splitlines()) or type(error).__name__
+            lines = _IN_DATA_WORKER.sub("", str(error)).splitlines()
+            message = " ".join(line.strip() for line in lines) or type(error).__name__
             if isinstance(error, ModuleNotFoundError) and error.name in EXTRA_OF:
                 message += f'; install it by: pip install "proclip-transformers[{EXTRA_OF[error.name]}]"'
+            if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK") != "0":
+                time.sleep(_AFTER_THE_FIRST_PROCESS)
             typer.echo(f"error: {message}", err=True)
             raise typer.Exit(1) from error
 

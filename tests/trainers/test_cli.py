@@ -2,9 +2,11 @@
 
 import pytest
 import typer
+from torch.utils.data import DataLoader, Dataset
 from typer.testing import CliRunner
 
 from trainers import cli
+from trainers.recipe.files import RecipeError
 
 
 @pytest.fixture
@@ -34,6 +36,38 @@ def test_refused_input_is_one_line(run, error):
 def test_errors_of_libraries_in_several_lines_become_one(run):
     result = run(OSError("We couldn't connect to the Hub.\n  Check your connection.\n"))
     assert result.stderr == "error: We couldn't connect to the Hub. Check your connection.\n"
+
+
+@pytest.mark.parametrize("message", ["row 3 of pairs.parquet: a broken image", "two\nlines"])
+def test_errors_in_data_workers_are_as_short_as_elsewhere(run, message):
+    class Refuses(Dataset):
+        def __len__(self) -> int:
+            return 1
+
+        def __getitem__(self, i: int):
+            try:
+                raise OSError("cannot identify image file")
+            except OSError as error:
+                raise RecipeError(message) from error
+
+    with pytest.raises(ValueError, match="Original Traceback") as raised:
+        list(DataLoader(Refuses(), num_workers=1))
+    assert run(raised.value).stderr == f"error: {message.replace(chr(10), ' ')}\n"
+
+
+@pytest.mark.parametrize(
+    ("environment", "waits"),
+    [
+        ({"TORCHELASTIC_RUN_ID": "none", "RANK": "0"}, False),
+        ({"TORCHELASTIC_RUN_ID": "none", "RANK": "1"}, True),  # the launcher ends it meanwhile if the first failed too
+        ({"RANK": "1"}, False),  # which nobody would end
+    ],
+)
+def test_an_error_of_all_launched_processes_is_reported_once(run, monkeypatch, environment, waits):
+    waited: list[float] = []
+    monkeypatch.setattr(cli.time, "sleep", waited.append)
+    assert run(ValueError("no"), env=environment).stderr == "error: no\n"
+    assert bool(waited) == waits
 
 
 def test_missing_module_names_its_extra(run):

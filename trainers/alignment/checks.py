@@ -93,23 +93,23 @@ def check_store(
         raise ValueError(f"{name} holds embeddings of size {found}, but this model needs {size}: {remedy}")
 
 
-def check_texts(name: str, store: Any, dataset: Any, reader: str = "text") -> None:
+def check_texts(name: str, store: Any, dataset: Any, reader: str = "text", *, progress: bool = True) -> None:
     """Check that all captions of `dataset` are in `store`, by their keys alone, so that a training does not fail hours later at a missing one. KeyError
     names the first that are missing.
 
     Lists, datasets of the `datasets` library and [`PairRows`] are checked, without decoding images. Others are not, as their images would have
-    to be decoded, and neither is a store that is no [`TextEmbeddingStore`].
+    to be decoded, and neither is a store that is no [`TextEmbeddingStore`]. `progress` says whether this process shows how far it is.
     """
     captions = _captions(dataset, reader)
     if captions is None or not isinstance(store, TextEmbeddingStore):
         return
     missing: dict[str, None] = {}
-    with Progress(f"looking captions up in the {name}", len(dataset), "rows") as progress:
+    with Progress(f"looking captions up in the {name}", len(dataset), "rows", shown=progress) as bar:
         for rows in iter(lambda: list(islice(captions, _ROWS_AT_A_TIME)), []):
             texts = [caption for of_row in rows for caption in of_row]
             found = store.find(text_keys(texts)) >= 0
             missing |= dict.fromkeys(text for text, there in zip(texts, found, strict=True) if not there)
-            progress.advance(len(rows))
+            bar.advance(len(rows))
     if missing:
         raise KeyError(f"{name}: {store.missing_message(list(missing))}")
 

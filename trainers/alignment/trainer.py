@@ -125,10 +125,13 @@ class AlignmentTrainer(StageTrainer):
     def check_store(self, name: str, store: Any, size: int, remedy: str, reader: str = "text") -> None:
         """Raises KeyError if captions are missing in `store`, ValueError if its embeddings are not of `size`; says the `remedy`."""
         check_store(name, store, size, self.rows, remedy, reader)
-        check_texts(name, store, self.rows.rows if isinstance(self.rows, DrawnCaptions) else self.rows, reader)
+        rows = self.rows.rows if isinstance(self.rows, DrawnCaptions) else self.rows
+        check_texts(name, store, rows, reader, progress=self.is_world_process_zero())
         evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
         for dataset in evaluated.values():
-            check_texts(f"{name}, for eval_dataset", store, dataset, reader)
+            check_texts(
+                f"{name}, for eval_dataset", store, dataset, reader, progress=self.is_world_process_zero()
+            )
 
     def _check_sizes(self) -> None:
         """A dataset shorter than one batch of all processes would, with its last batch dropped, be empty."""
