@@ -129,9 +129,7 @@ class AlignmentTrainer(StageTrainer):
         check_texts(name, store, rows, reader, progress=self.is_world_process_zero())
         evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
         for dataset in evaluated.values():
-            check_texts(
-                f"{name}, for eval_dataset", store, dataset, reader, progress=self.is_world_process_zero()
-            )
+            check_texts(f"{name}, for eval_dataset", store, dataset, reader, progress=self.is_world_process_zero())
 
     def _check_sizes(self) -> None:
         """A dataset shorter than one batch of all processes would, with its last batch dropped, be empty."""

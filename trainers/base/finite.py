@@ -33,12 +33,16 @@ class WithTexts:
         return {**batch, TEXTS: [text if isinstance(text, str) else text[0] for text in texts]}
 
 
+def finite_parts(loss: torch.Tensor, gradients: Sequence[torch.Tensor]) -> tuple[bool, bool]:
+    """Whether a loss `()` is finite, and whether the norm of all gradients is; waits for the device once."""
+    norm = _norm(gradients).to(loss.device, torch.float32) if gradients else loss.new_zeros((), dtype=torch.float32)
+    of_loss, of_gradients = torch.isfinite(torch.stack([loss.detach().float(), norm])).tolist()
+    return of_loss, of_gradients
+
+
 def all_finite(loss: torch.Tensor, gradients: Sequence[torch.Tensor]) -> bool:
     """Whether a loss `()` and the norm of all gradients are finite; waits for the device once."""
-    numbers = loss.detach().float()
-    if gradients:
-        numbers = torch.stack([numbers, _norm(gradients).to(loss.device, torch.float32)])
-    return bool(torch.isfinite(numbers).all())
+    return all(finite_parts(loss, gradients))
 
 
 def check_trained(model: nn.Module, what: str) -> None:
@@ -55,6 +59,21 @@ def check_trained(model: nn.Module, what: str) -> None:
         error = next((found for found in gather_object([error]) if found is not None), None)
     if error is not None:
         raise error
+
+
+def rows_not_finite(batch: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Name of a tensor of `batch` -> its rows that hold NaN or infinity; of tensors that have such rows only."""
+    return {
+        name: rows
+        for name, values in batch.items()
+        if isinstance(values, torch.Tensor) and (rows := [i for i, row in enumerate(values) if not is_finite(row)])
+    }
+
+
+def explain_to_all(explanation: str, batch: Mapping[str, Any]) -> str:
+    """The explanation of a process that found what is wrong in the rows of its `batch`, or of the first process if none did. All processes have to call it."""
+    found = gather_object([(bool(rows_not_finite(batch)), explanation)])
+    return next((text for in_rows, text in found if in_rows), found[0][1])
 
 
 def explain(
@@ -74,11 +93,7 @@ def explain(
         facts = [f"{when}: the gradient is not finite, though the loss is {loss.item():.6g}"]
     else:
         facts = [f"{when}: the loss is {loss.item()}"]
-    bad_rows = {
-        name: rows
-        for name, values in batch.items()
-        if isinstance(values, torch.Tensor) and (rows := [i for i, row in enumerate(values) if not is_finite(row)])
-    }
+    bad_rows = rows_not_finite(batch)
     for name, rows in bad_rows.items():
         facts.append(f"{name} holds NaN or infinity in {_rows(rows, texts)} of process {process}'s batch")
     if not bad_rows and texts:

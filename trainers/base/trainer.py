@@ -18,7 +18,7 @@ from trainers.data.pair_stream import PairStream
 from trainers.data.stream_loader import StreamLoader
 
 from . import checkpoints, sharding, zero
-from .finite import MIN_LOSS_SCALE, TEXTS, WithTexts, all_finite, check_trained, explain
+from .finite import MIN_LOSS_SCALE, TEXTS, WithTexts, all_finite, check_trained, explain, explain_to_all, finite_parts
 from .publishing import Publisher
 from .replaced import replaced
 from .streams import StreamReader, check_evaluated_streams
@@ -141,8 +141,11 @@ class StageTrainer(Trainer):
         # float16's gradients are scaled, and infinite now and then: the scaler skips such a step.
         unchecked = accumulated or self.accelerator.scaler is not None
         gradients = [] if unchecked else zero.gradients_of(self.accelerator, model)
-        if not all_finite(loss, gradients):
+        loss_is_finite, gradients_are_finite = finite_parts(loss, gradients)
+        if not (loss_is_finite and gradients_are_finite):
             why = self._why_not_finite(f"step {self.state.global_step + 1}", loss, model, inputs, texts)
+            if not gradients_are_finite:  # those of all processes, so that all of them are here
+                why = explain_to_all(why, inputs)
             raise ValueError(f"{why} The weights are still those before this step.")
         self._seconds_computing += time.perf_counter() - started  # the check has waited for the device
         return loss

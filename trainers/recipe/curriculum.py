@@ -29,6 +29,7 @@ from transformers import AutoTokenizer, Trainer, set_seed
 
 from hub_cards import model_card
 from modeling_proclip import ProCLIPModel, ProCLIPProcessor
+from trainers.base.checkpoints import CheckpointError
 from trainers.data.pairs import iter_texts
 from trainers.data.text_files import TextSource
 from trainers.display.training import training_table
@@ -272,8 +273,11 @@ class Curriculum(RecipeProgress):
         checkpoint, rows = self.checkpoint_of(stage), self.recipe.stages[stage].global_batch_size
         resumed = "" if checkpoint is None else f", resumed from {Path(checkpoint).name}"
         self._say(f"{stage}: training on batches of {rows:,} rows{resumed}")
-        with training_table(trainer):
-            trainer.train(resume_from_checkpoint=checkpoint is not None)
+        try:
+            with training_table(trainer):
+                trainer.train(resume_from_checkpoint=checkpoint is not None)
+        except CheckpointError as error:
+            raise RecipeError(f"{error}. To run the stage anew, delete {self.output_dir / stage}") from error
 
     def _on_main(self, work: Any) -> None:
         """Do `work` on the main process while the others wait."""

@@ -180,8 +180,8 @@ def test_all_processes_stop(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ranks = [rank["messages"] for rank in run_on_ranks(on_rank, 2, tmp_path)]
     for messages in zip(*ranks, strict=True):
-        assert len({message.split(":")[0] for message in messages}) == 1, "in the same step"
-        assert sum("pixel_values holds NaN" in message for message in messages) == 1, "one of them had the row"
+        assert messages[0] == messages[1], "in the same step, for the same reason"
+        assert "pixel_values holds NaN or infinity" in messages[0], "one of them had the row"
 
 
 def scaled_trainer(folder, scale: float, **settings):

@@ -311,16 +311,26 @@ def test_missing_parts_are_named(content, tmp_path):
         assert not (tmp_path / "out" / "preparation" / "complete.json").exists()
 
 
-def test_a_damaged_checkpoint_is_named_and_not_started_over(content, tmp_path):
+def test_a_checkpoint_that_cannot_be_resumed_is_named_with_the_remedy(content, tmp_path):
     recipe = changed(content, tmp_path)
     curriculum = Curriculum(recipe)
     die_in_stage(curriculum, "inheritance", 3, interrupt)
     with pytest.raises(Interrupted):
         curriculum.run()
-    file = tmp_path / "out" / "inheritance" / "checkpoints" / "checkpoint-2" / "optimizer.pt"
-    file.write_bytes(file.read_bytes()[:-9])
-    with pytest.raises(ValueError, match="optimizer.pt was damaged after it was written: .*to start anew, delete it"):
+    stage = tmp_path / "out" / "inheritance"
+    checkpoint = stage / "checkpoints" / "checkpoint-2"
+    of_fsdp = checkpoint / "pytorch_model_fsdp_0"
+    of_fsdp.mkdir()
+    remedy = f"To run the stage anew, delete {stage}$"
+    with pytest.raises(RecipeError, match=f"was written under FSDP, and this run is without .*{remedy}"):
         Curriculum(recipe).run()
+    of_fsdp.rmdir()
+    file = checkpoint / "optimizer.pt"
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(RecipeError, match=f"optimizer.pt was damaged after it was written: .*{remedy}"):
+        Curriculum(recipe).run()
+    shutil.rmtree(stage)
+    Curriculum(recipe).run("inheritance")
 
 
 def test_texts_embedded_on_the_fly_train_as_those_of_a_store_do(whole, content, tmp_path, monkeypatch):
