@@ -1,18 +1,15 @@
 """The same batch on one, two and three processes, with and without gradient caching: the same losses and gradients."""
 
 import functools
-import multiprocessing
-import os
-import socket
 import tempfile
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from transformers import TrainerCallback
 
 from tests.trainers import tiny_llm
+from tests.trainers.processes import run_processes
 from tests.trainers.tiny_training import (
     assert_same_bits,
     inheritance_trainer,
@@ -123,15 +120,7 @@ def run_stage_0(caching: bool, folder: Path, world_size: int) -> dict:
     return {"gradients": keep.gradients, "loss": trainer.state.log_history[0]["loss"]}
 
 
-def _rank(rank: int, world_size: int, port: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+def _rank(rank: int, world_size: int, folder: Path) -> None:
     for caching in CACHING:
         torch.save(run_stage_0(caching, folder / "stage-0", world_size), folder / f"stage-0 {caching} {rank}.pt")
     for case in CASES:
@@ -148,13 +137,8 @@ def _rank(rank: int, world_size: int, port: int, folder: Path) -> None:
 @functools.cache
 def several_processes(world_size: int) -> list[dict[tuple[str, bool], dict]]:
     """What every process has found of every case."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        # From a server that has imported everything once: that takes longer than all the training.
-        multiprocessing.set_forkserver_preload(["tests.trainers.alignment.test_equivalence"])
-        mp.start_processes(_rank, (world_size, port, Path(folder)), world_size, start_method="forkserver")
+        run_processes(_rank, world_size, Path(folder))
         return [
             {
                 (case, caching): torch.load(Path(folder, f"{case} {caching} {rank}.pt"), weights_only=True)

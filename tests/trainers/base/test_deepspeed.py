@@ -1,17 +1,14 @@
 """Training under DeepSpeed's ZeRO on two processes against one process: losses, weights, checkpoints, resuming, refusals."""
 
 import functools
-import multiprocessing
 import os
 import pickle
-import socket
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
@@ -19,6 +16,7 @@ from tests.trainers import tiny_llm
 from tests.trainers.alignment import test_equivalence as equivalence
 from tests.trainers.alignment.test_peft_training import adapted
 from tests.trainers.deepspeed_on_cpu import choose_deepspeed
+from tests.trainers.processes import run_processes
 from tests.trainers.tiny_training import assert_same_bits, copy_state, inheritance_trainer, tuning_trainer
 from trainers.base.zero import check_zero, zero_settings
 
@@ -128,16 +126,7 @@ def not_finite(folder: Path) -> dict:
     raise AssertionError("trained on")
 
 
-def _rank(rank: int, world_size: int, port: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "ACCELERATE_USE_DEEPSPEED": "true",
-    }
+def _rank(rank: int, world_size: int, folder: Path) -> None:
     choose_deepspeed()
     results: dict = {}
     for zero in STAGES_OF_ZERO:
@@ -167,12 +156,7 @@ def folder() -> Path:
 @functools.cache
 def two_processes() -> list[dict]:
     """What each process has found."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # From a server that has imported everything once: that takes longer than all the training.
-    multiprocessing.set_forkserver_preload(["tests.trainers.base.test_deepspeed", "deepspeed"])
-    mp.start_processes(_rank, (2, port, folder()), 2, start_method="forkserver")
+    run_processes(_rank, 2, folder(), preload=["deepspeed"], ACCELERATE_USE_DEEPSPEED="true")
     return [torch.load(folder() / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 

@@ -1,16 +1,12 @@
 """Training under FSDP2 on two and three processes against one process: losses, gradients, checkpoints, resuming."""
 
 import functools
-import multiprocessing
-import os
-import socket
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from accelerate.utils import DistributedType
 from peft import load_peft_weights
 from torch import nn
@@ -21,6 +17,7 @@ from modeling_proclip import ProCLIPModel
 from tests.trainers import tiny_llm
 from tests.trainers.alignment import test_equivalence as equivalence
 from tests.trainers.fsdp_on_cpu import choose_fsdp
+from tests.trainers.processes import run_processes
 from tests.trainers.tiny_training import assert_same_bits, picture_rows, training_state, tuning_trainer
 from trainers.base.sharding import check_engine, separate_scalars
 from trainers.contrastive_tuning.ema_teacher import EMATeacher
@@ -98,19 +95,7 @@ def save_and_merge(folder: Path) -> dict:
     }
 
 
-def _rank(rank: int, world_size: int, port: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        # As `accelerate launch` sets it for recipes/accelerate/fsdp2.yaml.
-        "ACCELERATE_USE_FSDP": "true",
-        "FSDP_VERSION": "2",
-        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    }
+def _rank(rank: int, world_size: int, folder: Path) -> None:
     choose_fsdp()
     results: dict = {}
     for caching in (False, True):
@@ -128,12 +113,9 @@ def _rank(rank: int, world_size: int, port: int, folder: Path) -> None:
 @functools.cache
 def several_processes(world_size: int, folder: Path) -> list[dict]:
     """What every process has found."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # From a server that has imported everything once: that takes longer than all the training.
-    multiprocessing.set_forkserver_preload(["tests.trainers.base.test_sharding"])
-    mp.start_processes(_rank, (world_size, port, folder), world_size, start_method="forkserver")
+    # As `accelerate launch` sets them for recipes/accelerate/fsdp2.yaml.
+    variables = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+    run_processes(_rank, world_size, folder, **variables)
     return [torch.load(folder / f"{world_size} {rank}.pt", weights_only=True) for rank in range(world_size)]
 
 

@@ -3,17 +3,16 @@
 import json
 import math
 import os
-import socket
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch.utils.data import IterableDataset
 from transformers import CLIPImageProcessorPil, TrainerCallback
 
 from tests.trainers.alignment.test_trainer import assert_same_bits, training_state
+from tests.trainers.processes import run_processes
 from tests.trainers.tiny_pairs import captions, write_webdataset
 from tests.trainers.tiny_training import DIM, LLM_DIM, TinyStore, inheritance_trainer, tiny_model, tuning_trainer
 from trainers.base.streams import check_evaluated_streams
@@ -195,15 +194,7 @@ def test_resuming_with_another_number_of_data_workers_is_refused(tmp_path):
         other.train(resume_from_checkpoint=True)
 
 
-def _rank(rank: int, port: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+def _rank(rank: int, world_size: int, folder: Path) -> None:
     source = make_source(folder / "shards")
     whole = make_trainer("stage-2", folder / "whole", source)
     whole.train()
@@ -238,10 +229,7 @@ def test_two_processes_share_a_stream(tmp_path):
         for stage in ("stage-1", "stage-2")
     }
     make_trainer("stage-2", tmp_path / "one", make_source(tmp_path / "shards"), max_steps=5).train()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_rank, args=(port, tmp_path), nprocs=2)
+    run_processes(_rank, 2, tmp_path)
     shown = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     numbers = [[text.split()[-1] for batch in batches for text in batch] for batches in shown]
     assert [len(batches) for batches in shown] == [12, 12]
