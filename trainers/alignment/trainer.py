@@ -103,7 +103,7 @@ class AlignmentTrainer(StageTrainer):
         )
         self._parts: dict[str, dict[str, list[torch.Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._joined_rows = 0  # of the batch at hand, of all processes
-        # Of an evaluation on a stream: the rows that each process has of the batch at hand, and of each batch the loss and the joined rows.
+        # In an evaluation on a stream: how many rows each process has of the current batch; and for each batch its loss and rows, of all processes.
         self._rows_of_stream: list[int] | None = None
         self._losses_of_stream: list[tuple[float, int]] = []
         super().__init__(model=model, args=args, train_dataset=self.rows, eval_dataset=eval_dataset, **kwargs)

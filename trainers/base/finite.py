@@ -46,8 +46,8 @@ def all_finite(loss: torch.Tensor, gradients: Sequence[torch.Tensor]) -> bool:
 
 
 def check_trained(model: nn.Module, what: str) -> None:
-    """Raises ValueError, on all processes, if a parameter that is trained holds NaN or infinity; begins with `what` is refused because of it. All processes
-    have to call it: of sharded parameters each of them has a part.
+    """Raises ValueError, beginning with `what` is refused because of it, if a trained parameter holds NaN or infinity. All processes have to call it, as each
+    holds a part of sharded parameters, and all of them raise.
     """
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     error = None

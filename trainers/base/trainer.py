@@ -31,7 +31,8 @@ class StageTrainer(Trainer):
       loss scale are skipped by the scaler, as usual);
     - resumes from checkpoints that are complete and unchanged, see [`trainers.base.checkpoints`], to the bits of a run that was not
       interrupted; a finished run makes no further step;
-    - trains on one process, on several (DDP), and with parameters that FSDP2 shards over them, see [`trainers.base.sharding`]: to the same weights;
+    - trains to the same weights on one process, on several (DDP), with parameters that FSDP2 shards over them, see [`trainers.base.sharding`], and under
+      DeepSpeed's ZeRO 1 and 2, see [`trainers.base.zero`];
     - takes a [`PairStream`] as `train_dataset`, for which `max_steps` says how long to train;
     - logs `data_wait`, the share of the time since the last log in which it waited for data: near 0 unless reading is the bottleneck;
     - publishes by `push_to_hub` and `hub_strategy` what `proclip publish` does: checkpoint, processor, code and card, private unless

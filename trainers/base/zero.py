@@ -1,8 +1,8 @@
-"""Training under DeepSpeed's ZeRO 1 and 2, through accelerate: the optimizer's state, and in stage 2 the gradients, are shared out over the processes, and
-every process has the weights whole.
+"""Training under DeepSpeed's ZeRO 1 and 2, through accelerate: the optimizer's state, and in stage 2 the gradients, are divided among the processes, and
+every process holds all weights.
 
-DeepSpeed's engine does by itself what Trainer does elsewhere: `accelerator.backward` also clips, makes the optimizer's step (unless a gradient is not finite)
-and clears the gradients, which are never in `.grad`. It trains a copy of its own of the weights, and takes no parameter without dimensions.
+DeepSpeed's engine takes over what Trainer does elsewhere: `accelerator.backward` also clips, makes the optimizer's step (unless a gradient is not finite)
+and clears the gradients, which are never in `.grad`. It trains its own copy of the weights, and accepts no parameter without dimensions.
 """
 
 import os
@@ -26,7 +26,7 @@ def uses_deepspeed(accelerator: Accelerator) -> bool:
 
 
 def check_zero(accelerator: Accelerator, args: TrainingArguments) -> None:
-    """Raises ValueError for settings of DeepSpeed under which a training could not run, or would not be the one that was asked for."""
+    """Raises ValueError for settings of DeepSpeed under which a training could not run, or would differ from the one that was asked for."""
     asked_for = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"  # by `accelerate launch`
     if asked_for and not (uses_deepspeed(accelerator) and accelerator.num_processes == world_size()):
         raise ValueError(
@@ -92,7 +92,7 @@ def step_left_out(accelerator: Accelerator, model: nn.Module) -> AbstractContext
 
 
 def gradients_of(accelerator: Accelerator, model: nn.Module) -> list[torch.Tensor]:
-    """The gradients that the wrapped `model` has. DeepSpeed has made the step already and keeps their norm alone, which is infinite if it left the step out
+    """The gradients of the wrapped `model`. DeepSpeed has already made the step and keeps only their norm `()`, which is infinite if it skipped the step
     because of them.
     """
     if uses_deepspeed(accelerator):

@@ -23,7 +23,7 @@ class LaunchedProcess:
     Attributes:
         index: from 0.
         count: over all machines.
-        local_index: among the processes on its machine; None if nobody says.
+        local_index: among the processes on its machine; None if the launcher does not say.
     """
 
     index: int = 0

@@ -1,6 +1,6 @@
 """Divides the rows that were found into parts, each of which is read without reading the others.
 
-Files are divided by their bytes, put one behind the other: of `count` parts each has as many. Where a file is cut, a row belongs to the part that
+Files are taken as one sequence of bytes, which is cut into parts of equal length. Where a file is cut, a row belongs to the part that
 has its first byte. A file that cannot be read from the middle (CSV, JSON, Arrow, an archive, any file in an object store, which is downloaded
 whole) belongs to the part that has the file's first byte. A table of `datasets` is divided by its rows, or by its files where it is streamed.
 """
@@ -41,7 +41,7 @@ class FileSpan:
         return self.file.columns()
 
     def num_rows(self) -> None:
-        """Nobody has counted the rows of a span."""
+        """None: the rows of a span are not counted."""
 
     def features(self, columns: list[str]) -> datasets.Features:
         """See [`TableFile`]."""
@@ -57,7 +57,7 @@ class FileSpan:
 
 
 class Division:
-    """What was found, to be read in parts. Of the files, only the sizes are looked at before a part is read."""
+    """The rows that were found, to be read in parts. Until a part is read, only the sizes of the files are looked at."""
 
     def __init__(self, found: FoundRows):
         self.found = found
@@ -72,7 +72,7 @@ class Division:
 
     @cached_property
     def _ends(self) -> list[int]:
-        """Where each file ends if they are put one behind the other. An empty file counts as one byte, so that some part reads it: it may be damaged."""
+        """Where each file ends in the sequence of all. An empty file counts as one byte, so that some part reads it: it may be damaged."""
         return list(accumulate(max(size, 1) for size in self.sizes))
 
     def identity(self) -> dict[str, Any]:

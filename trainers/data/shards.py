@@ -134,7 +134,7 @@ class RemoteShard:
             return shard.columns()
 
     def num_rows(self) -> None:
-        """How many rows there are is not told without downloading the file."""
+        """None: the rows cannot be counted without downloading the file."""
 
     def features(self, columns: list[str]) -> datasets.Features:
         """See [`TableFile`]."""
@@ -159,7 +159,7 @@ class RemoteShard:
 
     @contextmanager
     def _local(self) -> Iterator[TarShard | TableFile]:
-        """The shard as a local file. What is wrong with it is said of its address."""
+        """The shard as a local file. Errors name its address."""
         with cached_files(self.file.url, [self.file]) as cached:
             path = str(cached.folder / self.file.name)
             try:

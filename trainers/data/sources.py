@@ -61,8 +61,9 @@ class FoundRows:
     num_images: int = 0
 
     def columns(self, wanted: Sequence[str] = ()) -> list[str]:
-        """Names of the columns. ValueError if one of the files has no column `wanted` that the first one has.
-        Empty files of lines have none."""
+        """Names of the columns. Empty files of lines have none. ValueError if one of the others lacks a column `wanted` that the first
+        one has.
+        """
         if not self.shards:
             return list(self.table.column_names or next(iter(self.table), {}))
         first, columns = self.shards[0], dict.fromkeys(self.shards[0].columns())

@@ -18,10 +18,10 @@ REAL_ROWS = "real_rows"
 
 
 class EvaluationBatches(IterableDataset):
-    """The batches of one process. `num_processes * batch_size` rows in turn make a joined batch, of which each process has `batch_size`, as of rows by
-    number. Every process and data worker reads all rows, and decodes its own only.
+    """The batches of one process. `num_processes * batch_size` consecutive rows make a joined batch, of which each process takes `batch_size`, as it does
+    of rows read by number. Every process and data worker reads all rows, and decodes its own only.
 
-    Broken rows are passed over, so that a batch is smaller by them, whatever the number of processes. A process without a good row in a joined
+    Broken rows are skipped, which makes their batch smaller, whatever the number of processes. A process without a good row in a joined
     batch gets one of another's that does not count: all processes have as many batches.
 
     Args:

@@ -1,4 +1,4 @@
-"""Bytes that a stage takes on each device, from shapes alone: no weight is loaded, and nothing is computed."""
+"""Memory that a stage needs on each device, from shapes alone: no weights are loaded, and nothing is computed."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

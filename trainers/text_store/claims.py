@@ -1,8 +1,7 @@
-"""Claims of a store's tasks: who holds one embeds it. The operating system gives the claim of a process that has died to the next one that asks.
+"""Claims to a store's tasks: the process that holds one embeds that task. If it dies, the operating system frees the claim for the next one that asks.
 
-A claim is a lock of the file system (`flock`), which holds between machines on NFS 4 and on most other shared file systems; on some of them only
-if they are mounted so (Lustre with `-o flock`), and on others between the processes of one machine only, without a word. So that this is noticed, who holds a
-claim also shows that it is alive, by a file that changes every few seconds.
+A claim is a file lock (`flock`). It holds between machines on NFS 4 and most other shared file systems; on some only with a mount option (Lustre's
+`-o flock`), and on others, silently, only within one machine. To notice that, the process that holds a claim also touches a file every few seconds.
 """
 
 import json
@@ -30,7 +29,7 @@ _MISSED = 4  # beats without one after which the process is dead
 
 @contextmanager
 def claimed(path: Path, name: str) -> Iterator[bool]:
-    """Whether the task `name` of the store at `path` is now claimed by this process: until the block ends, or the process does.
+    """Claims the task `name` of the store at `path` for this process until the block ends, or the process does. Gives whether it did: another may hold it.
 
     Raises:
         OSError: If the process that holds it, on another machine, is still alive: locks do not hold between the machines.

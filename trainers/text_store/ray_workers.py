@@ -1,6 +1,6 @@
-"""Fills a text store by the workers of a Ray cluster, which take the same tasks as processes that are started by hand.
+"""Fills a text store with the workers of a Ray cluster, which take the same tasks as processes that are started by hand.
 
-Ray places the workers and starts those anew that die. The texts do not pass through it: each worker reads its own tasks, as far ahead as its model
+Ray places the workers and restarts those that die. The texts do not pass through it: each worker reads its own tasks, as far ahead as its model
 needs, and writes shards. So the cluster's object store stays empty, what a row or a broken row is does not depend on the engine, and a run that was
 stopped is resumed from the store's directory, which Ray itself would not do.
 """
@@ -76,8 +76,10 @@ def build_with_ray(
     Raises:
         ConnectionError: If no cluster answers at RAY_ADDRESS, after 40 seconds.
         ChildProcessError: If all workers have died more often than Ray starts one anew; what was embedded stays.
-        ImportError: If Ray is not installed (the extra `ray`). Otherwise as [`TextEmbeddingStore.build`].
+        ValueError: If `num_workers` is less than 1. Otherwise as [`TextEmbeddingStore.build`].
     """
+    if num_workers is not None and num_workers < 1:
+        raise ValueError(f"num_workers must be at least 1, got {num_workers}")
     check_directory(path)
     path = Path(path).absolute()
     make_directory(path)
@@ -101,9 +103,8 @@ def _cluster() -> Iterator[None]:
         return
     address = os.environ.get("RAY_ADDRESS")
     if address is None:
-        os.environ.setdefault(
-            "RAY_USAGE_STATS_ENABLED", "0"
-        )  # read by the processes that Ray starts; there is no argument
+        # Read by the processes that Ray starts; there is no argument for it.
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         ray.init("local", include_dashboard=False, object_store_memory=_OBJECT_STORE, logging_level=logging.ERROR)
     else:
         os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")  # attempts of 40 s each; otherwise 20 of them

@@ -20,8 +20,8 @@ _CHUNK = 4096  # texts hashed and looked up at a time
 
 
 def fetch_store(url: str) -> CachedFiles:
-    """The files of the text store at an address, all of them: texts are looked up in at random. A shard that is in the cache is not downloaded again, so
-    a store that has grown costs its new shards only. FileNotFoundError if there is no store; OSError if it does not fit into the cache.
+    """Downloads the text store at an address into the cache: all of it, as texts are looked up at random. A shard that is in the cache is not downloaded
+    again, so a store that has grown costs only its new shards. FileNotFoundError if there is no store; OSError if it does not fit into the cache.
     """
     folder = url.rstrip("/") + "/"
     files = [file for file in list_remote(url) if file.url == folder + file.name and _is_of_store(file.name)]
@@ -33,7 +33,7 @@ def fetch_store(url: str) -> CachedFiles:
 
 
 def check_directory(path: str | Path) -> None:
-    """ValueError if a store that is to be filled in tasks is at an address, where the locks of the tasks cannot be."""
+    """ValueError if a store that is to be filled in tasks is at an address, where tasks cannot be locked."""
     if is_address(path):
         raise ValueError(
             f"tasks need a directory, and a store at an address is only read: fill one in a directory and copy it to {path}"
@@ -41,7 +41,7 @@ def check_directory(path: str | Path) -> None:
 
 
 def check_complete(store: "TextEmbeddingStore", texts: Iterable[str]) -> int:
-    """Checks that a store that cannot be written needs not be, and returns the number of `texts`. ValueError if it lacks one; says how to add them."""
+    """Checks that a store that is only read has all of `texts`, and returns their number. ValueError names some that it lacks and says how to add them."""
     num_texts, texts = 0, iter(texts)
     while chunk := list(islice(texts, _CHUNK)):
         found = store.find(text_keys(chunk)) >= 0

@@ -52,6 +52,12 @@ def test_workers_that_die_for_good(monkeypatch, tmp_path, caplog):
         wait_for(monkeypatch, tmp_path, ActorDiedError(), ActorDiedError())
 
 
+def test_no_workers_are_refused_before_anything_is_started(tmp_path):
+    with pytest.raises(ValueError, match="num_workers must be at least 1, got 0"):
+        ray_workers.build_with_ray([], None, tmp_path / "store", num_workers=0)
+    assert not (tmp_path / "store").exists()
+
+
 def test_no_cluster_at_the_address(tmp_path):
     """In a process of its own, because Ray reads these limits once. Ray's own 20 attempts would take 14 minutes."""
     code = f"""
