@@ -42,6 +42,7 @@ from trainers.text_store.store import TextEmbeddingStore
 from .files import RecipeError
 from .inputs import Json, describe_data, find_commits, hash_together, with_commits
 from .progress import COMMITS, RecipeProgress, read_record
+from .schema import in_terms_of_recipes
 from .stages import alignment_trainer, llm_trainer, load_pair, teacher, untrained_pair
 from .steps import LLM_STAGES, ON_THE_FLY_TEXTS, PREPARATION
 
@@ -189,8 +190,11 @@ class Curriculum(RecipeProgress):
         model, processor = load_pair(self, stage)
         try:
             trainer = self._trainer(stage, model, processor)
-        except KeyError as error:  # a caption that a text store of the recipe's own does not hold
-            raise RecipeError(f"stages.{stage}: {error.args[0]}") from error
+        except (
+            KeyError,
+            ValueError,
+        ) as error:  # KeyError: a caption that a text store of the recipe's own does not hold
+            raise RecipeError(f"stages.{stage}: {in_terms_of_recipes(error)}") from error
         self._train(stage, trainer)
         self._save(trainer, folder / "model")
 

@@ -1,5 +1,6 @@
 """The schema of a recipe: its keys, their types and defaults. `docs/recipes.md` explains them to users."""
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -282,6 +283,17 @@ def derived_arguments(name: str, stage: StageSettings, num_processes: int) -> di
         weights = batch_invariant_weights(stage.published_lambda, stage.published_batch_size)
         derived["lambda_ins"], derived["lambda_struct"] = weights
     return derived
+
+
+def in_terms_of_recipes(error: Exception) -> str:
+    """The message of `error`, with the place of every trainer's setting in it that a recipe sets under another name."""
+    message = str(error.args[0]) if isinstance(error, KeyError) else str(error)
+    places = {
+        remedy: name
+        for name, remedy in ELSEWHERE.items()
+        if name not in Recipe.__dataclass_fields__ and re.search(rf"\b{name}\b", message)
+    }
+    return message + "".join(f" (In a recipe, for {name}: {remedy}.)" for remedy, name in places.items())
 
 
 def own_fields(arguments: TrainingArguments) -> dict[str, Any]:

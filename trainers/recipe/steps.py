@@ -12,7 +12,7 @@ from trainers.storage.object_stores import is_address
 from trainers.text_store.store import TextEmbeddingStore
 
 from .files import RecipeError
-from .schema import CONFIG_OF, ELSEWHERE, Recipe, derived_arguments, own_fields
+from .schema import CONFIG_OF, ELSEWHERE, Recipe, derived_arguments, in_terms_of_recipes, own_fields
 
 
 PREPARATION = "preparation"
@@ -213,7 +213,7 @@ class RecipeSteps:
                 }
             )
         except ValueError as error:
-            raise RecipeError(f"stages.{name}: {error}") from error
+            raise RecipeError(f"stages.{name}: {in_terms_of_recipes(error)}") from error
 
     def _is_stream(self, stage: str) -> bool:
         return self.data_of(stage).streaming

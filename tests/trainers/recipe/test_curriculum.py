@@ -311,6 +311,12 @@ def test_missing_parts_are_named(content, tmp_path):
         assert not (tmp_path / "out" / "preparation" / "complete.json").exists()
 
 
+def test_settings_that_a_trainer_refuses_are_named_as_a_recipe_has_them(content, tmp_path):
+    in_recipe = r"stages.contrastive_tuning: .*=1 on one process.*\(In a recipe, for per_device_train_batch_size: set global_batch_size"
+    with pytest.raises(RecipeError, match=in_recipe):
+        Curriculum(changed(content, tmp_path, stages__contrastive_tuning__global_batch_size=1))
+
+
 def test_a_checkpoint_that_cannot_be_resumed_is_named_with_the_remedy(content, tmp_path):
     recipe = changed(content, tmp_path)
     curriculum = Curriculum(recipe)
