@@ -1,22 +1,11 @@
 """`proclip embed` with addresses in an object store: texts are read, stores are verified and looked up in, and never written."""
 
 import torch
-from typer.testing import CliRunner
 
 from tests.object_server import SECRET
+from tests.trainers.commands.test_embed import refused, run
 from tests.trainers.tiny_encoders import make_texts, tiny_proclip
-from trainers.cli import app
 from trainers.data import TextEmbeddingStore
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, ["embed", *map(str, arguments)])
-
-
-def refused(*arguments) -> str:
-    result = run(*arguments)
-    assert result.exit_code == 1 and "Traceback" not in result.output
-    return result.output.strip().splitlines()[-1]
 
 
 def test_texts_and_stores_of_a_bucket(bucket, tmp_path):
