@@ -78,6 +78,13 @@ class ModelSettings:
     attn_implementation: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self):
+        for part in ("vision", "text", "teacher", "image_processor"):
+            if is_address(getattr(self, part) or ""):  # not repeated, as it may hold credentials
+                raise ValueError(
+                    f"{part} must be a folder of this machine or a name on the Hub, not an address: download it"
+                )
+
     def place_of(self, part: str) -> tuple[str, str]:
         """Folder or Hub name, and revision, of "vision", "text", "teacher" or "image_processor"."""
         name, revision = getattr(self, part), getattr(self, f"{part}_revision")

@@ -70,6 +70,10 @@ def test_a_minimal_recipe_has_every_default(tmp_path):
         ),
         ("model: clip", ": model: must be a mapping, got the text 'clip'"),
         ("model: {vision: a}", ": model.text: is missing"),
+        (
+            "model: {vision: 's3://name:secret@bucket/clip', text: b}",
+            ": model: vision must be a folder of this machine or a name on the Hub, not an address: download it",
+        ),
         ("model: {vision: a, text: b, max_length: 0}", ": model.max_length: must be greater than 0, got 0"),
         (
             "data: {train: {source: a, text_columns: [1]}}",
