@@ -64,7 +64,10 @@ def verify_store(
     """
     if is_address(path):
         with fetch_store(str(path)) as cached:
-            return verify_store(cached.folder, texts, model, processor, num_compared=num_compared, progress=progress)
+            found = verify_store(cached.folder, texts, model, processor, num_compared=num_compared, progress=progress)
+        copied = f"this is the cached copy of {path}: where a new copy has the same problem, mend the store there"
+        found.problems = [f"{problem} ({copied})" for problem in found.problems]
+        return found
     path, found = Path(path).absolute(), Verification()
     settings = read_settings(path)
     if settings is None:

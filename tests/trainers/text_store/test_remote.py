@@ -96,6 +96,8 @@ def test_what_is_no_store_or_damaged_is_named(bucket, local):
     changed = TextEmbeddingStore(url)
     with pytest.raises(ValueError, match="shard-00001.safetensors is damaged"):
         changed.lookup(TEXTS)
+    (problem,) = verify_store(url, progress=False).problems
+    assert shard.name in problem and f"copy of {url}" in problem
 
 
 def test_a_store_in_memory(local, tmp_path, monkeypatch):
