@@ -134,6 +134,8 @@ def _set_environment(verbose: bool) -> None:
         warnings.simplefilter("ignore")
         # It names what it skips of torchvision, which nothing here needs.
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        # Where it is installed, any save_pretrained imports it, and it says on standard output that it sees no GPU. It sets its level itself.
+        logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
 
 
 def _print_version(wanted: bool) -> None:
