@@ -24,8 +24,9 @@ for rank in 0 1; do
     SLURM_PROCID=$rank SLURM_NTASKS=2 SLURM_LOCALID=0 SLURM_NODEID=$rank "$@" || exit 1
 done
 """
+# The second line comes later, when who reads only the first of a pipe has gone: that ended the template now and then.
 SCONTROL = """#!/bin/bash
-[[ "$*" == "show hostnames node[7-8]" ]] && printf 'node7\\nnode8\\n'
+[[ "$*" == "show hostnames node[7-8]" ]] && echo node7 && sleep 0.2 && echo node8
 """
 # What is started writes its arguments, and what Slurm said, to a file of its own.
 STARTED = f"""#!{sys.executable}
