@@ -292,6 +292,7 @@ def _sum_over_blocks(of_block: Callable[..., torch.Tensor], num_columns: int, *r
 
 
 def block_elements(device: torch.device) -> int:
+    """How many elements a block's matrix has at most on `device`."""
     return BLOCK_ELEMENTS if device.type == "cpu" else GPU_BLOCK_ELEMENTS
 
 

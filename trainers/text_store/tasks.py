@@ -64,8 +64,7 @@ class TextList:
 
     def identity(self) -> dict[str, Any]:
         """Their number and a hash of them."""
-        digest = hashlib.blake2b(text_keys(self._texts).tobytes(), digest_size=16)
-        return {"num_texts": len(self._texts), "blake2b": digest.hexdigest()}
+        return {"num_texts": len(self._texts), "blake2b": _digest(text_keys(self._texts).tobytes())}
 
     def most_parts(self) -> int:
         """As many as there are texts."""
@@ -154,10 +153,9 @@ def open_plan(path: Path, texts: DividedTexts, num_tasks: int, dtype: str, finge
                     return there
                 # A task that is done may have left out a text of a shard that was deleted since, because it was damaged.
         content = {**wanted, "encoder": dict(fingerprint), "shards_before": shards}
-        write_file(file, json.dumps(content, indent=2, ensure_ascii=False).encode())
-        plan = read_plan(path)
-        assert plan is not None
-        return plan
+        written = json.dumps(content, indent=2, ensure_ascii=False).encode()
+        write_file(file, written)
+        return Plan(path, num_tasks, _digest(written))
 
 
 def read_plan(path: Path) -> Plan | None:
@@ -168,13 +166,17 @@ def read_plan(path: Path) -> Plan | None:
         plan = json.loads(content)
         if plan["format"] != _FORMAT:
             raise ValueError(f"its format is {plan['format']!r}, and this version reads {_FORMAT}")
-        return Plan(path, int(plan["num_tasks"]), hashlib.blake2b(content, digest_size=16).hexdigest())
+        return Plan(path, int(plan["num_tasks"]), _digest(content))
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{file} cannot be read as a plan of tasks: {error!r}. Delete {file.parent}; nothing is embedded again that the store has"
         ) from error
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 class StoredKeys:
